@@ -1,0 +1,615 @@
+"""Kernels that Triton compiles, as third-party code to validate the emulator on.
+
+Triton writes PTX for any NVIDIA target without a GPU, and nobody of this project writes that PTX: layouts,
+swizzles, pipelines and reductions are Triton's own. A `Case` couples such a kernel with inputs, a float64
+reference and the same operation done by PyTorch; `compile_case` gives the PTX and everything a launch needs.
+
+Only `.asm["ptx"]` is used, so Triton needs neither a driver nor a C compiler. Triton's own cache (`TRITON_CACHE_DIR`)
+keeps the results and is safe for parallel test processes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cache, partial
+from typing import Any
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+# ---------------------------------------------------------------------------------------------------------------
+# Device code
+
+
+@triton.jit
+def vector_add(x_ptr, y_ptr, out_ptr, n, BLOCK: tl.constexpr):
+    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = offs < n
+    x = tl.load(x_ptr + offs, mask=mask)
+    y = tl.load(y_ptr + offs, mask=mask)
+    tl.store(out_ptr + offs, x + y, mask=mask)
+
+
+@triton.jit
+def row_softmax(x_ptr, out_ptr, stride, cols, BLOCK: tl.constexpr):
+    row = tl.program_id(0)
+    offs = tl.arange(0, BLOCK)
+    mask = offs < cols
+    x = tl.load(x_ptr + row * stride + offs, mask=mask, other=float("-inf")).to(tl.float32)
+    e = tl.exp(x - tl.max(x, axis=0))
+    y = e / tl.sum(e, axis=0)
+    tl.store(out_ptr + row * stride + offs, y.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def layer_norm(x_ptr, weight_ptr, bias_ptr, out_ptr, stride, cols, eps, BLOCK: tl.constexpr):
+    row = tl.program_id(0)
+    total = tl.zeros([BLOCK], dtype=tl.float32)
+    for start in range(0, cols, BLOCK):
+        offs = start + tl.arange(0, BLOCK)
+        total += tl.load(x_ptr + row * stride + offs, mask=offs < cols, other=0.0).to(tl.float32)
+    mean = tl.sum(total, axis=0) / cols
+    squares = tl.zeros([BLOCK], dtype=tl.float32)
+    for start in range(0, cols, BLOCK):
+        offs = start + tl.arange(0, BLOCK)
+        x = tl.load(x_ptr + row * stride + offs, mask=offs < cols, other=0.0).to(tl.float32)
+        centred = tl.where(offs < cols, x - mean, 0.0)
+        squares += centred * centred
+    inv_std = 1.0 / tl.sqrt(tl.sum(squares, axis=0) / cols + eps)
+    for start in range(0, cols, BLOCK):
+        offs = start + tl.arange(0, BLOCK)
+        mask = offs < cols
+        x = tl.load(x_ptr + row * stride + offs, mask=mask).to(tl.float32)
+        w = tl.load(weight_ptr + offs, mask=mask).to(tl.float32)
+        b = tl.load(bias_ptr + offs, mask=mask).to(tl.float32)
+        y = (x - mean) * inv_std * w + b
+        tl.store(out_ptr + row * stride + offs, y.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def matmul(
+    a_ptr, b_ptr, out_ptr, m, n, k,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    cols = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=ACC)
+    for start in range(0, k, BLOCK_K):
+        ks = start + tl.arange(0, BLOCK_K)
+        a_mask = (rows[:, None] < m) & (ks[None, :] < k)
+        b_mask = (ks[:, None] < k) & (cols[None, :] < n)
+        a = tl.load(a_ptr + rows[:, None] * k + ks[None, :], mask=a_mask, other=0.0)
+        b = tl.load(b_ptr + ks[:, None] * n + cols[None, :], mask=b_mask, other=0.0)
+        acc = tl.dot(a, b, acc, out_dtype=ACC)
+    out_mask = (rows[:, None] < m) & (cols[None, :] < n)
+    out_offs = rows[:, None] * n + cols[None, :]
+    tl.store(out_ptr + out_offs, acc.to(out_ptr.dtype.element_ty), mask=out_mask)
+
+
+@triton.jit
+def int4_matmul(
+    a_ptr, packed_ptr, scale_ptr, out_ptr, m, n, k,
+    GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """a[m, k] @ w[n, k]^T with w = scale * (nibble - 8): the low nibble of byte j is k = 2j, the high one 2j + 1."""
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    cols = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+    for start in range(0, k, BLOCK_K):
+        ks = start + tl.arange(0, BLOCK_K)
+        a_mask = (rows[:, None] < m) & (ks[None, :] < k)
+        a = tl.load(a_ptr + rows[:, None] * k + ks[None, :], mask=a_mask, other=0.0)
+        bytes_at = start // 2 + tl.arange(0, BLOCK_K // 2)
+        packed = tl.load(
+            packed_ptr + cols[:, None] * (k // 2) + bytes_at[None, :],
+            mask=(cols[:, None] < n) & (bytes_at[None, :] < k // 2),
+            other=0x88,
+        )
+        low = (packed & 0xF).to(tl.int8) - 8
+        high = (packed >> 4).to(tl.int8) - 8
+        quants = tl.interleave(low, high)
+        scale = tl.load(
+            scale_ptr + cols[:, None] * (k // GROUP) + (ks // GROUP)[None, :],
+            mask=(cols[:, None] < n) & (ks[None, :] < k),
+            other=0.0,
+        )
+        w = quants.to(a.dtype) * scale
+        acc = tl.dot(a, tl.trans(w), acc)
+    out_mask = (rows[:, None] < m) & (cols[None, :] < n)
+    out_offs = rows[:, None] * n + cols[None, :]
+    tl.store(out_ptr + out_offs, acc.to(out_ptr.dtype.element_ty), mask=out_mask)
+
+
+@triton.jit
+def flash_attention(
+    q_ptr, k_ptr, v_ptr, out_ptr, seq, scale_log2,
+    CAUSAL: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK_M query rows of one head. Layout [head, seq, HEAD_DIM]; softmax in base 2."""
+    base = tl.program_id(1) * seq * HEAD_DIM
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    dims = tl.arange(0, HEAD_DIM)
+    row_mask = rows[:, None] < seq
+    q = tl.load(q_ptr + base + rows[:, None] * HEAD_DIM + dims[None, :], mask=row_mask, other=0.0)
+    row_max = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
+    row_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
+    acc = tl.zeros([BLOCK_M, HEAD_DIM], dtype=tl.float32)
+    end = tl.minimum(seq, (tl.program_id(0) + 1) * BLOCK_M) if CAUSAL else seq
+    for start in range(0, end, BLOCK_N):
+        cols = start + tl.arange(0, BLOCK_N)
+        offs = cols[:, None] * HEAD_DIM + dims[None, :]
+        k = tl.load(k_ptr + base + offs, mask=cols[:, None] < seq, other=0.0)
+        v = tl.load(v_ptr + base + offs, mask=cols[:, None] < seq, other=0.0)
+        logits = tl.dot(q, tl.trans(k)) * scale_log2
+        visible = cols[None, :] < seq
+        if CAUSAL:
+            visible = visible & (cols[None, :] <= rows[:, None])
+        logits = tl.where(visible, logits, float("-inf"))
+        new_max = tl.maximum(row_max, tl.max(logits, axis=1))
+        p = tl.exp2(logits - new_max[:, None])
+        correction = tl.exp2(row_max - new_max)
+        row_sum = row_sum * correction + tl.sum(p, axis=1)
+        acc = tl.dot(p.to(v.dtype), v, acc * correction[:, None])
+        row_max = new_max
+    out = acc / row_sum[:, None]
+    out_offs = rows[:, None] * HEAD_DIM + dims[None, :]
+    tl.store(out_ptr + base + out_offs, out.to(out_ptr.dtype.element_ty), mask=row_mask)
+
+
+@triton.jit
+def _compose(decay_left, value_left, decay_right, value_right):
+    return decay_left * decay_right, value_left * decay_right + value_right
+
+
+@triton.jit
+def linear_recurrence(decay_ptr, x_ptr, out_ptr, cols, BLOCK: tl.constexpr):
+    """h[t] = decay[t] * h[t-1] + x[t] along each row, as an associative scan."""
+    row = tl.program_id(0)
+    offs = tl.arange(0, BLOCK)
+    mask = offs < cols
+    decay = tl.load(decay_ptr + row * cols + offs, mask=mask, other=1.0)
+    x = tl.load(x_ptr + row * cols + offs, mask=mask, other=0.0)
+    _, h = tl.associative_scan((decay, x), 0, _compose)
+    tl.store(out_ptr + row * cols + offs, h, mask=mask)
+
+
+@triton.jit
+def histogram(x_ptr, out_ptr, n, BINS: tl.constexpr, BLOCK: tl.constexpr):
+    """A histogram per program in shared memory, added to the global one with atomics."""
+    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = offs < n
+    x = tl.load(x_ptr + offs, mask=mask, other=0)
+    counts = tl.histogram(x, BINS, mask=mask)
+    tl.atomic_add(out_ptr + tl.arange(0, BINS), counts)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Problems: inputs, grid, reference
+
+
+@dataclass
+class Problem:
+    """Inputs of one launch and what must come out of it.
+
+    args: tensors and integers or floats in the kernel's order, constexprs left out; out: the tensor the kernel writes
+    (poisoned beforehand); expected: float64 reference; baseline: the same operation by PyTorch in the input dtype, or
+    None where the result must be exact.
+    """
+
+    args: list[Any]
+    grid: tuple[int, int, int]
+    out: torch.Tensor
+    expected: torch.Tensor
+    baseline: torch.Tensor | None = None
+    initial: torch.Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.initial = self.out.clone()
+
+    def reset(self) -> None:
+        """Puts the poison (or the starting counts) back into `out`."""
+        self.out.copy_(self.initial)
+
+    def error(self) -> tuple[float, float]:
+        """(largest error of `out` in units of what is allowed, the same for the baseline alone).
+
+        Allowed per element: twice the largest error of the baseline plus one unit in the last place of the output dtype
+        at the expected value. A NaN or an infinity in `out` gives infinity.
+        """
+        out = self.out.double()
+        if self.baseline is None:
+            return (0.0 if torch.equal(out, self.expected) else float("inf")), 0.0
+        if not torch.isfinite(out).all():
+            return float("inf"), 0.0
+        own = (self.baseline.double() - self.expected).abs()
+        eps = torch.finfo(self.out.dtype).eps
+        tiny = torch.finfo(self.out.dtype).tiny
+        allowed = 2 * own.max() + eps * self.expected.abs().clamp(min=tiny)
+        return ((out - self.expected).abs() / allowed).max().item(), (own / allowed).max().item()
+
+
+def _random(gen: torch.Generator, *shape: int, dtype: torch.dtype) -> torch.Tensor:
+    """Normal values, one in fifty of them ten times as large."""
+    x = torch.randn(*shape, generator=gen)
+    x = torch.where(torch.rand(*shape, generator=gen) < 0.02, 10 * x, x)
+    return x.to(dtype)
+
+
+def _poisoned(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    if dtype.is_floating_point:
+        return torch.full(shape, float("nan"), dtype=dtype)
+    return torch.full(shape, torch.iinfo(dtype).min, dtype=dtype)
+
+
+def _cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _vector_add(gen: torch.Generator, n: int, block: int, dtype: torch.dtype) -> Problem:
+    x, y = _random(gen, n, dtype=dtype), _random(gen, n, dtype=dtype)
+    out = _poisoned(n, dtype=dtype)
+    args = [x, y, out, n]
+    return Problem(args, (_cdiv(n, block), 1, 1), out, x.double() + y.double(), x + y)
+
+
+def _row_softmax(gen: torch.Generator, rows: int, cols: int, dtype: torch.dtype) -> Problem:
+    x, out = _random(gen, rows, cols, dtype=dtype), _poisoned(rows, cols, dtype=dtype)
+    return Problem([x, out, cols, cols], (rows, 1, 1), out, x.double().softmax(-1), x.softmax(-1))
+
+
+def _layer_norm(gen: torch.Generator, rows: int, cols: int, dtype: torch.dtype) -> Problem:
+    x = _random(gen, rows, cols, dtype=dtype) + 3
+    w, b = _random(gen, cols, dtype=dtype), _random(gen, cols, dtype=dtype)
+    out, eps = _poisoned(rows, cols, dtype=dtype), 1e-5
+    norm = torch.nn.functional.layer_norm
+    expected = norm(x.double(), (cols,), w.double(), b.double(), eps)
+    return Problem(
+        [x, w, b, out, cols, cols, eps], (rows, 1, 1), out, expected, norm(x, (cols,), w, b, eps)
+    )
+
+
+def _matmul(
+    gen: torch.Generator, mnk: tuple[int, int, int], block: tuple[int, int, int], dtype: torch.dtype,
+    out_dtype: torch.dtype,
+) -> Problem:  # fmt: skip
+    m, n, k = mnk
+    grid = (_cdiv(m, block[0]), _cdiv(n, block[1]), 1)
+    out = _poisoned(m, n, dtype=out_dtype)
+    baseline = None
+    if dtype == torch.int8:
+        a = torch.randint(-128, 128, (m, k), generator=gen, dtype=dtype)
+        b = torch.randint(-128, 128, (k, n), generator=gen, dtype=dtype)
+    else:
+        a, b = _random(gen, m, k, dtype=dtype), _random(gen, k, n, dtype=dtype)
+        if dtype == torch.float32:
+            # The tensor core reads the upper 19 bits of each tf32 operand.
+            baseline = _truncate_tf32(a) @ _truncate_tf32(b)
+        elif dtype.itemsize == 1:
+            # PyTorch has no fp8 product on the CPU; fp8 values and their products are exact in fp32.
+            baseline = (a.float() @ b.float()).to(out_dtype)
+        else:
+            baseline = (a @ b).to(out_dtype)
+    return Problem([a, b, out, m, n, k], grid, out, a.double() @ b.double(), baseline)
+
+
+def _truncate_tf32(x: torch.Tensor) -> torch.Tensor:
+    return (x.view(torch.int32) & ~0x1FFF).view(torch.float32)
+
+
+def _int4_matmul(
+    gen: torch.Generator, mnk: tuple[int, int, int], block: tuple[int, int, int], group: int
+) -> Problem:
+    m, n, k = mnk
+    a = _random(gen, m, k, dtype=torch.float16)
+    nibbles = torch.randint(0, 16, (n, k), generator=gen, dtype=torch.uint8)
+    packed = nibbles[:, 0::2] | nibbles[:, 1::2] << 4
+    scale = (torch.rand(n, k // group, generator=gen) * 0.1 + 0.01).half()
+    w = (nibbles.half() - 8) * scale.repeat_interleave(group, dim=1)
+    out = _poisoned(m, n, dtype=torch.float16)
+    grid = (_cdiv(m, block[0]), _cdiv(n, block[1]), 1)
+    exact_w = (nibbles.double() - 8) * scale.double().repeat_interleave(group, dim=1)
+    return Problem([a, packed, scale, out, m, n, k], grid, out, a.double() @ exact_w.T, a @ w.T)
+
+
+def _flash_attention(
+    gen: torch.Generator, heads: int, seq: int, dim: int, block_m: int, causal: bool, dtype: torch.dtype
+) -> Problem:  # fmt: skip
+    q, k, v = (_random(gen, heads, seq, dim, dtype=dtype) for _ in range(3))
+    out = _poisoned(heads, seq, dim, dtype=dtype)
+    sdpa = partial(torch.nn.functional.scaled_dot_product_attention, is_causal=causal)
+    return Problem(
+        [q, k, v, out, seq, dim**-0.5 * float(np.log2(np.e))],
+        (_cdiv(seq, block_m), heads, 1),
+        out,
+        sdpa(q.double(), k.double(), v.double()),
+        sdpa(q[None], k[None], v[None])[0],
+    )
+
+
+def _linear_recurrence(gen: torch.Generator, rows: int, cols: int) -> Problem:
+    decay = torch.rand(rows, cols, generator=gen)
+    x = _random(gen, rows, cols, dtype=torch.float32)
+    out = _poisoned(rows, cols, dtype=torch.float32)
+
+    def sequential(dtype: torch.dtype) -> torch.Tensor:
+        h, states = torch.zeros(rows, dtype=dtype), []
+        for t in range(cols):
+            h = decay[:, t].to(dtype) * h + x[:, t].to(dtype)
+            states.append(h)
+        return torch.stack(states, dim=1)
+
+    expected, baseline = sequential(torch.float64), sequential(torch.float32)
+    return Problem([decay, x, out, cols], (rows, 1, 1), out, expected, baseline)
+
+
+def _histogram(gen: torch.Generator, n: int, bins: int, block: int) -> Problem:
+    x = torch.randint(0, bins, (n,), generator=gen, dtype=torch.int32)
+    out = torch.arange(bins, dtype=torch.int32)  # the atomics add to what is there
+    expected = out.double() + torch.bincount(x, minlength=bins).double()
+    return Problem([x, out, n], (_cdiv(n, block), 1, 1), out, expected)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Cases
+
+ALL_CAPABILITIES = (80, 89, 90, 100)
+# On 90 and 100 Triton's tl.dot becomes wgmma and tcgen05, which the emulator does not have yet.
+MMA_SYNC_CAPABILITIES = (80, 89)
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """One kernel at one shape, tile and pipeline depth.
+
+    mma: regular expression that the PTX must match (the tensor-core instruction the case is there for), or None.
+    """
+
+    id: str
+    kernel: Any
+    constexprs: dict[str, Any]
+    build: Callable[[torch.Generator], Problem]
+    capabilities: Sequence[int] = ALL_CAPABILITIES
+    num_warps: int = 4
+    num_stages: int = 3
+    mma: str | None = None
+    slow: bool = False
+
+    @property
+    def family(self) -> str:
+        return self.kernel.__name__
+
+    def problem(self, seed: int) -> Problem:
+        return self.build(torch.Generator().manual_seed(seed))
+
+
+_TL_INT32, _TL_FP32 = tl.int32, tl.float32
+_MATMUL_TYPES = {
+    # name: (input, output, accumulator, instruction, capabilities)
+    "bf16": (torch.bfloat16, torch.bfloat16, _TL_FP32, r"mma\.\S*m16n8k16\S*bf16", (80, 89)),
+    "f16": (torch.float16, torch.float16, _TL_FP32, r"mma\.\S*m16n8k16\S*f16", (80, 89)),
+    "tf32": (torch.float32, torch.float32, _TL_FP32, r"mma\.\S*m16n8k8\S*tf32", (80, 89)),
+    "s8": (torch.int8, torch.int32, _TL_INT32, r"mma\.\S*m16n8k32\S*s8", (80, 89)),
+    "e4m3": (torch.float8_e4m3fn, torch.float32, _TL_FP32, r"mma\.\S*m16n8k32\S*e4m3", (89,)),
+    "e5m2": (torch.float8_e5m2, torch.float32, _TL_FP32, r"mma\.\S*m16n8k32\S*e5m2", (89,)),
+}
+
+
+def _matmul_case(
+    name: str, block: tuple[int, int, int], mnk: tuple[int, int, int], num_warps: int, num_stages: int,
+    slow: bool = False,
+) -> Case:  # fmt: skip
+    dtype, out_dtype, acc, mma, capabilities = _MATMUL_TYPES[name]
+    tile = "x".join(map(str, block))
+    return Case(
+        f"matmul-{name}-{tile}-w{num_warps}-s{num_stages}",
+        matmul,
+        {"BLOCK_M": block[0], "BLOCK_N": block[1], "BLOCK_K": block[2], "ACC": acc},
+        partial(_matmul, mnk=mnk, block=block, dtype=dtype, out_dtype=out_dtype),
+        capabilities,
+        num_warps,
+        num_stages,
+        mma,
+        slow,
+    )
+
+
+def _flash_case(
+    dtype: torch.dtype, causal: bool, dim: int, block: tuple[int, int], seq: int, num_warps: int,
+    num_stages: int, slow: bool = False,
+) -> Case:  # fmt: skip
+    name = {torch.bfloat16: "bf16", torch.float16: "f16"}[dtype]
+    mask = "causal" if causal else "full"
+    return Case(
+        f"flash_attention-{name}-{mask}-d{dim}-{block[0]}x{block[1]}-w{num_warps}-s{num_stages}",
+        flash_attention,
+        {"CAUSAL": causal, "HEAD_DIM": dim, "BLOCK_M": block[0], "BLOCK_N": block[1]},
+        partial(
+            _flash_attention,
+            heads=2,
+            seq=seq,
+            dim=dim,
+            block_m=block[0],
+            causal=causal,
+            dtype=dtype,
+        ),
+        MMA_SYNC_CAPABILITIES,
+        num_warps,
+        num_stages,
+        r"mma\.\S*m16n8k16",
+        slow,
+    )
+
+
+def _cases() -> list[Case]:
+    f32, f16, bf16 = torch.float32, torch.float16, torch.bfloat16
+    cases = [
+        Case(
+            f"vector_add-{name}-{n}",
+            vector_add,
+            {"BLOCK": 1024},
+            partial(_vector_add, n=n, block=1024, dtype=dtype),
+        )
+        for name, dtype, n in [("f32", f32, 3000), ("bf16", bf16, 4097), ("f16", f16, 2064)]
+    ]
+    cases += [
+        Case(
+            f"row_softmax-{name}-{cols}-w{warps}",
+            row_softmax,
+            {"BLOCK": triton.next_power_of_2(cols)},
+            partial(_row_softmax, rows=5, cols=cols, dtype=dtype),
+            num_warps=warps,
+        )
+        for name, dtype, cols, warps in [
+            ("f32", f32, 781, 4),
+            ("bf16", bf16, 2000, 8),
+            ("f32", f32, 33, 1),
+        ]
+    ]
+    cases += [
+        Case(
+            f"layer_norm-{name}-{cols}-w{warps}",
+            layer_norm,
+            {"BLOCK": 512},
+            partial(_layer_norm, rows=3, cols=cols, dtype=dtype),
+            num_warps=warps,
+        )
+        for name, dtype, cols, warps in [("f32", f32, 1151, 4), ("f16", f16, 2048, 8)]
+    ]
+    cases += [
+        Case(
+            f"linear_recurrence-{cols}-w{warps}",
+            linear_recurrence,
+            {"BLOCK": triton.next_power_of_2(cols)},
+            partial(_linear_recurrence, rows=3, cols=cols),
+            num_warps=warps,
+        )
+        for cols, warps in [(1000, 4), (60, 1)]
+    ]
+    cases += [
+        Case(
+            f"histogram-{bins}-w{warps}",
+            histogram,
+            {"BINS": bins, "BLOCK": 1024},
+            partial(_histogram, n=5000, bins=bins, block=1024),
+            num_warps=warps,
+        )
+        for bins, warps in [(128, 4), (256, 8)]
+    ]
+    small, ragged = (128, 128, 256), (100, 80, 208)
+    cases += [
+        _matmul_case("bf16", (64, 64, 32), small, 4, 3),
+        _matmul_case("bf16", (128, 64, 32), ragged, 8, 4),
+        _matmul_case("bf16", (16, 128, 64), ragged, 4, 4),
+        _matmul_case("f16", (64, 128, 32), small, 4, 4),
+        _matmul_case("f16", (32, 32, 64), ragged, 2, 3),
+        _matmul_case("tf32", (64, 64, 32), small, 4, 3),
+        _matmul_case("tf32", (32, 64, 16), ragged, 4, 4),
+        _matmul_case("s8", (64, 64, 64), small, 4, 3),
+        _matmul_case("s8", (32, 128, 32), ragged, 4, 4),
+        _matmul_case("e4m3", (64, 64, 64), small, 4, 3),
+        _matmul_case("e4m3", (32, 64, 32), ragged, 4, 4),
+        _matmul_case("e5m2", (64, 64, 64), small, 4, 3),
+    ]
+    large = (256, 256, 512)
+    cases += [
+        _matmul_case("bf16", (128, 128, 32), large, 4, 3, slow=True),
+        _matmul_case("bf16", (128, 256, 64), large, 8, 3, slow=True),
+        _matmul_case("f16", (256, 64, 32), large, 4, 4, slow=True),
+        _matmul_case("tf32", (128, 128, 32), large, 8, 3, slow=True),
+        _matmul_case("s8", (128, 128, 64), large, 8, 4, slow=True),
+        _matmul_case("e4m3", (128, 128, 64), large, 8, 4, slow=True),
+        _matmul_case("e5m2", (128, 64, 64), large, 4, 4, slow=True),
+    ]
+    cases += [
+        _flash_case(bf16, causal=False, dim=64, block=(64, 32), seq=160, num_warps=4, num_stages=3),
+        _flash_case(bf16, causal=True, dim=64, block=(64, 64), seq=160, num_warps=4, num_stages=2),
+        _flash_case(f16, causal=True, dim=128, block=(64, 32), seq=100, num_warps=4, num_stages=2),
+        _flash_case(f16, causal=False, dim=128, block=(128, 64), seq=512, num_warps=8, num_stages=3, slow=True),
+        _flash_case(bf16, causal=True, dim=128, block=(128, 64), seq=500, num_warps=8, num_stages=2, slow=True),
+    ]  # fmt: skip
+    cases += [
+        Case(
+            f"int4_matmul-{'x'.join(map(str, block))}-s{stages}",
+            int4_matmul,
+            {"GROUP": 32, "BLOCK_M": block[0], "BLOCK_N": block[1], "BLOCK_K": block[2]},
+            partial(_int4_matmul, mnk=mnk, block=block, group=32),
+            MMA_SYNC_CAPABILITIES,
+            num_stages=stages,
+            mma=r"mma\.\S*m16n8k16\S*f16",
+        )
+        for block, mnk, stages in [
+            ((32, 64, 64), (48, 96, 192), 3),
+            ((16, 32, 128), (5, 70, 256), 4),
+        ]
+    ]
+    return cases
+
+
+CASES = _cases()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Compilation
+
+
+@dataclass(frozen=True)
+class CompiledCase:
+    """PTX of a case and how to launch it. hidden_params: pointers that Triton appends to the kernel's own
+    parameters (global scratch, profiler scratch); null as long as the kernel asks for no scratch memory."""
+
+    ptx: str
+    name: str
+    block: tuple[int, int, int]
+    smem: int
+    hidden_params: int
+
+    def args(self, problem: Problem) -> list[Any]:
+        """Arguments of a launch: tensors as they are, integers as int32, floats as float32, hidden pointers null."""
+        return [_scalar(arg) for arg in problem.args] + [np.uint64(0)] * self.hidden_params
+
+
+def _scalar(arg: Any) -> Any:
+    if isinstance(arg, int):
+        return np.int32(arg)
+    return np.float32(arg) if isinstance(arg, float) else arg
+
+
+_TRITON_DTYPES = {
+    torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float8_e4m3fn: "fp8e4nv",
+    torch.float8_e5m2: "fp8e5", torch.int8: "i8", torch.uint8: "u8", torch.int32: "i32",
+}  # fmt: skip
+
+
+@cache
+def compile_case(case: Case, capability: int) -> CompiledCase:
+    """Compiles a case for a compute capability, specialised as Triton's launcher would: pointers and sizes that are
+    multiples of 16 are said to be so, which is what makes it emit vector loads and cp.async."""
+    args = case.problem(seed=0).args
+    runtime_names = [name for name in case.kernel.arg_names if name not in case.constexprs]
+    signature = dict.fromkeys(case.kernel.arg_names, "constexpr")
+    attrs = {}
+    for name, arg in zip(runtime_names, args, strict=True):
+        is_tensor = isinstance(arg, torch.Tensor)
+        if is_tensor:
+            signature[name] = "*" + _TRITON_DTYPES[arg.dtype]
+        else:
+            signature[name] = "i32" if isinstance(arg, int) else "fp32"
+        address = arg.data_ptr() if is_tensor else arg
+        if address % 16 == 0:
+            attrs[(case.kernel.arg_names.index(name),)] = [["tt.divisibility", 16]]
+    source = ASTSource(case.kernel, signature, case.constexprs, attrs)
+    options = {"num_warps": case.num_warps, "num_stages": case.num_stages, "enable_fp_fusion": True}
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    meta, ptx = compiled.metadata, compiled.asm["ptx"]
+    if meta.global_scratch_size or meta.profile_scratch_size:
+        raise NotImplementedError(f"{case.id}: Triton asks for scratch memory, accepted is none")
+    params = re.findall(r"^\s*\.param ", ptx.partition(".entry")[2].partition(")")[0], re.M)
+    return CompiledCase(
+        ptx, meta.name, (32 * meta.num_warps, 1, 1), meta.shared, len(params) - len(args)
+    )
