@@ -62,8 +62,8 @@ class ModelConfig:
                 )
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
-                f"{self.source}: num_attention_heads ({self.num_attention_heads}) must be a multiple "
-                f"of num_key_value_heads ({self.num_key_value_heads})"
+                f"{self.source}: num_attention_heads ({self.num_attention_heads}) must be a "
+                f"multiple of num_key_value_heads ({self.num_key_value_heads})"
             )
         if self.head_dim % 2:
             raise ValueError(f"{self.source}: head_dim must be even for RoPE, got {self.head_dim}")

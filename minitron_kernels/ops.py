@@ -1,0 +1,607 @@
+"""The operations that the model is made of. `reference.py` holds their fp32 definitions.
+
+Conventions: T tokens of all sequences packed along dimension 0 (no padding), Hq query heads, Hk
+key/value heads (Hq a multiple of Hk), D = head_dim. Activations are bfloat16, float16 or float32;
+sums are accumulated in fp32. The paged cache is [pages, page, Hk, D]; a *slot* is
+page_index * page + offset. Inputs are never modified unless the docstring says so. Bad arguments
+raise ValueError or TypeError that name the argument, before anything is computed or written.
+
+A row's result does not depend on the other rows of the batch (bit for bit in float32 on the CPU).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+Tensor = torch.Tensor
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+class Norm(NamedTuple):
+    """An RMSNorm that rides on the op after it."""
+
+    weight: Tensor  # [H]
+    eps: float
+
+
+class Rope(NamedTuple):
+    """Rotary tables and the position of every token.
+
+    ``cos``, ``sin``: fp32 [max_position, R/2], R <= D rotated features. ``positions``: int32/int64
+    [T], or None where an op can tell them from the sequence lengths. ``interleaved``: pairs are
+    features (2i, 2i+1), as in GGUF's llama; else (i, i + R/2), as in Hugging Face's.
+    """
+
+    cos: Tensor
+    sin: Tensor
+    positions: Tensor | None = None
+    interleaved: bool = False
+
+
+# ---------------------------------------------------------------------------------------- checks
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def _shape(t: Tensor) -> str:
+    return "x".join(map(str, t.shape)) or "scalar"
+
+
+def _check_float(**tensors: Tensor) -> None:
+    """All arguments are tensors of one floating dtype, on one device."""
+    first_name, first = next(iter(tensors.items()))
+    for name, t in tensors.items():
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
+        if t.dtype not in DTYPES:
+            raise TypeError(f"{name} must be bfloat16, float16 or float32, got {t.dtype}")
+        if t.dtype != first.dtype:
+            raise TypeError(f"{name} is {t.dtype} but {first_name} is {first.dtype}")
+        _require(
+            t.device == first.device,
+            f"{name} is on {t.device} but {first_name} is on {first.device}",
+        )
+
+
+def _check_index(name: str, t: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
+    if not isinstance(t, Tensor) or t.dtype not in (torch.int32, torch.int64):
+        got = t.dtype if isinstance(t, Tensor) else type(t).__name__
+        raise TypeError(f"{name} must be an int32 or int64 tensor, got {got}")
+    _require(t.device == device, f"{name} is on {t.device}, expected {device}")
+    _require(
+        tuple(t.shape) == shape,
+        f"{name} must have shape {'x'.join(map(str, shape))}, got {_shape(t)}",
+    )
+
+
+def _check_rope(rope: Rope, head_dim: int) -> None:
+    for name, t in (("rope.cos", rope.cos), ("rope.sin", rope.sin)):
+        if t.dtype != torch.float32:
+            raise TypeError(f"{name} must be float32, got {t.dtype}")
+        _require(
+            t.ndim == 2 and 0 < 2 * t.shape[1] <= head_dim,
+            f"{name} must be [max_position, R/2] with R <= head_dim {head_dim}, got {_shape(t)}",
+        )
+    _require(
+        rope.cos.shape == rope.sin.shape,
+        f"rope.cos {_shape(rope.cos)} and rope.sin {_shape(rope.sin)} differ in shape",
+    )
+
+
+def _check_range(name: str, t: Tensor, low: int, high: int) -> None:
+    """Every element lies in low..high-1 (on the host: an index error names the argument)."""
+    if t.numel() and t.device.type == "cpu":
+        smallest, largest = (int(v) for v in torch.aminmax(t))
+        _require(
+            low <= smallest and largest < high,
+            f"{name} must lie in {low}..{high - 1}, got {smallest}..{largest}",
+        )
+
+
+def _starts(name: str, cu_seqlens: Tensor, total: int, what: str) -> list[int]:
+    """Cumulative lengths as a list, checked: 0, ascending, ending at ``total``."""
+    if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name} must be an int32 or int64 tensor")
+    _require(
+        cu_seqlens.ndim == 1 and cu_seqlens.numel() >= 1,
+        f"{name} must have shape [batch + 1], got {_shape(cu_seqlens)}",
+    )
+    starts: list[int] = cu_seqlens.tolist()
+    _require(
+        starts[0] == 0 and starts[-1] == total and all(a <= b for a, b in pairwise(starts)),
+        f"{name} must ascend from 0 to the {total} rows of {what}, got {starts[:4]}..{starts[-1]}",
+    )
+    return starts
+
+
+def _lengths(starts: list[int]) -> list[int]:
+    return [b - a for a, b in pairwise(starts)]
+
+
+def _check_heads(q: Tensor, k: Tensor, v: Tensor, kv_ndim: int = 3) -> None:
+    _require(q.ndim == 3, f"q must be [T, Hq, D], got {_shape(q)}")
+    _require(k.ndim == kv_ndim and k.shape == v.shape, f"k is {_shape(k)} and v is {_shape(v)}")
+    _require(
+        q.shape[2] == k.shape[-1],
+        f"head_dim of q ({q.shape[2]}) and of k ({k.shape[-1]}) must be equal",
+    )
+    _require(
+        k.shape[-2] > 0 and q.shape[1] % k.shape[-2] == 0,
+        f"query heads ({q.shape[1]}) must be a multiple of key/value heads ({k.shape[-2]})",
+    )
+
+
+def _check_window(window: int | None) -> None:
+    _require(window is None or window > 0, f"window must be positive or None, got {window}")
+
+
+# ------------------------------------------------------------------------------- norm, rope, act
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMSNorm over the last dimension in Hugging Face's rounding order.
+
+    x [..., H], weight [H], of one dtype. The row is normalised in fp32, rounded to x's dtype and
+    then multiplied with the weight (Zhang & Sennrich 2019; transformers' LlamaRMSNorm).
+    """
+    _check_float(x=x, weight=weight)
+    _require(x.ndim >= 1, "x must have at least one dimension")
+    _require(
+        weight.shape == x.shape[-1:],
+        f"weight must have shape {x.shape[-1]} (the last of x), got {_shape(weight)}",
+    )
+    x32 = x.float()
+    y = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
+    return y.to(x.dtype) * weight
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """residual += x, in place; returns rms_norm(residual, weight, eps).
+
+    x and residual [..., H] of one dtype; the sum is rounded to it before it is normalised.
+    """
+    _check_float(x=x, residual=residual, weight=weight)
+    _require(
+        x.shape == residual.shape,
+        f"residual must have x's shape {_shape(x)}, got {_shape(residual)}",
+    )
+    _require(
+        weight.shape == x.shape[-1:],
+        f"weight must have shape {x.shape[-1]} (the last of x), got {_shape(weight)}",
+    )
+    residual += x
+    return rms_norm(residual, weight, eps)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """x [T, H, D], cos and sin [T, 1, R/2] fp32 -> x rotated in fp32 and rounded once."""
+    half = cos.shape[-1]
+    x32 = x.float()
+    if interleaved:
+        a, b = x32[..., 0 : 2 * half : 2], x32[..., 1 : 2 * half : 2]
+    else:
+        a, b = x32[..., :half], x32[..., half : 2 * half]
+    y = torch.empty_like(x32) if 2 * half == x.shape[-1] else x32.clone()
+    first, second = (
+        (y[..., 0 : 2 * half : 2], y[..., 1 : 2 * half : 2])
+        if interleaved
+        else (y[..., :half], y[..., half : 2 * half])
+    )
+    torch.mul(a, cos, out=first).addcmul_(b, sin, value=-1)
+    torch.mul(b, cos, out=second).addcmul_(a, sin)
+    return y.to(x.dtype)
+
+
+def _rope_rows(rope: Rope, num_tokens: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """cos, sin of every token, [T, 1, R/2]."""
+    if rope.positions is None:
+        raise ValueError("rope.positions is required here")
+    _check_index("positions", rope.positions, (num_tokens,), device)
+    _check_range("positions", rope.positions, 0, rope.cos.shape[0])
+    return rope.cos[rope.positions][:, None], rope.sin[rope.positions][:, None]
+
+
+def apply_rope(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, interleaved: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Rotary embedding of packed q [T, Hq, D] and k [T, Hk, D]; returns rotated copies.
+
+    cos, sin: fp32 [max_position, R/2]; features past R pass unchanged. positions: int32/int64 [T].
+    ``interleaved`` pairs features (2i, 2i+1), else (i, i + R/2) (Su et al. 2021).
+    """
+    _check_float(q=q, k=k)
+    for name, t in (("q", q), ("k", k)):
+        _require(t.ndim == 3, f"{name} must be [T, H, D], got {_shape(t)}")
+    _require(
+        q.shape[0] == k.shape[0] and q.shape[2] == k.shape[2],
+        f"q {_shape(q)} and k {_shape(k)} must agree in tokens and head_dim",
+    )
+    rope = Rope(cos, sin, positions, interleaved)
+    _check_rope(rope, q.shape[2])
+    c, s = _rope_rows(rope, q.shape[0], q.device)
+    return _rotate(q, c, s, interleaved), _rotate(k, c, s, interleaved)
+
+
+def silu_and_mul(gate_up: Tensor) -> Tensor:
+    """silu(gate) * up of [..., 2I] (gate first) -> [..., I] (Shazeer 2020)."""
+    _check_float(gate_up=gate_up)
+    _require(
+        gate_up.ndim >= 1 and gate_up.shape[-1] % 2 == 0,
+        f"gate_up must have an even last dimension, got {_shape(gate_up)}",
+    )
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+# ----------------------------------------------------------------------------------------- linear
+
+
+def _onednn_linear(x: Tensor, w: Tensor) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], "")
+
+
+def _has_onednn_linear() -> bool:
+    try:
+        return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._linear_pointwise)
+    except AttributeError:
+        return False
+
+
+_HAS_ONEDNN_LINEAR = _has_onednn_linear()
+
+
+def _matmul(x: Tensor, w: Tensor) -> Tensor:
+    """x [M, K] @ w [N, K]^T with every row's bits independent of M.
+
+    In float32 torch would take MKL, whose summation order changes with M (a sequence would get
+    other bits in a batch than alone). oneDNN's does not, from M = 2 on; bfloat16 uses it anyway.
+    """
+    if x.dtype is torch.float32 and x.device.type == "cpu" and _HAS_ONEDNN_LINEAR and x.numel():
+        if x.shape[0] == 1:
+            return _onednn_linear(x.expand(2, -1), w)[:1]
+        return _onednn_linear(x, w)
+    return F.linear(x, w)
+
+
+def linear(x: Tensor, w: Tensor, residual: Tensor | None = None) -> Tensor:
+    """x [..., K] @ w [N, K]^T (+ residual [..., N]) -> [..., N], in x's dtype."""
+    _check_float(x=x, w=w)
+    _require(w.ndim == 2, f"w must be [N, K], got {_shape(w)}")
+    _require(
+        x.ndim >= 1 and x.shape[-1] == w.shape[1],
+        f"the last dimension of x ({_shape(x)}) must be w's K = {w.shape[1]}",
+    )
+    if residual is not None:
+        _check_float(x=x, residual=residual)
+        _require(
+            residual.shape == (*x.shape[:-1], w.shape[0]),
+            f"residual must be {'x'.join(map(str, (*x.shape[:-1], w.shape[0])))}, "
+            f"got {_shape(residual)}",
+        )
+    y = _matmul(x.reshape(-1, x.shape[-1]), w).view(*x.shape[:-1], w.shape[0])
+    return y if residual is None else y.add_(residual)
+
+
+def swiglu_mlp(
+    x: Tensor,
+    w_gate_up: Tensor | tuple[Tensor, Tensor],
+    w_down: Tensor,
+    norm: Norm | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """down(silu(gate(x)) * up(x)) (+ residual), x optionally RMS-normalised first (Shazeer 2020).
+
+    x [T, H]; w_gate_up [2I, H] with gate's rows first, or the pair (gate [I, H], up [I, H]);
+    w_down [H, I]; residual [T, H]. Returns a new [T, H].
+    """
+    if norm is not None:
+        x = rms_norm(x, *norm)
+    if isinstance(w_gate_up, Tensor):
+        hidden = silu_and_mul(linear(x, w_gate_up))
+    else:
+        gate, up = w_gate_up
+        _require(gate.shape == up.shape, f"gate {_shape(gate)} and up {_shape(up)} differ in shape")
+        hidden = F.silu(linear(x, gate), inplace=True).mul_(linear(x, up))
+    return linear(hidden, w_down, residual)
+
+
+# -------------------------------------------------------------------------------------- attention
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, window: int | None
+) -> Tensor:
+    """One sequence on PyTorch's SDPA: q [Lq, Hq, D], k, v [Lk, Hk, D] -> [Lq, Hq, D]."""
+    (lq, hq, d), (lk, hk, _) = q.shape, k.shape
+    kt, vt = k.transpose(0, 1)[None], v.transpose(0, 1)[None]
+    if lq == 1 and (window is None or lk <= window):
+        # The queries of a KV group share K and V: let them be the rows of one matrix.
+        out = F.scaled_dot_product_attention(q.view(1, hk, hq // hk, d), kt, vt, scale=scale)
+        return out.reshape(1, hq, d)
+    mask = None
+    is_causal = causal and lq == lk and window is None
+    if (causal and lq > 1 and not is_causal) or window is not None:
+        distance = torch.arange(lk - lq, lk, device=q.device)[:, None]
+        distance = distance - torch.arange(lk, device=q.device)
+        mask = distance >= 0 if causal else torch.ones_like(distance, dtype=torch.bool)
+        if window is not None:
+            mask &= distance.abs() < window
+    out = F.scaled_dot_product_attention(
+        q.transpose(0, 1)[None], kt, vt, mask, 0.0, is_causal, scale=scale, enable_gqa=hq != hk
+    )
+    return out[0].transpose(0, 1)
+
+
+def _lse(q: Tensor, k: Tensor, causal: bool, scale: float, window: int | None) -> Tensor:
+    """log-sum-exp of the scaled, masked logits of one sequence, fp32 [Hq, Lq]."""
+    group = q.shape[1] // k.shape[1]
+    logits = torch.einsum("qhd,khd->hqk", q.float(), k.float().repeat_interleave(group, 1)) * scale
+    distance = torch.arange(k.shape[0] - q.shape[0], k.shape[0], device=q.device)[:, None]
+    distance = distance - torch.arange(k.shape[0], device=q.device)
+    hidden = distance < 0 if causal else torch.zeros_like(distance, dtype=torch.bool)
+    if window is not None:
+        hidden = hidden | (distance.abs() >= window)
+    return torch.logsumexp(logits.masked_fill(hidden, -math.inf), dim=-1)
+
+
+def _attend_into(
+    out: Tensor,
+    lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    causal: bool,
+    scale: float,
+    window: int | None,
+) -> None:
+    """_attend, with queries that see no key (more queries than keys) set to 0 and lse -inf."""
+    blind = q.shape[0] - k.shape[0] if causal else 0 if k.shape[0] else q.shape[0]
+    if window is not None and not causal:
+        blind = max(blind, q.shape[0] - k.shape[0] - window + 1)
+    blind = min(max(blind, 0), q.shape[0])
+    out[:blind] = 0
+    if lse is not None:
+        lse[:, :blind] = -math.inf
+    if blind == q.shape[0]:
+        return
+    out[blind:] = _attend(q[blind:], k, v, causal, scale, window)
+    if lse is not None:
+        lse[:, blind:] = _lse(q[blind:], k, causal, scale, window)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    *,
+    causal: bool = True,
+    softmax_scale: float | None = None,
+    window: int | None = None,
+    rope: Rope | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Grouped-query attention over packed sequences (Dao et al. 2022, Ainslie et al. 2023).
+
+    q [Tq, Hq, D], k and v [Tk, Hk, D]; cu_seqlens_*: int32/int64 [B + 1]. In each sequence the last
+    query stands on the last key. ``causal`` hides later keys; ``window`` = W hides keys at a
+    distance of W or more. softmax_scale defaults to 1/sqrt(D). With ``rope``, q and k are rotated
+    by their position in the sequence (rope.positions is not used). A query that sees no key gives
+    zeros. Returns out [Tq, Hq, D], with ``return_lse`` also lse fp32 [Hq, Tq] (natural logarithm).
+    """
+    _check_float(q=q, k=k, v=v)
+    _check_heads(q, k, v)
+    _check_window(window)
+    starts_q = _starts("cu_seqlens_q", cu_seqlens_q, q.shape[0], "q")
+    starts_k = _starts("cu_seqlens_k", cu_seqlens_k, k.shape[0], "k")
+    _require(
+        len(starts_q) == len(starts_k),
+        f"cu_seqlens_q has {len(starts_q) - 1} sequences, cu_seqlens_k {len(starts_k) - 1}",
+    )
+    scale = 1 / math.sqrt(q.shape[2]) if softmax_scale is None else softmax_scale
+    if rope is not None:
+        _check_rope(rope, q.shape[2])
+        lengths = list(zip(_lengths(starts_q), _lengths(starts_k), strict=True))
+        _require(
+            all(lq <= lk <= rope.cos.shape[0] for lq, lk in lengths),
+            f"with rope every sequence needs queries <= keys <= max_position {rope.cos.shape[0]}",
+        )
+        device = q.device
+        pos_q = [torch.arange(lk - lq, lk, device=device) for lq, lk in lengths]
+        pos_k = [torch.arange(lk, device=device) for _, lk in lengths]
+        for positions, x in ((pos_q, "q"), (pos_k, "k")):
+            rows = _rope_rows(
+                rope._replace(positions=torch.cat(positions) if positions else torch.arange(0)),
+                (q if x == "q" else k).shape[0],
+                device,
+            )
+            if x == "q":
+                q = _rotate(q, *rows, rope.interleaved)
+            else:
+                k = _rotate(k, *rows, rope.interleaved)
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    lse = q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32) if return_lse else None
+    for i in range(len(starts_q) - 1):
+        rows_q = slice(starts_q[i], starts_q[i + 1])
+        rows_k = slice(starts_k[i], starts_k[i + 1])
+        lse_i = None if lse is None else lse[:, rows_q]
+        _attend_into(out[rows_q], lse_i, q[rows_q], k[rows_k], v[rows_k], causal, scale, window)
+    return out if lse is None else (out, lse)
+
+
+def _append(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
+    """Write rows of k, v [T, Hk, D] into the slots of the cache; a negative slot is skipped."""
+    if slots.device.type == "cpu" and slots.numel() and int(slots.min()) < 0:
+        kept = slots >= 0
+        k, v, slots = k[kept], v[kept], slots[kept]
+    slots = slots.long()
+    k_cache.view(-1, *k.shape[1:]).index_copy_(0, slots, k)
+    v_cache.view(-1, *v.shape[1:]).index_copy_(0, slots, v)
+
+
+def _cached_rows(cache: Tensor, pages: Sequence[int], num_tokens: int) -> Tensor:
+    """The first num_tokens rows of a sequence's pages, [L, Hk, D]; no copy when they adjoin."""
+    page = cache.shape[1]
+    used = pages[: -(-num_tokens // page)]
+    if all(b == a + 1 for a, b in pairwise(used)):
+        first = used[0] if used else 0
+        return cache[first : first + len(used)].flatten(0, 1)[:num_tokens]
+    return cache[torch.tensor(used, device=cache.device)].flatten(0, 1)[:num_tokens]
+
+
+def _check_cache(k_cache: Tensor, v_cache: Tensor) -> None:
+    for name, t in (("k_cache", k_cache), ("v_cache", v_cache)):
+        _require(t.ndim == 4, f"{name} must be [pages, page, Hk, D], got {_shape(t)}")
+        _require(t.is_contiguous(), f"{name} must be contiguous")
+    _require(
+        k_cache.shape == v_cache.shape,
+        f"k_cache {_shape(k_cache)} and v_cache {_shape(v_cache)} differ in shape",
+    )
+
+
+def qkv_rope_append(
+    x: Tensor,
+    norm: Norm | None,
+    w_qkv: tuple[Tensor, Tensor, Tensor],
+    rope: Rope,
+    cache: tuple[Tensor, Tensor],
+    slots: Tensor,
+) -> Tensor:
+    """RMSNorm, Q/K/V projection and RoPE of x; K and V go to the cache, Q [T, Hq, D] is returned.
+
+    x [T, H]; w_qkv = (wq [Hq*D, H], wk [Hk*D, H], wv [Hk*D, H]); cache = (k_cache, v_cache), each
+    [pages, page, Hk, D], written in place at ``slots`` (int32/int64 [T]; negative: skipped).
+    """
+    k_cache, v_cache = cache
+    wq, wk, wv = w_qkv
+    _check_float(x=x, wq=wq, wk=wk, wv=wv, k_cache=k_cache, v_cache=v_cache)
+    _check_cache(k_cache, v_cache)
+    _require(x.ndim == 2, f"x must be [T, H], got {_shape(x)}")
+    num_pages, page, hk, d = k_cache.shape
+    for name, w in (("wk", wk), ("wv", wv)):
+        _require(w.shape[0] == hk * d, f"{name} must have Hk*D = {hk * d} rows, got {_shape(w)}")
+    _require(
+        wq.shape[0] > 0 and wq.shape[0] % (hk * d) == 0,
+        f"wq must have a multiple of Hk*D = {hk * d} rows, got {_shape(wq)}",
+    )
+    _check_rope(rope, d)
+    cos, sin = _rope_rows(rope, x.shape[0], x.device)
+    _check_index("slots", slots, (x.shape[0],), x.device)
+    _check_range("slots", slots, -(1 << 62), num_pages * page)
+    if norm is not None:
+        x = rms_norm(x, *norm)
+    q, k, v = (linear(x, w).view(x.shape[0], -1, d) for w in (wq, wk, wv))
+    _append(_rotate(k, cos, sin, rope.interleaved), v, k_cache, v_cache, slots)
+    return _rotate(q, cos, sin, rope.interleaved)
+
+
+def attention_kvcache(
+    q: Tensor,
+    k_new: Tensor | None,
+    v_new: Tensor | None,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    cache_seqlens: Tensor,
+    rope: Rope | None = None,
+    *,
+    cu_seqlens_q: Tensor | None = None,
+    causal: bool = True,
+    softmax_scale: float | None = None,
+    window: int | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention of new tokens over a paged KV cache, optionally rotating and appending K and V.
+
+    q [T, Hq, D]; k_new, v_new [T, Hk, D], or None when the cache holds them already.
+    k_cache, v_cache [pages, page, Hk, D]; block_table int32 [B, max_pages], the pages of each
+    sequence in order; cache_seqlens int32 [B], tokens of each sequence in the cache *before* this
+    call's k_new. cu_seqlens_q int32 [B + 1] delimits the sequences' rows of q (None: one row each).
+    With ``rope``, q and k_new are rotated (by rope.positions, or by their place in the sequence if
+    None). k_new and v_new are written to the cache, in place. The last query of a sequence stands
+    on its last key. Returns out [T, Hq, D], with ``return_lse`` also lse fp32 [Hq, T].
+    """
+    _check_float(q=q, k_cache=k_cache, v_cache=v_cache)
+    _check_cache(k_cache, v_cache)
+    _check_heads(q, k_cache, v_cache, kv_ndim=4)
+    _check_window(window)
+    num_pages, page, hk, d = k_cache.shape
+    _require(block_table.ndim == 2, f"block_table must be [B, pages], got {_shape(block_table)}")
+    batch, max_pages = block_table.shape
+    _check_index("block_table", block_table, (batch, max_pages), q.device)
+    _check_index("cache_seqlens", cache_seqlens, (batch,), q.device)
+    if cu_seqlens_q is None:
+        _require(q.shape[0] == batch, f"q has {q.shape[0]} rows for {batch} sequences")
+        starts = list(range(batch + 1))
+    else:
+        starts = _starts("cu_seqlens_q", cu_seqlens_q, q.shape[0], "q")
+        _require(
+            len(starts) == batch + 1,
+            f"cu_seqlens_q must have {batch + 1} entries, got {len(starts)}",
+        )
+    _require((k_new is None) == (v_new is None), "k_new and v_new must be given together")
+    before: list[int] = cache_seqlens.tolist()
+    tables: list[list[int]] = block_table.tolist()
+    counts = _lengths(starts)
+    added = counts if k_new is not None else [0] * batch
+    for i in range(batch):
+        length = before[i] + added[i]
+        _require(
+            before[i] >= 0 and length <= max_pages * page,
+            f"cache_seqlens[{i}]: {length} tokens do not fit block_table's {max_pages} x {page}",
+        )
+        _require(
+            all(0 <= p < num_pages for p in tables[i][: -(-length // page)]),
+            f"block_table[{i}] names a page outside 0..{num_pages - 1}",
+        )
+    if rope is not None:
+        _check_rope(rope, d)
+        if rope.positions is None:
+            last = [n + m for n, m in zip(before, added, strict=True)]
+            positions = [p for n, m in zip(last, counts, strict=True) for p in range(n - m, n)]
+            rope = rope._replace(positions=torch.tensor(positions, device=q.device))
+        cos, sin = _rope_rows(rope, q.shape[0], q.device)
+        q = _rotate(q, cos, sin, rope.interleaved)
+    if k_new is not None and v_new is not None:
+        _check_float(q=q, k_new=k_new, v_new=v_new)
+        for name, t in (("k_new", k_new), ("v_new", v_new)):
+            _require(
+                tuple(t.shape) == (q.shape[0], hk, d),
+                f"{name} must be {q.shape[0]}x{hk}x{d}, got {_shape(t)}",
+            )
+        slots = [
+            tables[i][p // page] * page + p % page
+            for i in range(batch)
+            for p in range(before[i], before[i] + added[i])
+        ]
+        k_new = _rotate(k_new, cos, sin, rope.interleaved) if rope is not None else k_new
+        _append(k_new, v_new, k_cache, v_cache, torch.tensor(slots, device=q.device))
+    scale = 1 / math.sqrt(d) if softmax_scale is None else softmax_scale
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    lse = q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32) if return_lse else None
+    for i in range(batch):
+        rows = slice(starts[i], starts[i + 1])
+        length = before[i] + added[i]
+        k, v = (_cached_rows(c, tables[i], length) for c in (k_cache, v_cache))
+        lse_i = None if lse is None else lse[:, rows]
+        _attend_into(out[rows], lse_i, q[rows], k, v, causal, scale, window)
+    return out if lse is None else (out, lse)
+
+
+def embedding(ids: Tensor, table: Tensor) -> Tensor:
+    """Rows ``ids`` (int32/int64 [T]) of table [V, H] -> [T, H]; an id out of range is an error."""
+    _check_float(table=table)
+    _check_index("ids", ids, tuple(ids.shape), table.device)
+    _check_range("ids", ids, 0, table.shape[0])
+    return F.embedding(ids, table)
