@@ -1,0 +1,158 @@
+"""What a model asks of a checkpoint, whatever its format: names, shapes, types, and the weights."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from minitron_kernels.config import ModelConfig
+
+# The types that GGUF and safetensors share, and that load() returns.
+TORCH_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+# The largest index of a published model is 9 MB; nested brackets grow 20-fold when parsed.
+_MAX_JSON_BYTES = 16 << 20
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One stored weight, under its Hugging Face name."""
+
+    name: str  # e.g. model.layers.0.self_attn.q_proj.weight
+    type: str  # as stored: BF16, F16, F32, Q4_K, ...
+    shape: tuple[int, ...]  # torch order: [out, in]
+    nbytes: int  # as stored
+    file: Path
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+
+class Checkpoint(Protocol):
+    """An opened checkpoint: headers are read and checked, weights stay on disk until loaded."""
+
+    path: Path
+    config: ModelConfig
+    tensors: dict[str, TensorInfo]
+
+    def load(self, name: str, dtype: torch.dtype) -> torch.Tensor:
+        """The weight ``name`` as a contiguous CPU tensor of ``dtype`` and its stored shape.
+
+        ``dtype`` is float32, float16 or bfloat16. Where the file stores just these bytes the
+        tensor is a view of the memory-mapped file (private mapping: writing to it never reaches
+        the file), and its values are not looked at; otherwise it is converted, and a value that
+        is not finite in ``dtype`` raises ValueError. So does an unknown name.
+        """
+        ...
+
+    def ram_needed(self, dtype: torch.dtype) -> int:
+        """Bytes that loading every tensor as ``dtype`` allocates (memory-mapped views: none)."""
+        ...
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Open a folder with config.json and safetensors, or a GGUF file (any part of a split one).
+
+    Raises OSError when the path is missing, ValueError for a corrupt or incomplete checkpoint
+    and NotImplementedError for a model or tensor type this package has no code for.
+    """
+    path = Path(path)
+    if path.is_dir():
+        from minitron_kernels.loaders.safetensors import SafetensorsCheckpoint
+
+        return SafetensorsCheckpoint(path)
+    if path.suffix == ".safetensors":
+        raise ValueError(f"{path}: name the folder that holds it and its config.json instead")
+    from minitron_kernels.loaders.gguf import GGUFCheckpoint
+
+    return GGUFCheckpoint(path)
+
+
+def check_memory(checkpoint: Checkpoint, dtype: torch.dtype) -> None:
+    """Raise MemoryError, naming need and have, when the weights as ``dtype`` do not fit in RAM."""
+    import psutil
+
+    need, have = checkpoint.ram_needed(dtype), psutil.virtual_memory().available
+    if need > have:
+        raise MemoryError(
+            f"{checkpoint.path}: the weights as {dtype_name(dtype)} need {need / 2**30:.1f} GiB of "
+            f"memory, and {have / 2**30:.1f} GiB are available"
+        )
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """``bfloat16`` for torch.bfloat16."""
+    return str(dtype).removeprefix("torch.")
+
+
+def check_load(checkpoint: Checkpoint, name: str, dtype: torch.dtype) -> TensorInfo:
+    """The arguments of ``Checkpoint.load``, checked; returns what the checkpoint says of it."""
+    if dtype not in TORCH_DTYPES.values():
+        accepted = ", ".join(dtype_name(d) for d in TORCH_DTYPES.values())
+        raise ValueError(f"dtype: got {dtype}, accepted: {accepted}")
+    info = checkpoint.tensors.get(name)
+    if info is None:
+        raise ValueError(f"{checkpoint.path}: no tensor {name!r}")
+    return info
+
+
+def convert(stored: torch.Tensor, dtype: torch.dtype, info: TensorInfo) -> torch.Tensor:
+    """``stored`` itself if it is of ``dtype``, else a converted copy whose values are checked."""
+    converted = stored.to(dtype)
+    if converted is stored or not stored.numel():
+        return converted
+    low, high = converted.aminmax()  # one pass, no temporaries; NaN propagates
+    check_finite(float(low), float(high), dtype, info)
+    return converted
+
+
+def check_finite(low: float, high: float, dtype: torch.dtype, info: TensorInfo) -> None:
+    """Raise ValueError unless the extremes ``low`` and ``high`` are finite as ``dtype``."""
+    limit = torch.finfo(dtype).max
+    if not (-limit <= low and high <= limit):
+        raise ValueError(
+            f"{info.file}: tensor {info.name!r} ({info.type}) has values that are not finite "
+            f"as {dtype_name(dtype)}: minimum {low}, maximum {high}"
+        )
+
+
+def require_file(path: Path) -> None:
+    """Raise OSError when ``path`` is missing and ValueError when it is no regular file."""
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file")
+    if not path.is_file():  # opening a pipe would wait forever
+        raise ValueError(f"{path}: not a regular file")
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """The object in a small JSON file: size and nesting bounded, no key twice.
+
+    Raises OSError or ValueError naming the file.
+    """
+    require_file(path)
+    if (size := path.stat().st_size) > _MAX_JSON_BYTES:
+        raise ValueError(f"{path}: {size} bytes, more than the {_MAX_JSON_BYTES} accepted")
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(data := dict(pairs)) != len(pairs):
+            ((key, _),) = Counter(key for key, _ in pairs).most_common(1)
+            raise ValueError(f"duplicate key {key!r:.80}")
+        return data
+
+    try:
+        data = json.loads(path.read_bytes(), object_pairs_hook=unique)
+    except RecursionError:
+        raise ValueError(f"{path}: nested too deeply") from None
+    except ValueError as error:  # JSON syntax, UTF-8, oversized numbers, duplicates
+        raise ValueError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(data, dict):
+        raise ValueError(f"{path}: must hold a JSON object, got {type(data).__name__}")
+    return data
