@@ -1,0 +1,62 @@
+"""CUDA kernels and text generation for Mistral-NeMo-Minitron-8B and other Llama-shaped models.
+
+Names are imported on first use: `import minitron_kernels` loads nothing heavy.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from minitron_kernels.config import ModelConfig
+    from minitron_kernels.generate import GenerationResult, TokenEvent, generate, score, stream
+    from minitron_kernels.loaders.tokenizer import AutoTokenizer, Tokenizer
+    from minitron_kernels.model import MinitronForCausalLM
+    from minitron_kernels.sampling import SamplingParams
+
+    LlamaForCausalLM = MistralForCausalLM = AutoModelForCausalLM = MinitronForCausalLM
+
+_HOME = {
+    "ModelConfig": "config",
+    "GenerationResult": "generate",
+    "TokenEvent": "generate",
+    "generate": "generate",
+    "score": "generate",
+    "stream": "generate",
+    "AutoTokenizer": "loaders.tokenizer",
+    "Tokenizer": "loaders.tokenizer",
+    "MinitronForCausalLM": "model",
+    "SamplingParams": "sampling",
+}
+# Names under which code written for transformers asks for the model.
+_ALIASES = dict.fromkeys(
+    ("LlamaForCausalLM", "MistralForCausalLM", "AutoModelForCausalLM"), "MinitronForCausalLM"
+)
+
+__all__ = [
+    "AutoModelForCausalLM",
+    "AutoTokenizer",
+    "GenerationResult",
+    "LlamaForCausalLM",
+    "MinitronForCausalLM",
+    "MistralForCausalLM",
+    "ModelConfig",
+    "SamplingParams",
+    "TokenEvent",
+    "Tokenizer",
+    "generate",
+    "score",
+    "stream",
+]
+
+
+def __getattr__(name: str) -> Any:
+    target = _ALIASES.get(name, name)
+    if target not in _HOME:
+        raise AttributeError(f"module 'minitron_kernels' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"minitron_kernels.{_HOME[target]}"), target)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,1 @@
+"""Where models come from: names and Hub ids, checkpoints of either format, tokenizers."""

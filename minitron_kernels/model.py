@@ -1,0 +1,368 @@
+"""The model: a Llama-shaped decoder over packed tokens and a paged KV cache, in one file.
+
+All maths goes through `minitron_kernels.ops`. Parameter names are Hugging Face's, so a state dict
+fits either. Tokens of all sequences are packed along one dimension; a `Batch` says which rows
+belong to which sequence and where their K and V go, so that one forward pass serves prompts and
+single new tokens alike:
+
+    ids [T] -> embed [T, H] -> layers x (qkv_rope_append, attention_kvcache, linear + residual,
+    swiglu_mlp + norm + residual) -> norm -> logits [len(rows), V]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from os import PathLike
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from minitron_kernels import ops
+from minitron_kernels.cache import PagedKVCache
+from minitron_kernels.config import DTYPES, ModelConfig
+
+if TYPE_CHECKING:
+    from minitron_kernels.loaders.checkpoint import Checkpoint
+
+Tensor = torch.Tensor
+
+
+@dataclass
+class Batch:
+    """Which sequences the packed rows of one step belong to; index tensors are int32.
+
+    ``cu_seqlens_q`` [B + 1] delimits each sequence's new rows; ``seqlens`` [B] is its length with
+    them; ``block_table`` [B, max_pages] lists its pages; ``positions`` and ``slots`` [T] say where
+    each row stands in its sequence and in the cache.
+    """
+
+    positions: Tensor
+    slots: Tensor
+    cu_seqlens_q: Tensor
+    seqlens: Tensor
+    block_table: Tensor
+
+    @classmethod
+    def build(
+        cls,
+        pages: Sequence[Sequence[int]],
+        starts: Sequence[int],
+        counts: Sequence[int],
+        page_size: int,
+        device: torch.device | str,
+    ) -> Batch:
+        """Sequence i owns ``pages[i]``, has ``starts[i]`` tokens cached and gets ``counts[i]``."""
+        positions: list[int] = []
+        slots: list[int] = []
+        cu_seqlens = [0]
+        for own, start, count in zip(pages, starts, counts, strict=True):
+            rows = range(start, start + count)
+            positions += rows
+            slots += [own[p // page_size] * page_size + p % page_size for p in rows]
+            cu_seqlens.append(cu_seqlens[-1] + count)
+        width = max(map(len, pages), default=0)
+        table = [[*own, *[0] * (width - len(own))] for own in pages]
+        seqlens = [s + c for s, c in zip(starts, counts, strict=True)]
+
+        def tensor(values: Any) -> Tensor:
+            return torch.tensor(values, dtype=torch.int32, device=device)
+
+        return cls(
+            tensor(positions),
+            tensor(slots),
+            tensor(cu_seqlens),
+            tensor(seqlens),
+            tensor(table).view(len(pages), width),
+        )
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, hidden_size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(hidden_size))
+        self.variance_epsilon = eps
+
+    def as_norm(self) -> ops.Norm:
+        """For the op that this norm is fused into."""
+        return ops.Norm(self.weight, self.variance_epsilon)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.rms_norm(x, self.weight, self.variance_epsilon)
+
+
+class Linear(nn.Module):
+    """A bias-free matrix [out, in], applied by `ops.linear`."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        return ops.linear(x, self.weight, residual)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        hidden, d = config.hidden_size, config.head_dim
+        self.window = config.sliding_window
+        self.q_proj = Linear(hidden, config.num_attention_heads * d)
+        self.k_proj = Linear(hidden, config.num_key_value_heads * d)
+        self.v_proj = Linear(hidden, config.num_key_value_heads * d)
+        self.o_proj = Linear(config.num_attention_heads * d, hidden)
+
+    def forward(
+        self, x: Tensor, norm: ops.Norm, rope: ops.Rope, kv: tuple[Tensor, Tensor], batch: Batch
+    ) -> Tensor:
+        w_qkv = (self.q_proj.weight, self.k_proj.weight, self.v_proj.weight)
+        q = ops.qkv_rope_append(x, norm, w_qkv, rope, kv, batch.slots)
+        out = ops.attention_kvcache(
+            q,
+            None,
+            None,
+            *kv,
+            batch.block_table,
+            batch.seqlens,
+            cu_seqlens_q=batch.cu_seqlens_q,
+            window=self.window,
+        )
+        return self.o_proj(out.flatten(1), residual=x)
+
+
+class MLP(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, x: Tensor, norm: ops.Norm) -> Tensor:
+        gate_up = (self.gate_proj.weight, self.up_proj.weight)
+        return ops.swiglu_mlp(x, gate_up, self.down_proj.weight, norm, residual=x)
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, rope: ops.Rope, kv: tuple[Tensor, Tensor], batch: Batch) -> Tensor:
+        x = self.self_attn(x, self.input_layernorm.as_norm(), rope, kv, batch)
+        return self.mlp(x, self.post_attention_layernorm.as_norm())
+
+
+class Embedding(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return ops.embedding(ids, self.weight)
+
+
+class Decoder(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.embed_tokens = Embedding(config)
+        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+class MinitronForCausalLM(nn.Module):
+    """A causal language model of Llama's architecture, for inference.
+
+    Build it with `from_pretrained`; `generate` has the call of transformers' method. For streams,
+    text in and out, or many prompts see `minitron_kernels.generate`.
+    """
+
+    checkpoint: Checkpoint | None = None
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config)
+        if not config.tie_word_embeddings:
+            self.lm_head = Linear(config.hidden_size, config.vocab_size)
+        self._rope: ops.Rope | None = None
+        self.requires_grad_(False).eval()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | PathLike[str],
+        *,
+        dtype: torch.dtype | str | None = None,
+        device: torch.device | str | None = None,
+        revision: str | None = None,
+        progress: bool | None = None,
+        torch_dtype: torch.dtype | str | None = None,
+        device_map: torch.device | str | None = None,
+    ) -> MinitronForCausalLM:
+        """Load a model.
+
+        ``source``: a folder with config.json and safetensors, a .gguf file, a Hub id (also
+        ``repo:QUANT`` and ``repo/file.gguf`` for GGUF repositories), or a built-in name
+        (smollm2-135m, minitron-8b, minitron-8b:Q4_K_M). ``dtype`` ("auto": as stored, bfloat16 for
+        quantised GGUF) and ``device`` also go by transformers' names torch_dtype and device_map.
+        Weights stored in the wanted dtype stay memory-mapped on the CPU; others are converted one
+        tensor at a time. ``progress`` shows a bar (None: on a terminal, when there is much to do).
+
+        Raises ValueError for a bad argument or a damaged file (naming file and field),
+        FileNotFoundError, NotImplementedError for an unsupported model, MemoryError beforehand if
+        the machine has too little memory.
+        """
+        from minitron_kernels.loaders.checkpoint import check_memory, open_checkpoint
+        from minitron_kernels.loaders.hub import resolve
+
+        device = _device(_one_of("device", device, "device_map", device_map))
+        wanted_dtype = _one_of("dtype", dtype, "torch_dtype", torch_dtype)
+        checkpoint = open_checkpoint(resolve(source, revision))
+        torch_type = _dtype(wanted_dtype, checkpoint.config)
+        check_memory(checkpoint, torch_type)
+        with torch.device("meta"):
+            model = cls(checkpoint.config)
+        model.checkpoint = checkpoint
+        model._load(checkpoint, torch_type, device, progress)
+        return model
+
+    def _load(
+        self,
+        checkpoint: Checkpoint,
+        dtype: torch.dtype,
+        device: torch.device,
+        progress: bool | None,
+    ) -> None:
+        from tqdm import tqdm
+
+        shapes = self.config.weight_shapes()
+        for name, shape in shapes.items():  # all are checked before the first is read
+            info = checkpoint.tensors.get(name)
+            if info is None:
+                raise ValueError(f"{checkpoint.path}: tensor {name} is missing")
+            if tuple(info.shape) != shape:
+                raise ValueError(
+                    f"{info.file}: tensor {name} has shape {list(info.shape)}, "
+                    f"the config asks for {list(shape)}"
+                )
+        converted = checkpoint.ram_needed(dtype)
+        if progress is None and converted < 1 << 28 and device.type == "cpu":
+            progress = False
+        with tqdm(
+            total=sum(checkpoint.tensors[name].nbytes for name in shapes),
+            desc="loading weights",
+            unit="B",
+            unit_scale=True,
+            unit_divisor=1024,
+            disable=None if progress is None else not progress,
+            leave=False,
+        ) as bar:
+            for name in shapes:
+                owner, _, leaf = name.rpartition(".")
+                weight = checkpoint.load(name, dtype).to(device)
+                setattr(self.get_submodule(owner), leaf, nn.Parameter(weight, requires_grad=False))
+                bar.update(checkpoint.tensors[name].nbytes)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.norm.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.norm.weight.dtype
+
+    def new_cache(self, num_tokens: int, page_size: int = 16) -> PagedKVCache:
+        """An empty cache with room for ``num_tokens`` tokens (whole pages)."""
+        pages = max(1, -(-num_tokens // page_size))
+        return PagedKVCache(self.config, pages, page_size, self.dtype, self.device)
+
+    def _rope_for(self, positions: Tensor) -> ops.Rope:
+        if self._rope is None or self._rope.cos.device != self.device:
+            angles = torch.arange(self.config.max_position_embeddings).float()[:, None]
+            angles = angles * self.config.inv_freq()
+            self._rope = ops.Rope(angles.cos().to(self.device), angles.sin().to(self.device))
+        return self._rope._replace(positions=positions)
+
+    @torch.inference_mode()
+    def forward(
+        self, ids: Tensor, batch: Batch, cache: PagedKVCache, rows: Tensor | None = None
+    ) -> Tensor:
+        """Logits [len(rows), V] of the packed tokens ``ids`` [T], whose K and V go to ``cache``.
+
+        ``rows`` (None: all) picks the tokens whose logits are wanted, as indices into ids.
+        """
+        rope = self._rope_for(batch.positions)
+        x = self.model.embed_tokens(ids)
+        for i, layer in enumerate(self.model.layers):
+            x = layer(x, rope, cache.layer(i), batch)
+        if rows is not None:
+            x = x[rows]
+        x = self.model.norm(x)
+        head = self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head
+        return ops.linear(x, head.weight)
+
+    def logits(self, ids: Tensor) -> Tensor:
+        """Logits [B, S, V] of unpadded sequences ``ids`` [B, S], with a cache of their own."""
+        if ids.ndim != 2 or ids.shape[1] > self.config.max_position_embeddings:
+            raise ValueError(
+                f"ids must be [B, S] with S <= {self.config.max_position_embeddings}, "
+                f"got {list(ids.shape)}"
+            )
+        b, s = ids.shape
+        cache = self.new_cache(0)
+        per_sequence = cache.pages_for(s)
+        cache = self.new_cache(max(1, b * per_sequence) * cache.page_size, cache.page_size)
+        pages = [list(range(i * per_sequence, (i + 1) * per_sequence)) for i in range(b)]
+        batch = Batch.build(pages, [0] * b, [s] * b, cache.page_size, self.device)
+        return self(ids.flatten(), batch, cache).view(b, s, -1)
+
+    def generate(
+        self, inputs: Tensor | None = None, attention_mask: Tensor | None = None, **options: Any
+    ) -> Tensor:
+        """Continue token ids ``inputs`` [B, S], as transformers' method of this name does.
+
+        ``attention_mask`` [B, S] marks left padding with 0. Options: those of `SamplingParams`,
+        do_sample, pad_token_id, eos_token_id, input_ids (for inputs). Greedy unless do_sample or a
+        temperature is given; without max_length and max_new_tokens, 128 new tokens at the most.
+        Returns int64 [B, S + longest continuation], shorter ones padded on the right.
+        """
+        from minitron_kernels.generate import generate_ids
+
+        return generate_ids(self, inputs, attention_mask, options)
+
+
+def _one_of(name: str, value: Any, other_name: str, other: Any) -> Any:
+    if value is not None and other is not None and value != other:
+        raise ValueError(f"{name} ({value}) and {other_name} ({other}) contradict each other")
+    return value if value is not None else other
+
+
+def _device(device: torch.device | str | None) -> torch.device:
+    if device is None or device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        parsed = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"device {device!r} is not one; accepted: auto, cpu, cuda, cuda:N"
+        ) from error
+    if parsed.type not in ("cpu", "cuda"):
+        raise ValueError(f"device {device!r} is not supported; accepted: auto, cpu, cuda, cuda:N")
+    if parsed.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {device!r}: torch finds no CUDA device; use device cpu")
+    return parsed
+
+
+def _dtype(dtype: torch.dtype | str | None, config: ModelConfig) -> torch.dtype:
+    name = config.dtype if dtype in (None, "auto") else str(dtype).removeprefix("torch.")
+    name = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32"}.get(
+        name, name
+    )
+    if name not in DTYPES:
+        raise ValueError(f"dtype {dtype!r} is not supported; accepted: auto, {', '.join(DTYPES)}")
+    parsed: torch.dtype = getattr(torch, name)
+    return parsed
