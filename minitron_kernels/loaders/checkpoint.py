@@ -17,7 +17,7 @@ from minitron_kernels.config import ModelConfig
 TORCH_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 # The largest index of a published model is 9 MB; nested brackets grow 20-fold when parsed.
-_MAX_JSON_BYTES = 16 << 20
+MAX_JSON_BYTES = 16 << 20
 
 
 @dataclass(frozen=True)
@@ -138,8 +138,8 @@ def read_json_object(path: Path) -> dict[str, Any]:
     Raises OSError or ValueError naming the file.
     """
     require_file(path)
-    if (size := path.stat().st_size) > _MAX_JSON_BYTES:
-        raise ValueError(f"{path}: {size} bytes, more than the {_MAX_JSON_BYTES} accepted")
+    if (size := path.stat().st_size) > MAX_JSON_BYTES:
+        raise ValueError(f"{path}: {size} bytes, more than the {MAX_JSON_BYTES} accepted")
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         if len(data := dict(pairs)) != len(pairs):

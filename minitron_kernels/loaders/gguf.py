@@ -63,7 +63,7 @@ _MAX_DIMS = 4
 # 60 M/s), and below torch's threshold for waking its thread pool, which costs more than the work.
 _CHUNK_ELEMENTS = 1 << 15
 
-_SCALARS = {
+_SCALARS: dict[int, np.dtype[Any]] = {
     0: np.dtype("<u1"),
     1: np.dtype("<i1"),
     2: np.dtype("<u2"),
