@@ -1,0 +1,617 @@
+"""The `minitron` command: generate, chat, score, info.
+
+Standard output carries the result only (text as it is produced, or one JSON object); everything
+else goes to standard error. Exit codes: 0 done, 2 a mistake of the user's (one line `error: ...`),
+130 interrupted by Ctrl-C. Heavy modules are imported inside the commands, so that `minitron --help`
+answers at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import io
+import json
+import math
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import redirect_stdout, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from minitron_kernels.config import DTYPES
+from minitron_kernels.loaders.hub import SMOLLM2
+
+if TYPE_CHECKING:
+    from minitron_kernels.generate import GenerationResult, Timings, TokenStream
+    from minitron_kernels.loaders.tokenizer import Tokenizer
+    from minitron_kernels.model import MinitronForCausalLM
+    from minitron_kernels.sampling import SamplingParams
+
+EXIT_USAGE = 2
+EXIT_INTERRUPTED = 130  # what a shell reports for SIGINT
+USER_ERRORS = (click.ClickException, ValueError, OSError, NotImplementedError, MemoryError)
+
+_Command = Callable[..., Any]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line `argv` (default: the process's own) and return its exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # show the escape of what the encoding lacks
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        return cli.main(args=argv, prog_name="minitron", standalone_mode=False) or 0
+    except click.Abort:
+        return EXIT_INTERRUPTED
+    except USER_ERRORS as error:
+        if os.environ.get("MK_TRACEBACK") == "1":
+            traceback.print_exc()
+        click.echo(f"error: {_one_line(error)}", err=True)
+        return EXIT_USAGE
+
+
+def _one_line(error: Exception) -> str:
+    if isinstance(error, click.ClickException):
+        message = error.format_message()
+    elif isinstance(error, OSError) and error.filename is not None and error.strerror:
+        message = f"{error.filename}: {error.strerror}"
+    else:
+        message = str(error)
+    return "; ".join(line.strip() for line in message.splitlines() if line.strip()) or repr(error)
+
+
+# --- options that several commands share ---
+
+
+def _logit_bias(
+    ctx: click.Context, param: click.Parameter, values: Sequence[str]
+) -> dict[int, float]:
+    bias = {}
+    for value in values:
+        token, _, amount = value.partition("=")
+        try:
+            bias[int(token)] = float(amount)
+        except ValueError:
+            raise click.BadParameter(f"{value!r} is not ID=VALUE, such as 42=-1.5") from None
+    return bias
+
+
+def _options(*options: Callable[[_Command], _Command]) -> Callable[[_Command], _Command]:
+    def decorate(command: _Command) -> _Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+_revision_option = click.option("--revision", help="Branch, tag or commit of a Hub repository.")
+_dtype_option = click.option(
+    "--dtype",
+    type=click.Choice(["auto", *DTYPES]),
+    default="auto",
+    show_default=True,
+    help="Type of the weights and activations.",
+)
+_json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelOptions:
+    """Which model to load, and how."""
+
+    model: str | None
+    revision: str | None
+    dtype: str
+    device: str
+    num_threads: int | None
+
+    def load(self) -> tuple[MinitronForCausalLM, Tokenizer]:
+        import torch
+
+        from minitron_kernels.loaders.hub import resolve
+        from minitron_kernels.loaders.tokenizer import AutoTokenizer
+        from minitron_kernels.model import MinitronForCausalLM
+
+        if self.num_threads is not None:
+            torch.set_num_threads(self.num_threads)
+        if self.model is None:
+            command = click.get_current_context().command_path
+            click.echo(
+                f"no --model: using the small built-in {SMOLLM2}; "
+                f"for the 8B model: {command} --model minitron-8b",
+                err=True,
+            )
+        path = resolve(self.model or SMOLLM2, self.revision)
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        model = MinitronForCausalLM.from_pretrained(path, dtype=self.dtype, device=self.device)
+        return model, tokenizer
+
+
+def _model_options(command: _Command) -> _Command:
+    """Give `command` the options of ModelOptions, as its argument `source`."""
+
+    @_options(
+        click.option(
+            "--model",
+            metavar="SOURCE",
+            help="Folder, .gguf file, Hub id, Hub id:QUANT, or one of the names minitron-8b, "
+            f"minitron-8b:QUANT, {SMOLLM2}.  [default: {SMOLLM2}]",
+        ),
+        _revision_option,
+        _dtype_option,
+        click.option(
+            "--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."
+        ),
+        click.option(
+            "--num-threads", type=click.IntRange(min=1), help="CPU threads.  [default: PyTorch's]"
+        ),
+    )
+    @functools.wraps(command)
+    def run(**options: Any) -> Any:
+        fields = [field.name for field in dataclasses.fields(ModelOptions)]
+        source = ModelOptions(**{name: options.pop(name) for name in fields})
+        return command(source=source, **options)
+
+    return run
+
+
+def _sampling_options(max_new_tokens: int) -> Callable[[_Command], _Command]:
+    # Named as the fields of SamplingParams, which checks the values and has the defaults.
+    return _options(
+        click.option(
+            "--max-new-tokens", type=int, default=max_new_tokens, show_default=True, metavar="N"
+        ),
+        click.option("--min-new-tokens", type=int, metavar="N"),
+        click.option(
+            "--temperature", type=float, help="0 takes the likeliest token.  [default: 0]"
+        ),
+        click.option("--top-k", type=int, metavar="N", help="Sample from the N likeliest tokens."),
+        click.option("--top-p", type=float, help="Sample from the likeliest that sum to this."),
+        click.option("--min-p", type=float, help="Drop tokens below this share of the likeliest."),
+        click.option("--repetition-penalty", type=float),
+        click.option("--presence-penalty", type=float),
+        click.option("--frequency-penalty", type=float),
+        click.option("--stop", multiple=True, metavar="TEXT", help="End before TEXT. Repeatable."),
+        click.option("--ignore-eos", is_flag=True, help="Go on after the end-of-text token."),
+        click.option("--seed", type=int, help="Makes sampling reproducible."),
+        click.option(
+            "--logit-bias",
+            multiple=True,
+            callback=_logit_bias,
+            metavar="ID=VALUE",
+            help="Added to a token's logit. Repeatable.",
+        ),
+    )
+
+
+def _sampling_params(options: Mapping[str, Any]) -> SamplingParams:
+    from minitron_kernels.sampling import SamplingParams
+
+    return SamplingParams(**{name: value for name, value in options.items() if value is not None})
+
+
+# --- text in, text out ---
+
+
+def _utf8(text: str, what: str) -> str:
+    """`text` as typed, where lone surrogates stand for bytes that the locale cannot decode."""
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        return _decode(os.fsencode(text), what)
+    return text
+
+
+def _read_utf8(source: Path | None) -> str:
+    """The text of a file, or of standard input for None."""
+    data = sys.stdin.buffer.read() if source is None else source.read_bytes()
+    return _decode(data, "standard input" if source is None else str(source))
+
+
+def _decode(data: bytes, what: str) -> str:
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeError as error:
+        raise ValueError(f"{what} is not UTF-8: {error}") from None
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def _print_json(value: Mapping[str, Any]) -> None:
+    # Serialised whole before the first byte goes out; ASCII, so that no locale can break it.
+    _write(json.dumps(value, indent=2, default=str, allow_nan=False) + "\n")
+
+
+def _run(stream: TokenStream, show: bool) -> bool:
+    """Run a stream to its end, or to Ctrl-C (then False); `show` prints text as it is produced."""
+    try:
+        for event in stream:
+            if show:
+                _write(event.text)
+    except KeyboardInterrupt:
+        return False
+    finally:
+        stream.close()
+        if show:
+            _write("\n")
+    return True
+
+
+# --- the commands ---
+
+
+@click.group(invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="minitron_kernels", message="%(version)s")
+@click.pass_context
+def cli(ctx: click.Context) -> None:
+    """Text from Mistral-NeMo-Minitron-8B and other Llama-shaped models."""
+    if ctx.invoked_subcommand is None:
+        click.echo(ctx.get_help())
+
+
+@cli.command()
+@click.argument("prompt", required=False)
+@_model_options
+@_sampling_options(max_new_tokens=128)
+@click.option(
+    "--logprobs", type=int, metavar="N", help="With --json: of the chosen and the N likeliest."
+)
+@click.option(
+    "--batch-file",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help='A prompt a line, or JSONL: {"prompt": TEXT or IDS, sampling options of this request}.',
+)
+@click.option("--no-stream", is_flag=True, help="Print the text when it is complete.")
+@_json_option
+def generate(
+    source: ModelOptions,
+    prompt: str | None,
+    batch_file: Path | None,
+    no_stream: bool,
+    as_json: bool,
+    **sampling: Any,
+) -> int:
+    """Continue PROMPT (standard input when it is absent or "-")."""
+    if prompt is not None and batch_file is not None:
+        raise click.UsageError("PROMPT and --batch-file exclude each other")
+    if sampling["logprobs"] is not None and not as_json:
+        raise click.UsageError("--logprobs needs --json")
+    if batch_file is None:
+        requests = [Request("the prompt", _read_prompt(prompt), {})]
+    else:
+        requests = list(_read_batch(batch_file))
+    defaults = _sampling_params(sampling)
+    params = [request.sampling_params(defaults) for request in requests]
+    streaming = not (as_json or no_stream or batch_file)
+    with redirect_stdout(sys.stderr):  # what libraries print is no part of the result
+        start = time.perf_counter()
+        model, tokenizer = source.load()
+        load_seconds = time.perf_counter() - start
+        from minitron_kernels.generate import stream
+
+        run = stream(model, tokenizer, [request.prompt for request in requests], params)
+    finished = _run(run, show=streaming)
+    if as_json:
+        from minitron_kernels.info import peak_memory
+
+        results = [_result_json(result) for result in run.results]
+        timings = {"load_seconds": load_seconds, **_timings_json(run.timings)}
+        _print_json(
+            {
+                **({"results": results} if batch_file else results[0]),
+                "timings": timings,
+                **peak_memory(),
+            }
+        )
+    elif not streaming:
+        for i, result in enumerate(run.results, start=1):
+            header = f"--- {i}/{len(run.results)} ---\n" if batch_file else ""
+            _write(f"{header}{result.text}\n")
+    return 0 if finished else EXIT_INTERRUPTED
+
+
+@dataclasses.dataclass
+class Request:
+    """One prompt and the sampling options that it sets itself."""
+
+    origin: str  # named in error messages
+    prompt: str | list[int]
+    overrides: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        if not self.prompt:
+            raise ValueError(f"{self.origin} is empty")
+        if isinstance(self.prompt, str):
+            try:
+                self.prompt.encode()
+            except UnicodeError as error:
+                raise ValueError(f"{self.origin} is not Unicode text: {error}") from None
+
+    def sampling_params(self, defaults: SamplingParams) -> SamplingParams:
+        """`defaults` with this request's options in their place."""
+        known = [field.name for field in dataclasses.fields(defaults)]
+        unknown = self.overrides.keys() - known
+        if unknown:
+            raise ValueError(
+                f"{self.origin}: unknown key {min(unknown)!r}; accepted: prompt, {', '.join(known)}"
+            )
+        overrides = dict(self.overrides)
+        try:
+            # JSON has neither tuples nor integer keys.
+            if "stop" in overrides:
+                stop = overrides["stop"]
+                overrides["stop"] = (stop,) if isinstance(stop, str) else tuple(stop)
+            if "stop_token_ids" in overrides:
+                overrides["stop_token_ids"] = tuple(overrides["stop_token_ids"])
+            if "logit_bias" in overrides:
+                bias = overrides["logit_bias"]
+                overrides["logit_bias"] = {int(token): value for token, value in bias.items()}
+            if "max_length" in overrides:
+                overrides.setdefault("max_new_tokens", None)
+            return dataclasses.replace(defaults, **overrides)
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ValueError(f"{self.origin}: {error}") from None
+
+
+def _read_prompt(argument: str | None) -> str:
+    if argument is not None and argument != "-":
+        return _utf8(argument, "the prompt")
+    if sys.stdin.isatty():
+        click.echo("reading the prompt from the terminal, to Ctrl-D", err=True)
+    return _read_utf8(None).removesuffix("\n").removesuffix("\r")
+
+
+def _read_batch(path: Path) -> Iterator[Request]:
+    """The requests of a batch file, blank lines left out.
+
+    JSONL when named so (.jsonl) or when the first line is an object with a prompt; else each line
+    is a prompt.
+    """
+    lines = [
+        (f"{path}, line {number}", line)
+        for number, line in enumerate(_read_utf8(path).split("\n"), start=1)
+        if line.strip()
+    ]
+    if not lines:
+        raise ValueError(f"{path} holds no prompt")
+    if path.suffix != ".jsonl" and not _is_request(lines[0][1]):
+        for origin, line in lines:
+            yield Request(origin, line.removesuffix("\r"), {})
+        return
+    for origin, line in lines:
+        try:
+            entry = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{origin}: not JSON: {error}") from None
+        if not isinstance(entry, dict) or "prompt" not in entry:
+            raise ValueError(f'{origin}: expected an object with the key "prompt", got {line[:60]}')
+        prompt = entry.pop("prompt")
+        is_ids = isinstance(prompt, list) and all(type(token) is int for token in prompt)
+        if not (isinstance(prompt, str) or is_ids):
+            raise ValueError(f"{origin}: prompt must be a string or a list of ids, got {prompt!r}")
+        yield Request(origin, prompt, entry)
+
+
+def _is_request(line: str) -> bool:
+    try:
+        entry = json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(entry, dict) and "prompt" in entry
+
+
+def _result_json(result: GenerationResult) -> dict[str, Any]:
+    fields = dataclasses.asdict(result)
+    del fields["timings"]  # the run's, reported once
+    if result.logprobs is None:
+        del fields["logprobs"]
+    return fields
+
+
+def _timings_json(timings: Timings) -> dict[str, float | int | None]:
+    fields = dataclasses.asdict(timings)
+    for phase in ("prefill", "decode"):
+        seconds = fields[f"{phase}_seconds"]
+        rate = fields[f"{phase}_tokens"] / seconds if seconds else None
+        fields[f"{phase}_tokens_per_second"] = rate
+    return fields
+
+
+@cli.command()
+@_model_options
+@_sampling_options(max_new_tokens=512)
+@click.option("--system", metavar="TEXT", help="Message that tells the model how to behave.")
+def chat(
+    source: ModelOptions,
+    system: str | None,
+    **sampling: Any,
+) -> int:
+    """Talk with a model that has a chat template, on a terminal or with one turn a line piped in.
+
+    /system TEXT sets the system message and starts over, /reset starts over, /exit (or the end of
+    the input) ends. Ctrl-C ends a reply; in a pipe, the command.
+    """
+    params = _sampling_params(sampling)
+    model, tokenizer = source.load()
+    if tokenizer.chat_template is None:
+        raise ValueError(
+            f"{model.config.source}: no chat template, so this model cannot chat; "
+            "minitron generate continues a text"
+        )
+    from minitron_kernels.generate import stream
+
+    context = model.config.max_position_embeddings
+    interactive = sys.stdin.isatty()
+    if system is not None:
+        system = _utf8(system, "--system")
+    turns: list[dict[str, str]] = []
+    for line in _user_lines(interactive):
+        command, _, argument = line.partition(" ")
+        if command == "/exit":
+            break
+        if command in ("/reset", "/system"):
+            if command == "/system":
+                system = argument.strip()
+            turns.clear()
+            continue
+        turns.append({"role": "user", "content": line})
+        opening = [{"role": "system", "content": system}] if system else []
+        ids = tokenizer.apply_chat_template([*opening, *turns])
+        if len(ids) >= context:
+            problem = f"the conversation has {len(ids)} tokens, the model's context is {context}"
+            if not interactive:
+                raise ValueError(problem)
+            click.echo(f"error: {problem}; /reset starts over", err=True)
+            turns.pop()
+            continue
+        run = stream(model, tokenizer, [ids], params)
+        if not _run(run, show=True) and not interactive:
+            return EXIT_INTERRUPTED
+        turns.append({"role": "assistant", "content": run.results[0].text})
+    return 0
+
+
+def _user_lines(interactive: bool) -> Iterator[str]:
+    """The lines that the user types or pipes in, blank ones left out."""
+    if interactive:
+        with suppress(ImportError):  # line editing and history for input(), where there is readline
+            import readline  # noqa: F401
+        click.echo("/exit  /reset  /system TEXT  Ctrl-C ends a reply", err=True)
+    while True:
+        if interactive:
+            try:
+                line = _utf8(input("> " if sys.stdout.isatty() else ""), "the line")
+            except EOFError:
+                _write("\n")
+                return
+        else:
+            data = sys.stdin.buffer.readline()
+            if not data:
+                return
+            line = _decode(data, "standard input")
+        if line.strip():
+            yield line.strip()
+
+
+@cli.command()
+@_model_options
+@click.option("--text", help="Text to score.")
+@click.option("--ids", metavar="ID,ID,...", help="Token ids to score.")
+@click.option(
+    "--file",
+    "text_file",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="UTF-8 file of text to score.",
+)
+@_json_option
+def score(
+    source: ModelOptions,
+    text: str | None,
+    ids: str | None,
+    text_file: Path | None,
+    as_json: bool,
+) -> None:
+    """Log-probability of each token given those before it, and the perplexity of the whole."""
+    if [text, ids, text_file].count(None) != 2:
+        raise click.UsageError("give one of --text, --ids and --file")
+    if text_file is not None:
+        text = _read_utf8(text_file)
+    elif text is not None:
+        text = _utf8(text, "--text")
+    token_ids = [] if ids is None else _parse_ids(ids)
+    if not (text or token_ids):
+        raise click.UsageError("there is nothing to score: the input is empty")
+    with redirect_stdout(sys.stderr):
+        model, tokenizer = source.load()
+        from minitron_kernels.generate import score as run
+
+        if text is not None:
+            token_ids = tokenizer.encode(text)
+        logprobs = run(model, token_ids)
+    scored = [logprob for logprob in logprobs if logprob is not None]
+    perplexity = math.exp(-math.fsum(scored) / len(scored)) if scored else None
+    if as_json:
+        _print_json({"ids": token_ids, "logprobs": logprobs, "perplexity": perplexity})
+        return
+    for token_id, logprob in zip(token_ids, logprobs, strict=True):
+        value = "-" if logprob is None else f"{logprob:.4f}"
+        _write(f"{token_id}\t{value}\t{json.dumps(tokenizer.decode([token_id]))}\n")
+    _write(f"perplexity {'-' if perplexity is None else f'{perplexity:.4f}'}\n")
+
+
+def _parse_ids(text: str) -> list[int]:
+    try:
+        return [int(token) for token in text.split(",")]
+    except ValueError:
+        raise ValueError(f"--ids takes integers with commas between, got {text!r}") from None
+
+
+@cli.command()
+@click.argument("model", required=False)
+@_revision_option
+@_dtype_option
+@_json_option
+def info(model: str | None, revision: str | None, dtype: str, as_json: bool) -> None:
+    """Versions, devices and compiled kernels; for MODEL its shape, files and memory needs.
+
+    The weights are not loaded.
+    """
+    with redirect_stdout(sys.stderr):
+        from minitron_kernels import build_info
+        from minitron_kernels.info import cpu_info, cuda_info, model_info, versions
+
+        report: dict[str, Any] = {
+            "versions": versions(),
+            "cpu": cpu_info(),
+            "cuda": cuda_info(),
+            "build": build_info(),
+        }
+        if model is not None:
+            from minitron_kernels.loaders.hub import resolve
+
+            report["model"] = model_info(resolve(model, revision), dtype)
+    if as_json:
+        _print_json(report)
+    else:
+        _write("\n".join(_outline(report)) + "\n")
+
+
+def _outline(value: Any, indent: str = "") -> Iterator[str]:
+    """Nested dicts and lists as indented `key: value` lines; sizes in binary units."""
+    for key, item in value.items():
+        if isinstance(item, dict) and item:
+            yield f"{indent}{key}:"
+            yield from _outline(item, indent + "  ")
+        elif isinstance(item, list | tuple) and item and isinstance(item[0], dict):
+            for index, entry in enumerate(item):
+                yield f"{indent}{key}[{index}]:"
+                yield from _outline(entry, indent + "  ")
+        else:
+            yield f"{indent}{key}: {_shown(key, item)}"
+
+
+def _shown(key: str, value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, list | tuple | dict):
+        return " ".join(map(str, value)) or "none"
+    if "bytes" in key and isinstance(value, int):
+        return _size(value)
+    return str(value)
+
+
+def _size(count: int) -> str:
+    size = float(count)
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.4g} {unit}"
+        size /= 1024
+    return f"{size:.2f} GiB"
