@@ -1,0 +1,60 @@
+// Tensor-core instructions of one warp as pure functions over registers: mma.sync, ldmatrix,
+// stmatrix. Registers are rows of 32 lanes, `uint32_t r[reg][32]`.
+//
+// One picture holds for all types. Lane l = 4 * g + t (g = 0..7, t = 0..3). A register of A holds,
+// over the 32 lanes, a block of 8 rows by 16 bytes of k: lane l has bytes 4t..4t+3 of row g, so the
+// row of lanes *is* the block, row-major. A register of B is the same with columns in place of
+// rows.
+//
+//            k: 16 bytes  next 16
+//   rows 0-7   [ a0        a2 ]          B: [ b0  b1 ] (8 columns n, each along k)
+//   rows 8-15  [ a1        a3 ]
+//
+// C and D: lane l holds columns 2t and 2t+1 of row g, then of row g + 8: one register each for f32
+// and s32, packed in one for f16. f64 (elements of 8 bytes: blocks of 8 rows by 4 elements) takes
+// two registers an element, low half first. PTX ISA: "Matrix Fragments for mma.m16n8k16 with
+// floating point type" and its siblings.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+
+namespace emu {
+
+enum class MmaType : uint8_t { f16, bf16, tf32, f64, e4m3, e5m2, s8, u8, s4, u4, b1, f32, s32 };
+
+struct MmaOp {
+    int m, k;                // n is 8 in all of them
+    MmaType a, b;            // element types of A and B
+    MmaType acc;             // type of C and D: f32, f16, s32 or f64
+    bool satfinite = false;  // s32: clamp instead of wrapping around
+    bool and_popc = false;   // b1: .and.popc instead of .xor.popc
+};
+
+struct MmaTraits {
+    int a_regs, b_regs, c_regs;  // rows of 32 x 32 bits; an f64 operand counts twice
+    int min_sm;                  // lowest compute capability: 80, 89, 90
+};
+
+// What the PTX ISA says of an instruction; nothing if there is no such one.
+std::optional<MmaTraits> mma_traits(const MmaOp& op);
+
+// D = A * B + C for an op that has traits; d may be c.
+//
+// Arithmetic, after published measurements of the A100 (Fasi et al., "Numerical behavior of NVIDIA
+// tensor cores", 2021): products are exact; the products of one 16-byte block of k (8 f16, 4 tf32,
+// 16 fp8) and the accumulator are summed at once and the sum is *truncated* to fp32; blocks follow
+// in ascending k. f16 accumulators are rounded to nearest once, at the end. Hardware also drops
+// bits of small addends while it aligns them to the largest (on fp8 parts of the Ada and Hopper
+// generation many bits); that is not modelled: block sums are exact to 2^-53. Integers are exact;
+// f64 is a chain of fused multiply-adds in ascending k.
+void mma_sync(const MmaOp& op, const uint32_t (*a)[32], const uint32_t (*b)[32],
+              const uint32_t (*c)[32], uint32_t (*d)[32]);
+
+// ldmatrix .m8n8.x{count} .b16: rows[8 * i + r] is row r of matrix i, 16 bytes; register i of lane
+// l receives elements 2t and 2t + 1 of row g, or with `trans` of column g. stmatrix is its inverse.
+// Rows from 8 * count on are not touched.
+void ldmatrix(const uint8_t* const rows[32], int count, bool trans, uint32_t (*d)[32]);
+void stmatrix(uint8_t* const rows[32], int count, bool trans, const uint32_t (*r)[32]);
+
+}  // namespace emu
