@@ -14,6 +14,7 @@ import io
 import json
 import math
 import os
+import re
 import sys
 import time
 import traceback
@@ -232,17 +233,17 @@ def _print_json(value: Mapping[str, Any]) -> None:
 
 def _run(stream: TokenStream, show: bool) -> bool:
     """Run a stream to its end, or to Ctrl-C (then False); `show` prints text as it is produced."""
+    finished = True
     try:
         for event in stream:
             if show:
                 _write(event.text)
     except KeyboardInterrupt:
-        return False
-    finally:
-        stream.close()
-        if show:
-            _write("\n")
-    return True
+        finished = False
+    stream.close()
+    if show:
+        _write("\n")
+    return finished
 
 
 # --- the commands ---
@@ -285,7 +286,7 @@ def generate(
     if sampling["logprobs"] is not None and not as_json:
         raise click.UsageError("--logprobs needs --json")
     if batch_file is None:
-        requests = [Request("the prompt", _read_prompt(prompt), {})]
+        requests = [Request("", _read_prompt(prompt), {})]
     else:
         requests = list(_read_batch(batch_file))
     defaults = _sampling_params(sampling)
@@ -297,7 +298,16 @@ def generate(
         load_seconds = time.perf_counter() - start
         from minitron_kernels.generate import stream
 
-        run = stream(model, tokenizer, [request.prompt for request in requests], params)
+        try:
+            run = stream(model, tokenizer, [request.prompt for request in requests], params)
+        except ValueError as error:  # counts the prompts; the user counts lines
+            raise ValueError(
+                re.sub(
+                    r"^prompt (\d+)",
+                    lambda match: f"{requests[int(match[1])].origin}the prompt",
+                    str(error),
+                )
+            ) from error
     finished = _run(run, show=streaming)
     if as_json:
         from minitron_kernels.info import peak_memory
@@ -322,18 +332,18 @@ def generate(
 class Request:
     """One prompt and the sampling options that it sets itself."""
 
-    origin: str  # named in error messages
+    origin: str  # what an error message starts with: "", or "FILE, line N: "
     prompt: str | list[int]
     overrides: dict[str, Any]
 
     def __post_init__(self) -> None:
         if not self.prompt:
-            raise ValueError(f"{self.origin} is empty")
+            raise ValueError(f"{self.origin}the prompt is empty")
         if isinstance(self.prompt, str):
             try:
                 self.prompt.encode()
             except UnicodeError as error:
-                raise ValueError(f"{self.origin} is not Unicode text: {error}") from None
+                raise ValueError(f"{self.origin}the prompt is not Unicode: {error}") from None
 
     def sampling_params(self, defaults: SamplingParams) -> SamplingParams:
         """`defaults` with this request's options in their place."""
@@ -341,7 +351,7 @@ class Request:
         unknown = self.overrides.keys() - known
         if unknown:
             raise ValueError(
-                f"{self.origin}: unknown key {min(unknown)!r}; accepted: prompt, {', '.join(known)}"
+                f"{self.origin}unknown key {min(unknown)!r}; accepted: prompt, {', '.join(known)}"
             )
         overrides = dict(self.overrides)
         try:
@@ -358,7 +368,7 @@ class Request:
                 overrides.setdefault("max_new_tokens", None)
             return dataclasses.replace(defaults, **overrides)
         except (ValueError, TypeError, AttributeError) as error:
-            raise ValueError(f"{self.origin}: {error}") from None
+            raise ValueError(f"{self.origin}{error}") from None
 
 
 def _read_prompt(argument: str | None) -> str:
@@ -376,7 +386,7 @@ def _read_batch(path: Path) -> Iterator[Request]:
     is a prompt.
     """
     lines = [
-        (f"{path}, line {number}", line)
+        (f"{path}, line {number}: ", line)
         for number, line in enumerate(_read_utf8(path).split("\n"), start=1)
         if line.strip()
     ]
@@ -390,13 +400,13 @@ def _read_batch(path: Path) -> Iterator[Request]:
         try:
             entry = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{origin}: not JSON: {error}") from None
+            raise ValueError(f"{origin}not JSON: {error}") from None
         if not isinstance(entry, dict) or "prompt" not in entry:
-            raise ValueError(f'{origin}: expected an object with the key "prompt", got {line[:60]}')
+            raise ValueError(f'{origin}expected an object with the key "prompt", got {line[:60]}')
         prompt = entry.pop("prompt")
         is_ids = isinstance(prompt, list) and all(type(token) is int for token in prompt)
         if not (isinstance(prompt, str) or is_ids):
-            raise ValueError(f"{origin}: prompt must be a string or a list of ids, got {prompt!r}")
+            raise ValueError(f"{origin}prompt must be a string or a list of ids, got {prompt!r}")
         yield Request(origin, prompt, entry)
 
 
