@@ -1,0 +1,187 @@
+"""Build the native layer with ninja: kernels, libminitron_kernels.so and the _native extension.
+
+Everything is compiled below build/native, and only what changed. The products go into the package:
+
+    libminitron_kernels.so      C ABI: validation, plans, launches (plain C++, not linked to CUDA)
+    _native.<abi>.so            pybind11 over the C ABI
+    kernels/sm_<arch>.fatbin    one fatbin after the other, one per entry file
+    kernels/build.json          the build record: what was built, by what, and what ptxas said
+    include/minitron_kernels.h  (not in an inplace build, which leaves it where it is)
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import time
+from pathlib import Path
+
+import cuda
+
+ROOT = Path(__file__).resolve().parent.parent
+BUILD = Path("build/native")  # relative to ROOT, where every command runs
+
+# Entry file below csrc/ -> the architectures it is compiled for.
+ENTRY_FILES: dict[str, tuple[str, ...]] = {
+    "rms_norm/entries/rms_norm.cu": cuda.ARCHS,
+}
+
+HEADER = "minitron_kernels.h"
+LIBRARY = "libminitron_kernels.so"
+EXTENSION = f"_native{sysconfig.get_config_var('EXT_SUFFIX')}"
+
+_RULES = """\
+ninja_required_version = 1.8
+builddir = build/native
+cxxflags = -std=c++17 -O2 -g1 -fPIC -fvisibility=hidden -Wall -Wextra -Werror -Icsrc -Iinclude
+
+rule cxx
+  command = $$MK_CXX $cxxflags $extra -MMD -MF $out.d -c $in -o $out
+  depfile = $out.d
+  deps = gcc
+  description = g++ $in
+
+rule library
+  command = $$MK_CXX -shared -Wl,-soname,{library} -Wl,--no-undefined $
+      -Wl,--version-script=csrc/launch/exports.map $in -o $out -ldl -pthread
+  description = link $out
+
+rule extension
+  command = $$MK_CXX -shared -Wl,-rpath,'$$ORIGIN' $in -o $out
+  description = link $out
+
+rule entry
+  command = $$MK_PYTHON build_tools/compile_entry.py --arch $arch --src $in --out $out $
+      --nvcc-version $nvcc
+  depfile = $out.d
+  deps = gcc
+  description = nvcc sm_$arch $in
+"""
+
+
+def _fatbin(source: str, arch: str) -> Path:
+    return BUILD / f"sm_{arch}" / f"{Path(source).stem}.fatbin"
+
+
+def _ninja_file(archs: tuple[str, ...], nvcc_version: str) -> str:
+    """The build graph. Paths that change from build to build come by the environment instead:
+    ninja rebuilds whatever has a new command line."""
+    lines = [_RULES.format(library=LIBRARY)]
+    objects = []
+    for source in sorted(p.relative_to(ROOT) for p in (ROOT / "csrc").rglob("*.cpp")):
+        if source.parts[1] == "python":
+            continue
+        objects.append(BUILD / "host" / f"{'_'.join(source.parts[1:])}.o")
+        lines.append(f"build {objects[-1]}: cxx {source}")
+    library, extension = BUILD / LIBRARY, BUILD / EXTENSION
+    inputs = " ".join(map(str, objects))
+    lines.append(f"build {library}: library {inputs} | csrc/launch/exports.map")
+    module = BUILD / "python" / f"{EXTENSION}.o"
+    lines.append(f"build {module}: cxx csrc/python/native.cpp")
+    include = sysconfig.get_path("include")
+    lines.append(f"  extra = -isystem {include} -isystem $$MK_PYBIND11_INCLUDE")
+    lines.append(f"build {extension}: extension {module} {library}")
+    for source, entry_archs in ENTRY_FILES.items():
+        for arch in archs:
+            if arch in entry_archs:
+                out = _fatbin(source, arch)
+                lines.append(f"build {out}: entry csrc/{source} | build_tools/compile_entry.py")
+                lines.append(f"  arch = {arch}\n  nvcc = {nvcc_version}")
+    return "\n".join(lines) + "\n"
+
+
+def _write_if_changed(path: Path, data: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.is_file() or path.read_bytes() != data:
+        path.write_bytes(data)
+
+
+def _record(archs: tuple[str, ...], nvcc: cuda.Nvcc | None, seconds: float) -> dict[str, object]:
+    entries: dict[str, dict[str, object]] = {arch: {} for arch in archs}
+    compile_seconds = 0.0
+    for source, entry_archs in ENTRY_FILES.items():
+        for arch in set(archs) & set(entry_archs):
+            built = json.loads((ROOT / f"{_fatbin(source, arch)}.json").read_text())
+            compile_seconds += built["seconds"]
+            for name, use in built["entries"].items():
+                entries[arch][name] = {"file": f"csrc/{source}", **use}
+    return {
+        "archs": list(archs),
+        "nvcc": nvcc.version if nvcc else None,
+        "seconds": round(seconds, 1),  # of this build, which may have been incremental
+        "compile_seconds": round(compile_seconds, 1),  # of all entry files, one after the other
+        "entries": {arch: dict(sorted(found.items())) for arch, found in entries.items()},
+    }
+
+
+def _environment(nvcc: cuda.Nvcc | None) -> dict[str, str]:
+    import pybind11
+
+    return os.environ | {
+        "MK_CXX": os.environ.get("CXX", "g++"),
+        "MK_NVCC": str(nvcc.path) if nvcc else "",
+        "MK_PYTHON": sys.executable,
+        "MK_PYBIND11_INCLUDE": pybind11.get_include(),
+    }
+
+
+def _ninja() -> str:
+    """The ninja program: of the wheel among the build requirements, or on PATH."""
+    try:
+        import ninja
+
+        return str(Path(ninja.BIN_DIR) / "ninja")
+    except ImportError:
+        found = shutil.which("ninja")
+        if not found:
+            raise RuntimeError("ninja was not found: pip install ninja") from None
+        return found
+
+
+def build(package: Path) -> list[Path]:
+    """Build everything and put it into the folder ``package``; returns the files put there."""
+    archs = cuda.requested_archs()
+    nvcc = cuda.find_nvcc() if archs else None
+    if archs and nvcc is None:
+        raise RuntimeError(
+            "no CUDA compiler was found on CUDA_HOME, PATH or among the Python packages. "
+            f"pip install {' '.join(f'{w!r}' for w in cuda.WHEELS)}, or set MK_ARCHS=none for a "
+            "build without GPU kernels"
+        )
+    what = f"{' '.join(archs)} with nvcc {nvcc.version}" if nvcc else "none (MK_ARCHS=none)"
+    print(f"minitron_kernels: GPU architectures {what}", flush=True)
+
+    start = time.perf_counter()
+    graph = ROOT / BUILD / "build.ninja"
+    _write_if_changed(graph, _ninja_file(archs, nvcc.version if nvcc else "").encode())
+    command = [_ninja(), "-f", str(BUILD / "build.ninja")]
+    if os.environ.get("MK_JOBS"):
+        command += ["-j", os.environ["MK_JOBS"]]
+    if subprocess.run(command, cwd=ROOT, env=_environment(nvcc)).returncode:
+        raise SystemExit("error: the native build of minitron_kernels failed; the reason is above")
+
+    files = [package / LIBRARY, package / EXTENSION]
+    for file in files:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / BUILD / file.name, file)
+    if package.parent != ROOT:
+        files.append(package / "include" / HEADER)
+        files[-1].parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / "include" / HEADER, files[-1])
+    kernels = package / "kernels"
+    for stale in kernels.glob("*.fatbin"):
+        if stale.stem.removeprefix("sm_") not in archs:
+            stale.unlink()
+    for arch in archs:
+        parts = [s for s, entry_archs in ENTRY_FILES.items() if arch in entry_archs]
+        files.append(kernels / f"sm_{arch}.fatbin")
+        data = b"".join((ROOT / _fatbin(source, arch)).read_bytes() for source in parts)
+        _write_if_changed(files[-1], data)
+    files.append(kernels / "build.json")
+    record = _record(archs, nvcc, time.perf_counter() - start)
+    _write_if_changed(files[-1], (json.dumps(record, indent=1) + "\n").encode())
+    return files

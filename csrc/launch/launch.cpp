@@ -1,0 +1,162 @@
+// Loads kernels and launches them.
+//
+// A kernel file is a sequence of fatbins, one per entry file. Each becomes a CUlibrary, which the
+// driver instantiates in whatever context a kernel of it is launched: so there is one set of
+// libraries per architecture, whatever the number of devices and contexts.
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <fstream>
+#include <iterator>
+#include <map>
+#include <mutex>
+#include <set>
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+#include "launch/op.h"
+
+namespace mk {
+namespace {
+
+struct FatbinHeader {
+    uint32_t magic;
+    uint16_t version;
+    uint16_t header_bytes;
+    uint64_t payload_bytes;
+};
+constexpr uint32_t kFatbinMagic = 0xBA55ED50;
+
+struct Kernels {
+    std::vector<cuda::CUlibrary> libraries;
+    std::unordered_map<std::string, cuda::CUkernel> kernels;  // those asked for so far
+};
+
+mk_status load_libraries(const cuda::Driver& driver, const char* arch, Kernels* kernels) {
+    const std::string file = kernel_file(arch);
+    std::ifstream stream(file, std::ios::binary);
+    const std::vector<char> bytes{std::istreambuf_iterator<char>(stream), {}};
+    MK_REQUIRE(!bytes.empty(), MK_ERR_UNSUPPORTED, "%s cannot be read", file.c_str());
+    for (size_t offset = 0; offset < bytes.size();) {
+        FatbinHeader header{};
+        const size_t left = bytes.size() - offset;
+        if (left >= sizeof header) std::memcpy(&header, bytes.data() + offset, sizeof header);
+        MK_REQUIRE(header.magic == kFatbinMagic && header.header_bytes <= left &&
+                       header.payload_bytes <= left - header.header_bytes,
+                   MK_ERR_UNSUPPORTED, "%s is damaged at byte %zu", file.c_str(), offset);
+        const size_t size = header.header_bytes + header.payload_bytes;
+        const std::vector<uint64_t> aligned = [&] {
+            std::vector<uint64_t> copy(ceil_div<size_t>(size, 8));
+            std::memcpy(copy.data(), bytes.data() + offset, size);
+            return copy;
+        }();
+        cuda::CUlibrary library = nullptr;
+        MK_CUDA(driver, cuLibraryLoadData, &library, aligned.data(), nullptr, nullptr, 0, nullptr,
+                nullptr, 0);
+        kernels->libraries.push_back(library);
+        offset += size;
+    }
+    return MK_OK;
+}
+
+// Loading is not allowed in a stream that another thread captures in the global mode; the relaxed
+// mode of this thread exempts it, so that a first launch may happen under capture.
+class RelaxedCapture {
+  public:
+    explicit RelaxedCapture(const cuda::Driver& driver) : driver_(driver) {
+        driver_.cuThreadExchangeStreamCaptureMode(&mode_);
+    }
+    ~RelaxedCapture() { driver_.cuThreadExchangeStreamCaptureMode(&mode_); }
+    RelaxedCapture(const RelaxedCapture&) = delete;
+    RelaxedCapture& operator=(const RelaxedCapture&) = delete;
+
+  private:
+    const cuda::Driver& driver_;
+    int mode_ = cuda::kCaptureModeRelaxed;
+};
+
+// The kernel `entry` (null: only load the libraries), loading on first use.
+mk_status find_kernel(const cuda::Driver& driver, const char* arch, const char* entry,
+                      cuda::CUkernel* kernel) {
+    static std::mutex mutex;
+    static std::map<std::string, Kernels> loaded;
+    const std::lock_guard lock(mutex);
+    auto archs = loaded.find(arch);
+    if (archs == loaded.end()) {
+        const RelaxedCapture relaxed(driver);
+        Kernels kernels;
+        MK_TRY(load_libraries(driver, arch, &kernels));
+        archs = loaded.emplace(arch, std::move(kernels)).first;
+    }
+    if (!entry) return MK_OK;
+    Kernels& kernels = archs->second;
+    if (const auto found = kernels.kernels.find(entry); found != kernels.kernels.end()) {
+        *kernel = found->second;
+        return MK_OK;
+    }
+    for (const cuda::CUlibrary library : kernels.libraries) {
+        const cuda::CUresult result = driver.cuLibraryGetKernel(kernel, library, entry);
+        if (result == cuda::kNotFound) continue;
+        if (result != cuda::kSuccess) {
+            return cuda::fail_driver(driver, "cuLibraryGetKernel", result);
+        }
+        kernels.kernels.emplace(entry, *kernel);
+        return MK_OK;
+    }
+    return fail(MK_ERR_UNSUPPORTED, "%s has no kernel %s", kernel_file(arch).c_str(), entry);
+}
+
+void print_once(const mk_plan& plan, const std::string& shape) {
+    static std::mutex mutex;
+    static std::set<std::string> printed;
+    char text[256];
+    mk_plan_format(&plan, text, sizeof text);
+    const std::string line = shape + " -> " + text;
+    const std::lock_guard lock(mutex);
+    if (printed.insert(line).second) std::fprintf(stderr, "%s\n", line.c_str());
+}
+
+}  // namespace
+
+mk_status launch(const mk_plan& plan, const Device& device, const void* args, void* stream,
+                 std::string (*shape)(const void* params), const void* params) {
+    static const bool print_plans = [] {
+        const char* value = std::getenv("MK_PRINT_PLAN");
+        return value && std::strcmp(value, "1") == 0;
+    }();
+    if (print_plans) print_once(plan, shape(params));
+    if (plan.grid[0] == 0 || plan.grid[1] == 0 || plan.grid[2] == 0) return MK_OK;
+
+    const cuda::Driver* driver = nullptr;
+    MK_TRY(cuda::get_driver(&driver));
+    cuda::CUkernel kernel = nullptr;
+    MK_TRY(find_kernel(*driver, device.arch, plan.entry, &kernel));
+
+    cuda::CUlaunchAttribute pdl{};
+    pdl.id = cuda::kLaunchProgrammaticStreamSerialization;
+    pdl.value.programmatic_stream_serialization = 1;
+    cuda::CUlaunchConfig config{};
+    for (int i = 0; i < 3; ++i) {
+        config.grid[i] = static_cast<unsigned>(plan.grid[i]);
+        config.block[i] = static_cast<unsigned>(plan.block[i]);
+    }
+    config.smem_bytes = static_cast<unsigned>(plan.smem_bytes);
+    config.stream = stream;
+    config.attributes = &pdl;
+    config.num_attributes = plan.pdl ? 1 : 0;
+    void* kernel_params[] = {const_cast<void*>(args)};
+    MK_CUDA(*driver, cuLaunchKernelEx, &config, kernel, kernel_params, nullptr);
+    return MK_OK;
+}
+
+}  // namespace mk
+
+extern "C" mk_status mk_load(void) {
+    const mk::Device* device = nullptr;
+    MK_TRY(mk::current_device(&device));
+    const mk::cuda::Driver* driver = nullptr;
+    MK_TRY(mk::cuda::get_driver(&driver));
+    return mk::find_kernel(*driver, device->arch, nullptr, nullptr);
+}

@@ -1,0 +1,60 @@
+// PTX instructions that sm_80 and later have, one function each, named as the mnemonic.
+// ISA = https://docs.nvidia.com/cuda/parallel-thread-execution/index.html
+#pragma once
+
+#include <cstdint>
+
+namespace mk::ptx {
+
+// ISA#data-movement-and-conversion-instructions-ld
+// Data that is read once: it does not push what is reused (norm weights, rope tables) out of L1.
+__device__ __forceinline__ uint4 ld_global_l1_no_allocate_v4(const void* address) {
+    uint4 v;
+    asm volatile("ld.global.L1::no_allocate.v4.b32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "l"(address)
+                 : "memory");
+    return v;
+}
+
+// ISA#data-movement-and-conversion-instructions-cvt
+__device__ __forceinline__ uint32_t cvt_rn_bf16x2_f32(float hi, float lo) {
+    uint32_t d;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(hi), "f"(lo));
+    return d;
+}
+
+__device__ __forceinline__ uint32_t cvt_rn_f16x2_f32(float hi, float lo) {
+    uint32_t d;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(hi), "f"(lo));
+    return d;
+}
+
+__device__ __forceinline__ float cvt_f32_f16(uint16_t a) {
+    float d;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(d) : "h"(a));
+    return d;
+}
+
+// ISA#half-precision-floating-point-instructions-fma
+__device__ __forceinline__ uint32_t fma_rn_bf16x2(uint32_t a, uint32_t b, uint32_t c) {
+    uint32_t d;
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+    return d;
+}
+
+// ISA#half-precision-floating-point-instructions-mul
+__device__ __forceinline__ uint32_t mul_rn_f16x2(uint32_t a, uint32_t b) {
+    uint32_t d;
+    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+    return d;
+}
+
+// ISA#floating-point-instructions-rsqrt  (relative error below 2^-22.9)
+__device__ __forceinline__ float rsqrt_approx_f32(float a) {
+    float d;
+    asm("rsqrt.approx.f32 %0, %1;" : "=f"(d) : "f"(a));
+    return d;
+}
+
+}  // namespace mk::ptx

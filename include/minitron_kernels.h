@@ -1,0 +1,125 @@
+/* minitron_kernels: the C ABI.
+ *
+ * Conventions
+ * - C99, no framework, no CUDA header. Device pointers, sizes (int32), strides (int64, in
+ * elements), dtypes (mk_dtype). The innermost dimension of every tensor is contiguous.
+ * - mk_<op>(&params, stream) enqueues on `stream` (a CUstream or cudaStream_t; NULL is the default
+ *   stream) of the context that is current on the calling thread, and returns at once. It allocates
+ *   nothing, never synchronises, and can be captured into a CUDA graph.
+ * - mk_<op>_plan(&params, &device, &plan) tells what mk_<op> would launch; it needs no GPU and no
+ *   driver. Pointers of params are looked at for NULL and for alignment only.
+ * - mk_<op>_workspace_bytes exists for the ops that need a workspace.
+ * - A status other than MK_OK means that nothing was launched; mk_last_error() says what was wrong.
+ * - Empty tensors are legal, and then nothing is launched.
+ * - All functions may be called from any thread.
+ * The structs are zero-initialised by the caller; 0 is not a valid dtype.
+ */
+#ifndef MINITRON_KERNELS_H_
+#define MINITRON_KERNELS_H_
+
+#include <stddef.h>
+#include <stdint.h>
+
+#if defined(__GNUC__)
+#define MK_API __attribute__((visibility("default")))
+#else
+#define MK_API
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define MK_ABI_VERSION 1
+
+typedef enum mk_status {
+    MK_OK = 0,
+    MK_ERR_NULL = 1,        /* a required pointer is NULL */
+    MK_ERR_DTYPE = 2,       /* a dtype that the op does not take */
+    MK_ERR_SHAPE = 3,       /* a size out of range */
+    MK_ERR_STRIDE = 4,      /* a stride out of range */
+    MK_ERR_ALIGNMENT = 5,   /* a pointer that is not aligned to its element */
+    MK_ERR_VALUE = 6,       /* any other argument out of range */
+    MK_ERR_UNSUPPORTED = 7, /* no kernel for this device, or not in this build */
+    MK_ERR_DRIVER = 8       /* the CUDA driver is missing or reported an error */
+} mk_status;
+
+typedef enum mk_dtype { MK_BF16 = 1, MK_F16 = 2, MK_F32 = 3, MK_I32 = 4, MK_I64 = 5 } mk_dtype;
+
+/* MK_ABI_VERSION of the library: it changes when a struct or a meaning does. */
+MK_API int32_t mk_abi_version(void);
+
+/* What was wrong with this thread's last failed call, naming the field; "" before any failure. */
+MK_API const char* mk_last_error(void);
+
+/* "MK_ERR_SHAPE", ... */
+MK_API const char* mk_status_name(mk_status status);
+
+/* ---- Plans ---------------------------------------------------------------------------------- */
+
+/* What a plan needs to know of a device. */
+typedef struct mk_device {
+    int32_t sm;             /* kernel family: 80, 89, 90 or 100 */
+    int32_t num_sms;        /* streaming multiprocessors */
+    int32_t smem_per_block; /* bytes of shared memory that a block may have (opt-in limit) */
+} mk_device;
+
+/* One launch. A grid of 0 blocks (empty input) launches nothing. */
+typedef struct mk_plan {
+    char entry[88]; /* kernel name, as the profiler shows it */
+    int32_t grid[3];
+    int32_t block[3];
+    int32_t cluster[3];
+    int32_t smem_bytes; /* dynamic shared memory */
+    int32_t pdl;        /* 1: launched with programmatic stream serialization (sm_90 and later) */
+} mk_plan;
+
+/* One line, e.g. "mk_rms_norm_sm90_bf16 grid 1056x1x1 block 128x1x1 smem 0 pdl". Writes at most
+ * `size` bytes with the final 0; returns the length of the full line without it. */
+MK_API int32_t mk_plan_format(const mk_plan* plan, char* text, size_t size);
+
+/* The device of the current context. MK_ERR_DRIVER: no driver, or no context is current.
+ * MK_ERR_UNSUPPORTED: no kernel in this build runs on it. */
+MK_API mk_status mk_current_device(mk_device* device);
+
+/* The architecture ("80", "89", "90a", "100a") whose kernels serve a device of this compute
+ * capability in this build: its own, else sm_80's, which run on later 8.x parts as they are and
+ * elsewhere are compiled from PTX by the driver. MK_ERR_UNSUPPORTED: none does. Needs no driver. */
+MK_API mk_status mk_kernels_for(int32_t major, int32_t minor, const char** arch);
+
+/* Load the kernels for the current device now, which the first launch does otherwise. */
+MK_API mk_status mk_load(void);
+
+/* ---- RMSNorm ---------------------------------------------------------------------------------
+ * out = round(x / sqrt(mean(x^2) + eps)) * weight, row by row: normalised in fp32, rounded to the
+ * dtype, then multiplied (Hugging Face's order). mk_add_rms_norm first does residual += x, rounded
+ * to the dtype and stored, and normalises the sum. A row's bits depend on the row only.
+ * out may be x. Accesses are 16 bytes wide when hidden is a multiple of 8 and every pointer and
+ * stride is a multiple of 16 bytes; else element-wise, with the same bits.
+ */
+typedef struct mk_rms_norm_params {
+    const void* x;           /* [rows, hidden] */
+    void* residual;          /* [rows, hidden], updated in place; NULL for mk_rms_norm */
+    const void* weight;      /* [hidden] */
+    void* out;               /* [rows, hidden] */
+    int64_t x_stride;        /* between rows */
+    int64_t residual_stride; /* between rows */
+    int64_t out_stride;      /* between rows */
+    int32_t rows;
+    int32_t hidden; /* 1 ... 16384 */
+    float eps;
+    int32_t dtype; /* MK_BF16, MK_F16: of all tensors */
+} mk_rms_norm_params;
+
+MK_API mk_status mk_rms_norm(const mk_rms_norm_params* params, void* stream);
+MK_API mk_status mk_rms_norm_plan(const mk_rms_norm_params* params, const mk_device* device,
+                                  mk_plan* plan);
+MK_API mk_status mk_add_rms_norm(const mk_rms_norm_params* params, void* stream);
+MK_API mk_status mk_add_rms_norm_plan(const mk_rms_norm_params* params, const mk_device* device,
+                                      mk_plan* plan);
+
+#ifdef __cplusplus
+} /* extern "C" */
+#endif
+
+#endif /* MINITRON_KERNELS_H_ */
