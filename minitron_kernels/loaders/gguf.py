@@ -1,9 +1,9 @@
 """GGUF files: a bounds-checked header reader, and checkpoints over one or several files.
 
 The format is that of ggml's docs/gguf.md. The header is read here and not by gguf.GGUFReader, which
-trusts the counts and offsets it finds (a hostile file makes it allocate or crash) and takes many
-seconds for a vocabulary of 131k tokens and 270k merges; this one checks each of them and takes
-0.1 to 0.2 s. Blocks are decoded by gguf.quants, a few rows at a time.
+trusts the counts and offsets it finds (a hostile file makes it allocate or crash) and needs 20 s
+and more for a vocabulary of 131k tokens and 269k merges; this one checks all of them and needs
+0.3 s. Blocks are decoded by gguf.quants, a chunk at a time.
 """
 
 from __future__ import annotations
@@ -56,8 +56,11 @@ BLOCK_TYPES = {
     30: BlockType("BF16", 1, 2),
 }
 
-# Headers of published models end within 20 MB; what is parsed from one grows up to tenfold.
-_MAX_HEADER_BYTES = 64 << 20
+# Far above what published models have (20 MB, 2k tensors, 60 keys, 1.2M array items): a hostile
+# header, which grows up to 36-fold when parsed, costs some hundred megabytes at the most.
+_MAX_HEADER_BYTES = 32 << 20
+_MAX_TENSORS = _MAX_PAIRS = 1 << 16
+_MAX_ARRAY_ITEMS = 1 << 22  # over all arrays of the file
 _MAX_DIMS = 4
 # Elements decoded at a time: temporaries stay in the L2 cache (250 M weights/s; whole tensors
 # 60 M/s), and below torch's threshold for waking its thread pool, which costs more than the work.
@@ -77,6 +80,9 @@ _SCALARS: dict[int, np.dtype[Any]] = {
     12: np.dtype("<f8"),
 }
 _STRING, _ARRAY = 8, 9
+# Reserve no swap for a private mapping, so that it may be larger than memory. Linux's value, for
+# the Python versions that do not name it.
+_MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
 _U64 = struct.Struct("<Q")
 
 
@@ -120,12 +126,17 @@ class GGUFFile:
         with self.path.open("rb") as file:
             if file.read(4) != b"GGUF":
                 raise ValueError(f"{self.path}: not a GGUF file (it does not start with 'GGUF')")
-            # A private mapping: tensors over it count as writable for torch, the file is safe.
-            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+            # Private and writable: torch accepts views of it, and writing never reaches the file.
+            self._map = mmap.mmap(
+                file.fileno(),
+                0,
+                flags=mmap.MAP_PRIVATE | _MAP_NORESERVE,
+                prot=mmap.PROT_READ | mmap.PROT_WRITE,
+            )
         reader = _HeaderReader(self.path, self._map)
         self.version = reader.version()
-        num_tensors = reader.count("tensor count", min_bytes=33)
-        num_pairs = reader.count("metadata count", min_bytes=13)
+        num_tensors = reader.count("tensor count", min_bytes=33, most=_MAX_TENSORS)
+        num_pairs = reader.count("metadata count", min_bytes=13, most=_MAX_PAIRS)
         self.metadata = _read_metadata(reader, num_pairs)
         self.tensors = _read_tensors(reader, num_tensors, _alignment(self.path, self.metadata))
 
@@ -142,6 +153,7 @@ class _HeaderReader:
     def __init__(self, path: Path, data: mmap.mmap) -> None:
         self.path, self.data, self.pos = path, data, 4
         self.end = min(len(data), _MAX_HEADER_BYTES)
+        self.array_items_left = _MAX_ARRAY_ITEMS
 
     def error(self, field: str, problem: str) -> ValueError:
         return ValueError(f"{self.path}: {field}: {problem}")
@@ -163,13 +175,15 @@ class _HeaderReader:
     def u64(self, field: str) -> int:
         return int.from_bytes(self.take(8, field), "little")
 
-    def count(self, field: str, min_bytes: int) -> int:
-        """A number of items of at least ``min_bytes`` each, which must fit in what is left."""
+    def count(self, field: str, min_bytes: int, most: int) -> int:
+        """A number of items, ``most`` at the most, of at least ``min_bytes`` in what is left."""
         count = self.u64(field)
         if count * min_bytes > self.end - self.pos:
             raise self.error(
                 field, f"{count} items cannot fit in the {self.end - self.pos} bytes that follow"
             )
+        if count > most:
+            raise self.error(field, f"{count} items, more than the {most} accepted")
         return count
 
     def string(self, field: str) -> str:
@@ -181,9 +195,8 @@ class _HeaderReader:
         except UnicodeDecodeError:
             raise self.error(field, f"not valid UTF-8: {raw[:40]!r}") from None
 
-    def strings(self, field: str) -> list[str]:
-        """An array of strings. The loop is written out: it runs 400k times for Minitron's file."""
-        count = self.count(field, min_bytes=8)
+    def strings(self, count: int, field: str) -> list[str]:
+        """Strings of an array. The loop is written out: it runs 400k times for Minitron's file."""
         data, pos, end, unpack = self.data, self.pos, self.end, _U64.unpack_from
         raw = []
         for i in range(count):
@@ -211,12 +224,14 @@ class _HeaderReader:
             return self.string(field)
         if kind == _ARRAY:
             item = self.u32(field)
-            if item == _STRING:
-                return self.strings(field)
-            if item in _SCALARS:
-                count = self.count(field, min_bytes=_SCALARS[item].itemsize)
-                return self.scalars(item, count, field)
-            raise self.error(field, f"unknown array item type {item}")
+            if item != _STRING and item not in _SCALARS:
+                raise self.error(field, f"unknown array item type {item}")
+            min_bytes = 8 if item == _STRING else _SCALARS[item].itemsize
+            count = self.count(field, min_bytes, most=self.array_items_left)
+            self.array_items_left -= count
+            return (
+                self.strings(count, field) if item == _STRING else self.scalars(item, count, field)
+            )
         if kind in _SCALARS:
             return self.scalars(kind, 1, field)[0]
         raise self.error(field, f"unknown value type {kind}")
