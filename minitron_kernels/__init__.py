@@ -1,6 +1,7 @@
 """CUDA kernels and text generation for Mistral-NeMo-Minitron-8B and other Llama-shaped models.
 
-Names are imported on first use: `import minitron_kernels` loads nothing heavy.
+Names are imported on first use: `import minitron_kernels` loads nothing heavy. The functions
+generate, stream and score live in `minitron_kernels.generate`.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from minitron_kernels.config import ModelConfig
-    from minitron_kernels.generate import GenerationResult, TokenEvent, generate, score, stream
+    from minitron_kernels.generate import GenerationResult, TokenEvent
     from minitron_kernels.loaders.tokenizer import AutoTokenizer, Tokenizer
     from minitron_kernels.model import MinitronForCausalLM
     from minitron_kernels.sampling import SamplingParams
@@ -21,9 +22,6 @@ _HOME = {
     "ModelConfig": "config",
     "GenerationResult": "generate",
     "TokenEvent": "generate",
-    "generate": "generate",
-    "score": "generate",
-    "stream": "generate",
     "AutoTokenizer": "loaders.tokenizer",
     "Tokenizer": "loaders.tokenizer",
     "MinitronForCausalLM": "model",
@@ -45,9 +43,6 @@ __all__ = [
     "SamplingParams",
     "TokenEvent",
     "Tokenizer",
-    "generate",
-    "score",
-    "stream",
 ]
 
 

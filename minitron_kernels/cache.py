@@ -23,7 +23,7 @@ class PageAllocator:
         self.num_free = num_pages
 
     def allocate(self, count: int) -> list[int] | None:
-        """``count`` pages, adjoining if possible; None, and nothing taken, if not so many are free."""
+        """``count`` pages, adjoining if possible; None (nothing taken) if so many are not free."""
         if count < 0:
             raise ValueError(f"count must not be negative, got {count}")
         if count > self.num_free:

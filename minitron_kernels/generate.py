@@ -116,7 +116,6 @@ class _Request:
     tokens: list[int]  # the prompt, then what was generated
     max_tokens: int  # length of tokens at which it ends
     state: SamplingState
-    stop_ids: frozenset[int]
     text: _StopText
     result: GenerationResult
     pages: list[int] = field(default_factory=list)
@@ -180,14 +179,12 @@ class Engine:
         eos = set(config.eos_token_ids)
         if tokenizer is not None:
             eos |= set(tokenizer.stop_token_ids)
-        stop_ids = frozenset(params.stop_token_ids) | (set() if params.ignore_eos else eos)
         decoder = None if tokenizer is None else tokenizer.stream_decoder(skip_special_tokens=True)
         return _Request(
             index=index,
             tokens=prompt_ids,
             max_tokens=max_tokens,
-            state=SamplingState(params, prompt_ids, config.vocab_size, stop_ids),
-            stop_ids=frozenset(stop_ids),
+            state=SamplingState(params, prompt_ids, eos),
             text=_StopText(decoder, params.stop),
             result=GenerationResult(
                 prompt_ids=list(prompt_ids),
@@ -276,7 +273,7 @@ class Engine:
             top = [list(pair) for pair in sampled.top_logprobs or []]
             result.logprobs.append({"token_id": token, "logprob": sampled.logprob, "top": top})
         reason: str | None = None
-        if token in request.stop_ids:
+        if token in request.state.stop_ids:
             text, reason = request.text.flush(), "stop"
         else:
             text, hit = request.text.push(token)

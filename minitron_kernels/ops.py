@@ -246,31 +246,52 @@ def silu_and_mul(gate_up: Tensor) -> Tensor:
 # ----------------------------------------------------------------------------------------- linear
 
 
-def _onednn_linear(x: Tensor, w: Tensor) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], "")
-
-
-def _has_onednn_linear() -> bool:
+def _onednn_dtypes() -> tuple[torch.dtype, ...]:
+    """Dtypes of CPU tensors whose matrix products go to oneDNN directly, with its epilogues."""
     try:
-        return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._linear_pointwise)
-    except AttributeError:
-        return False
+        if not torch.backends.mkldnn.is_available() or not torch.ops.mkldnn._linear_pointwise:
+            return ()
+        bf16 = bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    except AttributeError:  # a build of torch without it
+        return ()
+    return (torch.float32, torch.bfloat16) if bf16 else (torch.float32,)
 
 
-_HAS_ONEDNN_LINEAR = _has_onednn_linear()
+_ONEDNN_DTYPES = _onednn_dtypes()
 
 
-def _matmul(x: Tensor, w: Tensor) -> Tensor:
-    """x [M, K] @ w [N, K]^T with every row's bits independent of M.
+def _matmul(
+    x: Tensor,
+    w: Tensor,
+    *,
+    silu: bool = False,
+    mul: Tensor | None = None,
+    add: Tensor | None = None,
+) -> Tensor:
+    """x [M, K] @ w [N, K]^T, then at most one epilogue: silu(y), y * mul or y + add ([M, N] each).
 
-    In float32 torch would take MKL, whose summation order changes with M (a sequence would get
-    other bits in a batch than alone). oneDNN's does not, from M = 2 on; bfloat16 uses it anyway.
+    Every row's bits are independent of M. torch's own float32 path is not like that: MKL's order of
+    summation changes with M, so that a sequence would get other bits in a batch than alone, and
+    elementwise kernels treat the last few elements of a tensor by another exp. oneDNN's matmul is,
+    from M = 2 on, and applies the epilogue to its fp32 sums.
     """
-    if x.dtype is torch.float32 and x.device.type == "cpu" and _HAS_ONEDNN_LINEAR and x.numel():
-        if x.shape[0] == 1:
-            return _onednn_linear(x.expand(2, -1), w)[:1]
-        return _onednn_linear(x, w)
-    return F.linear(x, w)
+    if x.device.type != "cpu" or x.dtype not in _ONEDNN_DTYPES or not x.numel():
+        y = F.linear(x, w)
+        if silu:
+            return F.silu(y, inplace=True)
+        return y.mul_(mul) if mul is not None else y.add_(add) if add is not None else y
+    single = x.shape[0] == 1 and x.dtype is torch.float32
+    if single:
+        x = x.expand(2, -1).contiguous()
+    other = mul if mul is not None else add
+    if other is None:
+        kind = "swish" if silu else "none"
+        y = torch.ops.mkldnn._linear_pointwise(x, w, None, kind, [], "")
+    else:
+        other = other.expand(2, -1).contiguous() if single else other.contiguous()
+        kind = "mul" if mul is not None else "add"
+        y = torch.ops.mkldnn._linear_pointwise.binary(x, other, w, None, kind)
+    return y[:1] if single else y
 
 
 def linear(x: Tensor, w: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -288,8 +309,9 @@ def linear(x: Tensor, w: Tensor, residual: Tensor | None = None) -> Tensor:
             f"residual must be {'x'.join(map(str, (*x.shape[:-1], w.shape[0])))}, "
             f"got {_shape(residual)}",
         )
-    y = _matmul(x.reshape(-1, x.shape[-1]), w).view(*x.shape[:-1], w.shape[0])
-    return y if residual is None else y.add_(residual)
+    rows = x.reshape(-1, x.shape[-1])
+    add = None if residual is None else residual.reshape(-1, w.shape[0])
+    return _matmul(rows, w, add=add).view(*x.shape[:-1], w.shape[0])
 
 
 def swiglu_mlp(
@@ -304,15 +326,27 @@ def swiglu_mlp(
     x [T, H]; w_gate_up [2I, H] with gate's rows first, or the pair (gate [I, H], up [I, H]);
     w_down [H, I]; residual [T, H]. Returns a new [T, H].
     """
+    gate, up = w_gate_up.chunk(2) if isinstance(w_gate_up, Tensor) else w_gate_up
+    tensors = {"x": x, "gate": gate, "up": up, "w_down": w_down}
+    _check_float(**tensors if residual is None else {**tensors, "residual": residual})
+    _require(x.ndim == 2, f"x must be [T, H], got {_shape(x)}")
+    _require(
+        gate.ndim == 2 and gate.shape == up.shape and gate.shape[1] == x.shape[1],
+        f"gate {_shape(gate)} and up {_shape(up)} must both be [I, {x.shape[1]}]",
+    )
+    _require(
+        w_down.ndim == 2 and w_down.shape[1] == gate.shape[0],
+        f"w_down must be [H, {gate.shape[0]}], got {_shape(w_down)}",
+    )
+    _require(
+        residual is None or residual.shape == (x.shape[0], w_down.shape[0]),
+        f"residual must be {x.shape[0]}x{w_down.shape[0]}",
+    )
     if norm is not None:
         x = rms_norm(x, *norm)
-    if isinstance(w_gate_up, Tensor):
-        hidden = silu_and_mul(linear(x, w_gate_up))
-    else:
-        gate, up = w_gate_up
-        _require(gate.shape == up.shape, f"gate {_shape(gate)} and up {_shape(up)} differ in shape")
-        hidden = F.silu(linear(x, gate), inplace=True).mul_(linear(x, up))
-    return linear(hidden, w_down, residual)
+    x = x.contiguous()
+    hidden = _matmul(x, up, mul=_matmul(x, gate, silu=True))
+    return _matmul(hidden, w_down, add=residual)
 
 
 # -------------------------------------------------------------------------------------- attention

