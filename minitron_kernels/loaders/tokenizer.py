@@ -14,7 +14,7 @@ import base64
 import codecs
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, overload
 
@@ -135,13 +135,18 @@ class _WindowStreamDecoder:
     """
 
     def __init__(
-        self, decode: Callable[[list[int]], str], token_text: Callable[[int], str | None]
+        self,
+        decode: Callable[[list[int]], str],
+        token_text: Callable[[int], str | None],
+        skipped: Collection[int],
     ) -> None:
-        self._decode, self._token_text = decode, token_text
+        self._decode, self._token_text, self._skipped = decode, token_text, skipped
         self._window: list[int] = []
         self._num_context = 0
 
     def push(self, token_id: int) -> str:
+        if token_id in self._skipped:
+            return ""
         self._window.append(token_id)
         if re.fullmatch("<0x[0-9A-Fa-f]{2}>", self._token_text(token_id) or ""):
             return ""
@@ -458,9 +463,7 @@ class Tokenizer:
         Raises TypeError if `text` is not a str, ValueError if it is not valid Unicode.
         """
         _check_return_tensors(return_tensors)
-        if not isinstance(text, str):
-            raise TypeError(f"text must be a str, got {type(text).__name__}")
-        [ids] = self._encode_batch([text], add_special_tokens)
+        ids = self._encode(text, add_special_tokens)
         if return_tensors is None:
             return ids
         import torch
@@ -483,11 +486,8 @@ class Tokenizer:
         Raises ValueError for tensors of unequal lengths without padding.
         """
         _check_return_tensors(return_tensors)
-        texts = [text] if isinstance(text, str) else list(text)
-        for item in texts:
-            if not isinstance(item, str):
-                raise TypeError(f"text must be a str or a list of str, got {type(item).__name__}")
-        rows = self._encode_batch(texts, add_special_tokens)
+        texts = [text] if isinstance(text, str) else text
+        rows = [self._encode(item, add_special_tokens) for item in texts]
         masks = [[1] * len(row) for row in rows]
         if padding:
             pad = self.eos_token_id if self.pad_token_id is None else self.pad_token_id
@@ -515,21 +515,21 @@ class Tokenizer:
             attention_mask=torch.tensor(masks, dtype=torch.int64),
         )
 
-    def _encode_batch(self, texts: list[str], add_special_tokens: bool) -> list[list[int]]:
-        for text in texts:
-            try:
-                text.encode()
-            except UnicodeEncodeError as error:
-                raise ValueError(f"text is not valid Unicode: {error}") from error
+    def _encode(self, text: Any, add_special_tokens: bool) -> list[int]:
+        if not isinstance(text, str):
+            raise TypeError(f"text must be a str, got {type(text).__name__}")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"text is not valid Unicode: {error}") from error
         by_post_processor = add_special_tokens and self.add_bos is None
         with byte_level.rust_errors_as_value_error(f"{self.source}: cannot encode"):
-            encodings = self._tok.encode_batch(texts, add_special_tokens=by_post_processor)
-        prefix, suffix = [], []
+            ids = self._tok.encode(text, add_special_tokens=by_post_processor).ids
         if add_special_tokens and self.add_bos and self.bos_token_id is not None:
-            prefix = [self.bos_token_id]
+            ids = [self.bos_token_id, *ids]
         if add_special_tokens and self.add_eos and self.eos_token_id is not None:
-            suffix = [self.eos_token_id]
-        return [[*prefix, *encoding.ids, *suffix] for encoding in encodings]
+            ids = [*ids, self.eos_token_id]
+        return ids
 
     # -- ids to text --
 
@@ -543,7 +543,8 @@ class Tokenizer:
         """
         ids = _as_id_list(token_ids)
         if not self._is_byte_level:
-            return self._decode_rust(ids, skip_special_tokens)
+            with byte_level.rust_errors_as_value_error(f"{self.source}: cannot decode"):
+                return self._tok.decode(ids, skip_special_tokens=skip_special_tokens)
         to_bytes = self._token_bytes_shown if skip_special_tokens else self._token_bytes
         return b"".join(map(to_bytes, ids)).decode("utf-8", "replace")
 
@@ -559,13 +560,8 @@ class Tokenizer:
             return _ByteStreamDecoder(
                 self._token_bytes_shown if skip_special_tokens else self._token_bytes
             )
-        return _WindowStreamDecoder(
-            lambda ids: self._decode_rust(ids, skip_special_tokens), self._tok.id_to_token
-        )
-
-    def _decode_rust(self, ids: list[int], skip_special_tokens: bool) -> str:
-        with byte_level.rust_errors_as_value_error(f"{self.source}: cannot decode"):
-            return self._tok.decode(ids, skip_special_tokens=skip_special_tokens)
+        skipped = self._skipped if skip_special_tokens else ()
+        return _WindowStreamDecoder(self.decode, self._tok.id_to_token, skipped)
 
     def _token_bytes(self, id: int) -> bytes:
         data = self._bytes_of.get(id)
@@ -626,14 +622,15 @@ class AutoTokenizer:
     """Counterpart of transformers' class of this name."""
 
     @classmethod
-    def from_pretrained(cls, source: str | Path, **kwargs: Any) -> Tokenizer:
-        """Load the tokenizer of a folder, file, Hub id or built-in name.
+    def from_pretrained(cls, source: str | Path, revision: str | None = None) -> Tokenizer:
+        """Load the tokenizer of a folder, .gguf file, Hub id or built-in name.
 
-        `kwargs` (revision, ...) go to `minitron_kernels.loaders.hub.resolve`.
+        What `source` may be, and errors, as in `minitron_kernels.loaders.hub.resolve`; further
+        errors as in `Tokenizer.from_file`.
         """
         from minitron_kernels.loaders import hub
 
-        return Tokenizer.from_file(hub.resolve(source, **kwargs))
+        return Tokenizer.from_file(hub.resolve(source, revision))
 
 
 # --- parts of the loaders --------------------------------------------------------------------
@@ -739,8 +736,9 @@ def _gguf_vocab(metadata: Mapping[str, Any], source: str) -> tuple[dict[str, int
 def _gguf_special_ids(metadata: Mapping[str, Any], num_tokens: int, source: str) -> dict[str, int]:
     """The ids that the file names, of bos, eos, eot, eom, unk and pad."""
     special_ids = {}
-    for name in ("bos", "eos", "eot", "eom", "unk", "pad"):
-        key = f"{_GGUF}.{ {'unk': 'unknown', 'pad': 'padding'}.get(name, name) }_token_id"
+    in_file = {name: name for name in ("bos", "eos", "eot", "eom")}
+    for name, name_in_file in (in_file | {"unk": "unknown", "pad": "padding"}).items():
+        key = f"{_GGUF}.{name_in_file}_token_id"
         id = _field(metadata, key, int, source)
         if id is not None and not 0 <= id < num_tokens:
             raise ValueError(f"{source}: {key} is {id}, but there are {num_tokens} tokens")
