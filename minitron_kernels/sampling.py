@@ -361,21 +361,27 @@ def _process(row: Tensor, state: SamplingState) -> None:
 
 def _draw(logits: Tensor, states: Sequence[SamplingState]) -> Tensor:
     """Token ids [R] int64 for fp32 logits [R, V]; -1 where the largest logit is not finite."""
+    if logits.device.type == "cpu" and len(states) > 1:
+        # One row's intermediates stay in the L2 cache: 3 times as fast as all rows at once.
+        return torch.cat([_draw(logits[i : i + 1], [state]) for i, state in enumerate(states)])
     params = [state.params for state in states]
-    device = logits.device
-    # A tensor, because CUDA multiplies by the reciprocal of a Python number.
-    temperature = torch.tensor([p.temperature for p in params], device=device)
-    scaled = logits / temperature[:, None]
+
+    def column(values: Sequence[float], dtype: torch.dtype) -> Tensor:
+        return torch.tensor(values, dtype=dtype, device=logits.device)[:, None]
+
+    # Divided by a tensor, because CUDA multiplies by the reciprocal of a Python number.
+    scaled = logits / column([p.temperature for p in params], torch.float32)
     largest = scaled.amax(-1, keepdim=True)
     weights = _weights(scaled, largest)
-
-    cut = [i for i, p in enumerate(params) if p.top_k > 0 or p.top_p < 1]
-    if cut:  # most requests have neither and need no sort
-        kept = _nucleus(scaled[cut], largest[cut], [params[i] for i in cut])
-        weights[cut] = torch.where(kept, weights[cut], 0)
+    if any(p.top_k > 0 or p.top_p < 1 for p in params):  # else nothing needs an order
+        vocab = logits.shape[-1]
+        top_k = column([min(p.top_k or vocab, vocab) for p in params], torch.int64)
+        top_p = column([p.top_p for p in params], torch.float64)
+        longest = max(min(p.top_k or vocab, vocab) for p in params)
+        weights *= _nucleus(scaled, largest, _largest(scaled, longest), top_k, top_p)
     if any(p.min_p > 0 for p in params):
-        floor = torch.tensor([int(p.min_p * WEIGHT_ONE) for p in params], device=device)
-        weights = torch.where(weights >= floor[:, None], weights, 0)
+        floor = column([int(p.min_p * WEIGHT_ONE) for p in params], torch.int64)
+        weights *= weights >= floor
 
     running = weights.cumsum(-1)
     target = _mul_high([_random_64(state.seed, state.step) for state in states], running[:, -1])
@@ -384,39 +390,35 @@ def _draw(logits: Tensor, states: Sequence[SamplingState]) -> Tensor:
 
 
 def _weights(scaled: Tensor, largest: Tensor) -> Tensor:
-    return ((scaled - largest).exp() * WEIGHT_ONE).to(torch.int64)
+    return (scaled - largest).exp_().mul_(WEIGHT_ONE).to(torch.int64)
 
 
-def _nucleus(scaled: Tensor, largest: Tensor, params: Sequence[SamplingParams]) -> Tensor:
-    """Which of [R, V] top_k and top_p keep, as a mask.
+def _largest(values: Tensor, count: int) -> Tensor:
+    """The `count` largest of each row, descending."""
+    if values.device.type == "cpu":  # numpy's SIMD sort: 0.4 ms for 131072, where torch takes 11
+        ascending = torch.from_numpy(np.sort(values.numpy(), axis=-1))
+        return ascending[:, values.shape[-1] - count :].flip(-1)
+    return values.topk(count).values
 
-    Only values are sorted: how many of them stay gives the smallest one that does, and how many
-    of its equals.
+
+def _nucleus(
+    scaled: Tensor, largest: Tensor, ordered: Tensor, top_k: Tensor, top_p: Tensor
+) -> Tensor:
+    """Which of [R, V] logits top_k and top_p [R, 1] keep, as a mask.
+
+    `ordered` has the max(top_k) largest of each row, descending. Values without ids are enough:
+    how many stay gives the smallest that does, and how many of its equals.
     """
-    device = scaled.device
-    vocab = scaled.shape[-1]
-    ordered = _sorted_descending(scaled)
-    top_k = torch.tensor([min(p.top_k or vocab, vocab) for p in params], device=device)[:, None]
-    in_top_k = torch.arange(vocab, device=device) < top_k
-    weights = torch.where(in_top_k, _weights(ordered, largest), 0)
-    running = weights.cumsum(-1)
-
-    total = running[:, -1:]
-    top_p = torch.tensor([p.top_p for p in params], dtype=torch.float64, device=device)[:, None]
+    running = _weights(ordered, largest).cumsum(-1)
+    total = running.gather(-1, top_k - 1)
     limit = (top_p * total).to(torch.int64).clamp(min=1)
     limit = torch.where(top_p < 1, limit, total)  # what follows the total weighs nothing
-    num_kept = (in_top_k & (running - weights < limit)).sum(-1, keepdim=True)
+    num_kept = torch.minimum(1 + torch.searchsorted(running, limit), top_k)
 
     smallest = ordered.gather(-1, num_kept - 1)
     above = scaled > smallest
     equal = scaled == smallest
     return above | (equal & (equal.cumsum(-1) <= num_kept - above.sum(-1, keepdim=True)))
-
-
-def _sorted_descending(values: Tensor) -> Tensor:
-    if values.device.type == "cpu":  # numpy's SIMD sort: 0.4 ms for 131072, where torch takes 11
-        return torch.from_numpy(np.sort(values.numpy(), axis=-1)).flip(-1)
-    return values.sort(dim=-1, descending=True).values
 
 
 def _most_likely(logprobs: Tensor, count: int) -> Tensor:
