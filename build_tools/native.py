@@ -27,7 +27,10 @@ BUILD = Path("build/native")  # relative to ROOT, where every command runs
 
 # Entry file below csrc/ -> the architectures it is compiled for.
 ENTRY_FILES: dict[str, tuple[str, ...]] = {
+    "embedding/entries/embedding.cu": cuda.ARCHS,
     "rms_norm/entries/rms_norm.cu": cuda.ARCHS,
+    "rope/entries/rope.cu": cuda.ARCHS,
+    "silu_and_mul/entries/silu_and_mul.cu": cuda.ARCHS,
 }
 
 HEADER = "minitron_kernels.h"

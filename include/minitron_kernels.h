@@ -118,6 +118,109 @@ MK_API mk_status mk_add_rms_norm(const mk_rms_norm_params* params, void* stream)
 MK_API mk_status mk_add_rms_norm_plan(const mk_rms_norm_params* params, const mk_device* device,
                                       mk_plan* plan);
 
+/* ---- Rotary position embedding ----------------------------------------------------------------
+ * Rotates the first rotary_dim features of a head in fp32, rounded once; the rest pass unchanged.
+ * Pairs are features (i, i + rotary_dim/2), or (2i, 2i+1) when interleaved. The angle of pair i at
+ * position p is given by tables, or is fp32(p * fp32(theta^(-2i/rotary_dim))), with sine and cosine
+ * within 2e-7 of that angle's. A position outside 0 ... max_position-1 gives NaN.
+ */
+typedef struct mk_rope {
+    const float* cos;        /* [max_position, rotary_dim/2]; NULL: computed from theta */
+    const float* sin;        /* as cos */
+    int64_t table_stride;    /* between rows of cos and of sin */
+    const void* positions;   /* [tokens] */
+    int32_t positions_dtype; /* MK_I32, MK_I64 */
+    int32_t max_position;    /* 1 ... 2^24 */
+    int32_t rotary_dim;      /* even, 2 ... head_dim */
+    int32_t interleaved;     /* 0 or 1 */
+    float theta;             /* used when cos and sin are NULL: > 1 */
+} mk_rope;
+
+/* q_out, k_out = rotated q, k. They may be q and k themselves. */
+typedef struct mk_apply_rope_params {
+    const void* q; /* [tokens, num_q_heads, head_dim] */
+    const void* k; /* [tokens, num_k_heads, head_dim] */
+    void* q_out;
+    void* k_out;
+    int64_t q_stride, q_head_stride; /* between tokens, between heads */
+    int64_t k_stride, k_head_stride;
+    int64_t q_out_stride, q_out_head_stride;
+    int64_t k_out_stride, k_out_head_stride;
+    int32_t tokens;
+    int32_t num_q_heads; /* 0 ... 1024 */
+    int32_t num_k_heads; /* 0 ... 1024 */
+    int32_t head_dim;    /* 2 ... 256 */
+    int32_t dtype;       /* MK_BF16, MK_F16 */
+    mk_rope rope;
+} mk_apply_rope_params;
+
+MK_API mk_status mk_apply_rope(const mk_apply_rope_params* params, void* stream);
+MK_API mk_status mk_apply_rope_plan(const mk_apply_rope_params* params, const mk_device* device,
+                                    mk_plan* plan);
+
+/* k_cache[slot] = rotated k, v_cache[slot] = v, for the slot = page * page_size + offset of each
+ * token. A token whose slot is negative, or past the cache's end, is skipped. */
+typedef struct mk_rope_append_params {
+    const void* k;                   /* [tokens, num_heads, head_dim] */
+    const void* v;                   /* [tokens, num_heads, head_dim] */
+    void* k_cache;                   /* [num_pages, page_size, num_heads, head_dim] */
+    void* v_cache;                   /* [num_pages, page_size, num_heads, head_dim] */
+    const void* slots;               /* [tokens] */
+    int64_t k_stride, k_head_stride; /* between tokens, between heads */
+    int64_t v_stride, v_head_stride;
+    int64_t cache_page_stride, cache_stride, cache_head_stride; /* of both caches */
+    int32_t tokens;
+    int32_t num_heads; /* 1 ... 1024 */
+    int32_t head_dim;  /* 2 ... 256 */
+    int32_t num_pages;
+    int32_t page_size;
+    int32_t slots_dtype; /* MK_I32, MK_I64 */
+    int32_t dtype;       /* MK_BF16, MK_F16 */
+    mk_rope rope;
+} mk_rope_append_params;
+
+MK_API mk_status mk_rope_append(const mk_rope_append_params* params, void* stream);
+MK_API mk_status mk_rope_append_plan(const mk_rope_append_params* params, const mk_device* device,
+                                     mk_plan* plan);
+
+/* ---- SwiGLU's activation ----------------------------------------------------------------------
+ * out = round(silu(gate)) * up, with silu(x) = x / (1 + exp(-x)) in fp32, rounded to the dtype
+ * before the product (Hugging Face's order).
+ */
+typedef struct mk_silu_and_mul_params {
+    const void* gate_up; /* [rows, 2 * size]: gate first, then up */
+    void* out;           /* [rows, size] */
+    int64_t gate_up_stride;
+    int64_t out_stride;
+    int32_t rows;
+    int32_t size;  /* 1 ... 2^20 */
+    int32_t dtype; /* MK_BF16, MK_F16 */
+} mk_silu_and_mul_params;
+
+MK_API mk_status mk_silu_and_mul(const mk_silu_and_mul_params* params, void* stream);
+MK_API mk_status mk_silu_and_mul_plan(const mk_silu_and_mul_params* params, const mk_device* device,
+                                      mk_plan* plan);
+
+/* ---- Embedding --------------------------------------------------------------------------------
+ * out[t] = table[ids[t]]; an id outside 0 ... vocab-1 gives a row of NaN.
+ */
+typedef struct mk_embedding_params {
+    const void* ids;   /* [tokens] */
+    const void* table; /* [vocab, hidden] */
+    void* out;         /* [tokens, hidden] */
+    int64_t table_stride;
+    int64_t out_stride;
+    int32_t tokens;
+    int32_t vocab;
+    int32_t hidden;    /* 1 ... 2^20 */
+    int32_t ids_dtype; /* MK_I32, MK_I64 */
+    int32_t dtype;     /* MK_BF16, MK_F16 */
+} mk_embedding_params;
+
+MK_API mk_status mk_embedding(const mk_embedding_params* params, void* stream);
+MK_API mk_status mk_embedding_plan(const mk_embedding_params* params, const mk_device* device,
+                                   mk_plan* plan);
+
 #ifdef __cplusplus
 } /* extern "C" */
 #endif

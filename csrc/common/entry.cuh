@@ -15,6 +15,7 @@
 #endif
 
 #define MK_UNROLL _Pragma("unroll")
+#define MK_NO_UNROLL _Pragma("unroll 1")
 
 #define MK_CONCAT_(op, sm, key) mk_##op##_sm##sm##_##key
 #define MK_CONCAT(op, sm, key) MK_CONCAT_(op, sm, key)

@@ -70,6 +70,12 @@ __device__ __forceinline__ void store8(void* row, int first, int size, const Vec
     }
 }
 
+// Entry i of ids, positions or slots, int32 or int64.
+__device__ __forceinline__ int64_t load_index(const void* indices, int32_t dtype, int64_t i) {
+    return dtype == MK_I64 ? static_cast<const int64_t*>(indices)[i]
+                           : static_cast<const int32_t*>(indices)[i];
+}
+
 // Row `index` of a tensor of 2-byte elements whose rows are `stride` elements apart.
 __device__ __forceinline__ const void* row_of(const void* tensor, int64_t index, int64_t stride) {
     return static_cast<const uint16_t*>(tensor) + index * stride;

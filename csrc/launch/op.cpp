@@ -43,13 +43,16 @@ int32_t dtype_bytes(int32_t dtype) {
     return 0;
 }
 
-mk_plan make_plan(const char* op, const mk_device& device, int32_t dtype, const char* flag) {
+mk_plan make_plan(const char* op, const mk_device& device, const std::string& key) {
     mk_plan plan{};
-    std::snprintf(plan.entry, sizeof plan.entry, "mk_%s_sm%d_%s%s", op, device.sm,
-                  dtype_name(dtype), flag);
+    std::snprintf(plan.entry, sizeof plan.entry, "mk_%s_sm%d_%s", op, device.sm, key.c_str());
     for (int i = 0; i < 3; ++i) plan.grid[i] = plan.block[i] = plan.cluster[i] = 1;
     plan.pdl = device.sm >= 90;
     return plan;
+}
+
+std::string dtype_key(int32_t dtype, bool aligned) {
+    return std::string(dtype_name(dtype)) + (aligned ? "" : "_unaligned");
 }
 
 mk_status check_size(const char* name, int32_t size, int32_t low, int32_t high) {
@@ -64,17 +67,32 @@ mk_status check_activation_dtype(int32_t dtype) {
     return MK_OK;
 }
 
-mk_status check_rows(const char* name, const void* pointer, int64_t stride, int32_t rows,
-                     int32_t row_elements, int32_t dtype) {
-    if (rows == 0) return MK_OK;
+mk_status check_indices(const char* name, const void* pointer, int32_t count, int32_t dtype) {
+    MK_REQUIRE(dtype == MK_I32 || dtype == MK_I64, MK_ERR_DTYPE,
+               "%s_dtype must be MK_I32 (4) or MK_I64 (5), got %d", name, dtype);
+    return check_rows(name, pointer, 1, count, 1, dtype);
+}
+
+mk_status check_pointer(const char* name, const void* pointer, int32_t dtype) {
     MK_REQUIRE(pointer, MK_ERR_NULL, "%s is NULL", name);
     const int32_t bytes = dtype_bytes(dtype);
     MK_REQUIRE(reinterpret_cast<uintptr_t>(pointer) % bytes == 0, MK_ERR_ALIGNMENT,
                "%s = %p is not aligned to its %d-byte elements", name, pointer, bytes);
-    MK_REQUIRE(rows == 1 || stride >= row_elements, MK_ERR_STRIDE,
-               "%s_stride must be at least the row's %d elements, got %lld", name, row_elements,
+    return MK_OK;
+}
+
+mk_status check_stride(const char* name, int64_t stride, int32_t count, int32_t least) {
+    MK_REQUIRE(count <= 1 || stride >= least, MK_ERR_STRIDE,
+               "%s_stride must be at least the %d elements it steps over, got %lld", name, least,
                static_cast<long long>(stride));
     return MK_OK;
+}
+
+mk_status check_rows(const char* name, const void* pointer, int64_t stride, int32_t rows,
+                     int32_t row_elements, int32_t dtype) {
+    if (rows == 0) return MK_OK;
+    MK_TRY(check_pointer(name, pointer, dtype));
+    return check_stride(name, stride, rows, row_elements);
 }
 
 bool is_16_byte(const void* pointer, int32_t dtype, std::initializer_list<int64_t> strides) {

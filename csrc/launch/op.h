@@ -19,8 +19,10 @@ const char* dtype_name(int32_t dtype);
 // Bytes of an element; 0 for a value that is no mk_dtype.
 int32_t dtype_bytes(int32_t dtype);
 
-// A plan with the entry's name (flag: "" or "_unaligned", ...) and a 1x1x1 grid, block and cluster.
-mk_plan make_plan(const char* op, const mk_device& device, int32_t dtype, const char* flag);
+// A plan for the entry mk_<op>_sm<NN>_<key>, with a 1x1x1 grid, block and cluster.
+mk_plan make_plan(const char* op, const mk_device& device, const std::string& key);
+// The key of entries that come in two forms: "bf16" with 16-byte accesses, or "bf16_unaligned".
+std::string dtype_key(int32_t dtype, bool aligned);
 
 // Enqueue `plan` with one by-value argument. MK_PRINT_PLAN=1: print it once per (plan, shape).
 mk_status launch(const mk_plan& plan, const Device& device, const void* args, void* stream,
@@ -56,11 +58,16 @@ constexpr T ceil_div(T a, T b) {
 
 // ---- checks that ops share; `name` is the field ----
 
+mk_status check_pointer(const char* name, const void* pointer, int32_t dtype);
+// <name>_stride, between `count` things of `least` elements.
+mk_status check_stride(const char* name, int64_t stride, int32_t count, int32_t least);
 // A tensor whose rows are `row_elements` long, `stride` apart. Not looked at when `rows` is 0.
 mk_status check_rows(const char* name, const void* pointer, int64_t stride, int32_t rows,
                      int32_t row_elements, int32_t dtype);
 mk_status check_size(const char* name, int32_t size, int32_t low, int32_t high);
 mk_status check_activation_dtype(int32_t dtype);  // MK_BF16 or MK_F16
+// [count] of MK_I32 or MK_I64 in `dtype`, the field <name>_dtype.
+mk_status check_indices(const char* name, const void* pointer, int32_t count, int32_t dtype);
 
 // Whether a tensor can be read 16 bytes at a time: its address and each of its strides.
 bool is_16_byte(const void* pointer, int32_t dtype, std::initializer_list<int64_t> strides);

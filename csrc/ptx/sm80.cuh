@@ -57,4 +57,18 @@ __device__ __forceinline__ float rsqrt_approx_f32(float a) {
     return d;
 }
 
+// ISA#floating-point-instructions-rcp  (at most 1 ulp)
+__device__ __forceinline__ float rcp_approx_ftz_f32(float a) {
+    float d;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(d) : "f"(a));
+    return d;
+}
+
+// ISA#floating-point-instructions-ex2  (relative error below 2^-22)
+__device__ __forceinline__ float ex2_approx_ftz_f32(float a) {
+    float d;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(d) : "f"(a));
+    return d;
+}
+
 }  // namespace mk::ptx

@@ -32,8 +32,8 @@ struct RmsNorm {
                              is_16_byte(p.out, p.dtype, {p.out_stride}) &&
                              is_16_byte(p.weight, p.dtype, {}) &&
                              is_16_byte(p.residual, p.dtype, {p.residual_stride});
-        mk_plan plan = make_plan(kHasResidual ? "add_rms_norm" : "rms_norm", device, p.dtype,
-                                 aligned ? "" : "_unaligned");
+        mk_plan plan = make_plan(kHasResidual ? "add_rms_norm" : "rms_norm", device,
+                                 dtype_key(p.dtype, aligned));
         const int groups = ceil_div(p.hidden, 8 * 32);
         // Few rows: as many threads as the row has vectors, for the shortest chain. Many rows: as
         // few as can hold it, so that more rows are in flight and warps meet at fewer barriers.
