@@ -471,7 +471,7 @@ def small_sentencepiece() -> tokenizers.Tokenizer:
 def hf_folders() -> dict[str, dict[str, Any]]:
     """What a folder may hold: arguments of PreTrainedTokenizerFast."""
     strip = AddedToken("<mask>", lstrip=True, rstrip=True, special=True, normalized=False)
-    plain = small_byte_level(["<s>", "</s>", strip])
+    plain = small_byte_level(["<s>", "</s>", strip, AddedToken("é¡ ÿ", special=False)])
     with_bos = small_byte_level(["<s>", "</s>"])
     with_bos.post_processor = processors.TemplateProcessing(
         single="<s> $A </s>",
@@ -511,7 +511,7 @@ def test_hf_folder_ids_equal_transformers(
     hf_pair: tuple[Tokenizer, PreTrainedTokenizerFast],
 ) -> None:
     ours, theirs = hf_pair
-    for text in [*TEXTS.values(), "a <mask> b", "<|one|><pad>it's<|two|>", "<s>a</s>", " it"]:
+    for text in [*TEXTS.values(), "a <mask> b", "<|one|><pad>it's<|two|>", "<s>é¡ ÿ</s>", " it"]:
         ids = ours.encode(text)
         assert ids == theirs.encode(text)
         assert ours.encode(text, False) == theirs.encode(text, add_special_tokens=False)
@@ -615,7 +615,8 @@ def test_encode_and_decode_argument_forms(smollm2: Tokenizer) -> None:
         (lambda: smollm2(["x", 1]), TypeError, "text must be a str, got int"),
         (lambda: smollm2.encode("\ud800"), ValueError, "not valid Unicode"),
         (lambda: smollm2.encode("x", return_tensors="np"), ValueError, "'np'"),
-        (lambda: smollm2.decode([-1]), ValueError, "-1"),
+        (lambda: smollm2.decode([-1]), ValueError, "got -1"),
+        (lambda: smollm2.decode([1 << 32]), ValueError, "got 4294967296"),
         (lambda: smollm2.decode(tensor), TypeError, "flat list"),
         (lambda: smollm2.decode([1.5]), TypeError, "float"),
     ]:

@@ -43,9 +43,17 @@ _TEKKEN_SPECIALS = (
 # --- small helpers ---------------------------------------------------------------------------
 
 
-def _read_json_object(path: Path) -> dict[str, Any]:
+def _read_text(path: Path) -> str:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text: {error}") from error
+
+
+def _read_json_object(path: Path) -> dict[str, Any]:
+    text = _read_text(path)
+    try:
+        value = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not valid JSON: {error}") from error
     if not isinstance(value, dict):
@@ -248,8 +256,9 @@ class Tokenizer:
     @classmethod
     def _from_tokenizer_json(cls, path: Path) -> Tokenizer:
         """The rules of transformers' PreTrainedTokenizerFast, over the same files."""
+        text = _read_text(path)
         with byte_level.rust_errors_as_value_error(f"{path}: not a valid tokenizer.json"):
-            tok = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
+            tok = tokenizers.Tokenizer.from_str(text)
             tok.no_padding()
             tok.no_truncation()
 
@@ -294,7 +303,6 @@ class Tokenizer:
             ValueError: a key is missing, of the wrong type, or contradicts the vocabulary.
             NotImplementedError: another model or pre-tokenizer.
         """
-
         model = _required(metadata, f"{_GGUF}.model", str, source)
         if model != "gpt2":
             raise NotImplementedError(
@@ -438,7 +446,7 @@ class Tokenizer:
         """Token text of each id, as the vocabulary has it; None for ids it does not have."""
         if isinstance(ids, int):
             return self._tok.id_to_token(ids)
-        return [self._tok.id_to_token(int(id)) for id in ids]
+        return [self._tok.id_to_token(id) for id in _as_id_list(ids)]
 
     # -- text to ids --
 
@@ -494,15 +502,12 @@ class Tokenizer:
             if pad is None:
                 raise ValueError(f"padding=True: {self.source} has neither a pad nor an EOS token")
             longest = max(map(len, rows), default=0)
-            masks = [
-                [0] * (longest - len(row)) + mask for row, mask in zip(rows, masks, strict=True)
-            ]
+            masks = [[0] * (longest - len(row)) + [1] * len(row) for row in rows]
             rows = [[pad] * (longest - len(row)) + row for row in rows]
         if return_tensors is None:
-            single = isinstance(text, str)
-            return BatchEncoding(
-                input_ids=rows[0] if single else rows, attention_mask=masks[0] if single else masks
-            )
+            if isinstance(text, str):
+                return BatchEncoding(input_ids=rows[0], attention_mask=masks[0])
+            return BatchEncoding(input_ids=rows, attention_mask=masks)
         if len({len(row) for row in rows}) > 1:
             raise ValueError(
                 "return_tensors='pt' needs texts of equal token counts, got "
@@ -539,7 +544,7 @@ class Tokenizer:
         """Text of one id, a list of ids or a 0-D or 1-D tensor.
 
         Bytes that are not UTF-8 become U+FFFD; ids beyond the vocabulary (padding of the embedding
-        matrix) decode to nothing. Raises ValueError for negative ids.
+        matrix) decode to nothing. Raises ValueError for ids that are no unsigned 32-bit integers.
         """
         ids = _as_id_list(token_ids)
         if not self._is_byte_level:
@@ -566,8 +571,6 @@ class Tokenizer:
     def _token_bytes(self, id: int) -> bytes:
         data = self._bytes_of.get(id)
         if data is None:
-            if id < 0:
-                raise ValueError(f"token_ids must not be negative, got {id}")
             data = self._bytes_of[id] = byte_level.decode_chars(self._tok.id_to_token(id) or "")
         return data
 
@@ -658,16 +661,15 @@ def _add_configured_tokens(
     declared = _field(config, "added_tokens_decoder", dict, source) or {}
     for id, entry in sorted(declared.items(), key=lambda item: (len(item[0]), item[0])):
         field = f"{source}: added_tokens_decoder[{id!r}]"
-        if not isinstance(entry, dict) or not isinstance(entry.get("content"), str):
+        content = entry.get("content") if isinstance(entry, dict) else None
+        if not isinstance(content, str):
             raise ValueError(f"{field} must be an object with a string 'content'")
         flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
         known = {flag: entry[flag] for flag in flags if isinstance(entry.get(flag), bool)}
-        _add_tokens(tok, [AddedToken(entry["content"], **known)])
-        if str(tok.token_to_id(entry["content"])) != id:
-            raise ValueError(
-                f"{field} is {entry['content']!r}, whose id in tokenizer.json is "
-                f"{tok.token_to_id(entry['content'])}"
-            )
+        _add_tokens(tok, [AddedToken(content, **known)])
+        actual = tok.token_to_id(content)
+        if str(actual) != id:
+            raise ValueError(f"{field} is {content!r}, whose id in tokenizer.json is {actual}")
     named = [
         _token_content(config.get(f"{name}_token"), f"{name}_token", source)
         for name in ("bos", "eos", "unk", "pad", "sep", "cls", "mask")
@@ -706,11 +708,11 @@ def _folder_chat_template(folder: Path, config: Mapping[str, Any]) -> str | None
     """chat_template.jinja, else tokenizer_config.json's: a string, or named ones with a default."""
     path = folder / "chat_template.jinja"
     if path.is_file():
-        return path.read_text(encoding="utf-8")
+        return _read_text(path)
     template = config.get("chat_template")
     if isinstance(template, list):
-        named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
-        template = named.get("default")
+        named = [t for t in template if isinstance(t, dict) and t.get("name") == "default"]
+        template = named[0].get("template") if named else None
     if template is None or isinstance(template, str):
         return template
     got = type(template).__name__
@@ -788,8 +790,8 @@ def _as_id_list(token_ids: int | Sequence[int] | torch.Tensor) -> list[int]:
     for id in ids:
         if not isinstance(id, int):
             raise TypeError(f"token_ids must be a flat list of int, got {type(id).__name__} in it")
-        if id < 0:
-            raise ValueError(f"token_ids must not be negative, got {id}")
+        if not 0 <= id < 1 << 32:
+            raise ValueError(f"token_ids must be at least 0 and below 2**32, got {id}")
     return ids
 
 
