@@ -156,7 +156,7 @@ class _HeaderReader:
         self.array_items_left = _MAX_ARRAY_ITEMS
 
     def error(self, field: str, problem: str) -> ValueError:
-        return ValueError(f"{self.path}: {field}: {problem}")
+        return ValueError(f"{self.path}: {field:.120}: {problem}")
 
     def take(self, nbytes: int, field: str) -> bytes:
         start = self.pos
@@ -286,7 +286,7 @@ def _read_tensors(reader: _HeaderReader, count: int, alignment: int) -> dict[str
     for tensor in sorted(placed.values(), key=lambda t: t.offset):
         if previous is not None and tensor.offset < previous.offset + previous.nbytes:
             raise reader.error(
-                f"tensor {tensor.name!r}", f"its data overlaps those of {previous.name!r}"
+                f"tensor {tensor.name!r}", f"its data overlaps those of {previous.name!r:.80}"
             )
         previous = tensor
     return placed
@@ -328,7 +328,7 @@ def _unknown_type(reader: _HeaderReader, field: str, kind: int) -> Exception:
 
 # ---- checkpoints ----
 
-_PART = re.compile(r"(?P<stem>.+)-(?P<no>\d{5})-of-(?P<count>\d{5})\.gguf")
+_PART = re.compile(r"(?P<stem>.+)-(?P<no>[0-9]{5})-of-(?P<count>[0-9]{5})\.gguf")
 
 _HF_NAMES = {
     "token_embd": "model.embed_tokens",
@@ -344,7 +344,7 @@ _HF_NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-_TENSOR_NAME = re.compile(r"(?:blk\.(?P<layer>\d{1,5})\.)?(?P<module>\w+)\.weight")
+_TENSOR_NAME = re.compile(r"(?:blk\.(?P<layer>0|[1-9][0-9]{0,4})\.)?(?P<module>\w+)\.weight")
 _GLOBAL_MODULES = ("token_embd", "output_norm", "output")
 _ROPE_FREQS = "rope_freqs.weight"
 
@@ -380,11 +380,15 @@ class GGUFCheckpoint:
         self.tensors: dict[str, TensorInfo] = {}
         self._stored: dict[str, tuple[GGUFFile, str]] = {}  # by Hugging Face name
         rope_freqs: list[float] | None = None
+        unknown: list[str] = []
         for file, tensor in _all_tensors(files):
             if tensor.name == _ROPE_FREQS:
                 rope_freqs = _read_vector(file, tensor)
                 continue
-            name = _hf_name(file.path, tensor.name)
+            name = _hf_name(tensor.name)
+            if name is None:
+                unknown.append(f"{file.path}: tensor {tensor.name!r:.80}")
+                continue
             self._stored[name] = file, tensor.name
             self.tensors[name] = TensorInfo(
                 name, tensor.type.name, tensor.shape, tensor.nbytes, file.path
@@ -392,6 +396,10 @@ class GGUFCheckpoint:
         self.config = ModelConfig.from_gguf(
             self.metadata, self.tensors, str(files[0].path), rope_freqs
         )
+        if unknown:  # of another architecture, which the config would have named, it is no news
+            raise NotImplementedError(
+                f"{unknown[0]} is not part of a Llama model without biases, the only kind supported"
+            )
 
     def load(self, name: str, dtype: torch.dtype) -> torch.Tensor:
         """See Checkpoint.load. Quantised types are decoded as gguf.quants does, then rounded."""
@@ -454,22 +462,26 @@ def _all_tensors(files: list[GGUFFile]) -> Iterator[tuple[GGUFFile, GGUFTensor]]
     for file in files:
         for name, tensor in file.tensors.items():
             if name in seen:
-                raise ValueError(f"{file.path}: tensor {name!r} is also in {seen[name].path}")
+                raise ValueError(f"{file.path}: tensor {name!r:.80} is also in {seen[name].path}")
             seen[name] = file
             yield file, tensor
 
 
-def _hf_name(path: Path, name: str) -> str:
-    """model.layers.3.self_attn.q_proj.weight for blk.3.attn_q.weight."""
+def _hf_name(name: str) -> str | None:
+    """The Hugging Face name of a tensor: blk.3.ffn_up.weight is model.layers.3.mlp.up_proj.weight.
+
+    None for a tensor that no Llama has.
+    """
     match = _TENSOR_NAME.fullmatch(name)
-    module = match["module"] if match else ""
-    if not match or module not in _HF_NAMES or (module in _GLOBAL_MODULES) != (not match["layer"]):
-        raise NotImplementedError(
-            f"{path}: tensor {name!r} is not part of a Llama model without biases, the only kind "
-            "supported"
-        )
-    layer = f"model.layers.{int(match['layer'])}." if match["layer"] else ""
-    return f"{layer}{_HF_NAMES[module]}.weight"
+    if match is None or (module := _HF_NAMES.get(match["module"])) is None:
+        return None
+    if (match["layer"] is None) != (match["module"] in _GLOBAL_MODULES):
+        return None
+    return (
+        f"{module}.weight"
+        if match["layer"] is None
+        else (f"model.layers.{match['layer']}.{module}.weight")
+    )
 
 
 def _read_vector(file: GGUFFile, tensor: GGUFTensor) -> list[float]:

