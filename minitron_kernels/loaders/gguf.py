@@ -437,24 +437,23 @@ def _open_parts(path: Path) -> list[GGUFFile]:
         if not part.exists():
             raise FileNotFoundError(f"{part}: part {no} of {len(paths)} is missing")
     files = [GGUFFile(part) for part in paths]
-    split = [("split.count", len(files))] if len(files) > 1 else []
-    for no, file in enumerate(files):
-        for key, expected in [*split, *([("split.no", no)] if split else [])]:
-            if (got := file.metadata.get(key)) != expected:
-                raise ValueError(f"{file.path}: {key}: got {got!r:.80}, expected {expected}")
-    count = files[0].metadata.get("split.count", 1)
-    if count not in (0, 1, len(files)):
+    if len(files) > 1:
+        for no, file in enumerate(files):
+            _expect(file, "split.count", len(files))
+            _expect(file, "split.no", no)
+    elif (count := files[0].metadata.get("split.count", 1)) not in (0, 1):
         raise ValueError(
             f"{path}: split.count: the file is one of {count!r:.80} parts; "
             "their names must end in -00001-of-0000N.gguf"
         )
     total = sum(len(file.tensors) for file in files)
-    expected = files[0].metadata.get("split.tensors.count", total)
-    if expected != total:
-        raise ValueError(
-            f"{files[0].path}: split.tensors.count: got {expected!r:.80}, the files hold {total}"
-        )
+    _expect(files[0], "split.tensors.count", total, default=total)
     return files
+
+
+def _expect(file: GGUFFile, key: str, expected: int, default: int | None = None) -> None:
+    if (got := file.metadata.get(key, default)) != expected:
+        raise ValueError(f"{file.path}: {key}: got {got!r:.80}, expected {expected}")
 
 
 def _all_tensors(files: list[GGUFFile]) -> Iterator[tuple[GGUFFile, GGUFTensor]]:
@@ -475,13 +474,10 @@ def _hf_name(name: str) -> str | None:
     match = _TENSOR_NAME.fullmatch(name)
     if match is None or (module := _HF_NAMES.get(match["module"])) is None:
         return None
-    if (match["layer"] is None) != (match["module"] in _GLOBAL_MODULES):
+    layer = match["layer"]
+    if (layer is None) != (match["module"] in _GLOBAL_MODULES):
         return None
-    return (
-        f"{module}.weight"
-        if match["layer"] is None
-        else (f"model.layers.{match['layer']}.{module}.weight")
-    )
+    return f"{module}.weight" if layer is None else f"model.layers.{layer}.{module}.weight"
 
 
 def _read_vector(file: GGUFFile, tensor: GGUFTensor) -> list[float]:
