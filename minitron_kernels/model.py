@@ -128,6 +128,7 @@ class Attention(nn.Module):
             cu_seqlens_q=batch.cu_seqlens_q,
             window=self.window,
         )
+        assert isinstance(out, Tensor)
         return self.o_proj(out.flatten(1), residual=x)
 
 

@@ -36,7 +36,7 @@ def test_greedy_tokens_and_scores_equal_transformers(
     model: MinitronForCausalLM, theirs: Any, smollm2_gguf: Path
 ) -> None:
     tokenizer = AutoTokenizer.from_pretrained(smollm2_gguf)
-    params = SamplingParams(max_new_tokens=48, ignore_eos=True)
+    params = SamplingParams(max_new_tokens=48, min_new_tokens=48)
     results = generate(model, tokenizer, PROMPTS, params)
     for result in results:
         inputs = torch.tensor([result.prompt_ids])
