@@ -15,6 +15,7 @@ import psutil
 import torch
 
 from minitron_kernels.loaders.checkpoint import open_checkpoint
+from minitron_kernels.native import build_info
 
 
 def versions() -> dict[str, str | None]:
@@ -85,6 +86,14 @@ def cuda_info() -> dict[str, Any]:
         except OSError as error:
             reason = f"no NVIDIA driver: {error}"
     return {"torch_cuda": torch.version.cuda, "devices": devices, "none_because": reason}
+
+
+def build() -> dict[str, Any]:
+    """`native.build_info`, or, where nothing was built, no archs and the reason."""
+    try:
+        return build_info()
+    except FileNotFoundError as error:
+        return {"archs": [], "none_because": str(error)}
 
 
 def model_info(path: Path, dtype: str) -> dict[str, Any]:

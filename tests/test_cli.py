@@ -155,23 +155,21 @@ def test_version_and_bare_command(minitron: Callable[..., Any]) -> None:
     ],
     ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "",
 )
-@pytest.mark.parametrize("as_json", [False, True], ids=["text", "json"])
 def test_mistake_is_one_line_and_exit_code_2(
-    minitron: Callable[..., Any], tiny: Path, args: list[str], named: str, as_json: bool
+    minitron: Callable[..., Any], tiny: Path, args: list[str], named: str
 ) -> None:
     args = [arg.format(tiny=tiny) for arg in args]
     if args[0] in ("generate", "score") and "--model" not in args:
         args += ["--model", str(tiny)]
-    if as_json:
-        if named in ("--json", "frobnicate"):
-            pytest.skip("a mistake only without --json, or in the command itself")
-        args.append("--json")
-    code, out, err = minitron(*args)
-    assert code == 2
-    assert out == ""
-    assert err.startswith("error: ")
-    assert err.count("\n") == 1
-    assert named in err
+    for as_json in ([], ["--json"]):
+        if as_json and named in ("--json", "frobnicate"):  # no mistake then, or another one
+            continue
+        code, out, err = minitron(*args, *as_json)
+        assert code == 2
+        assert out == ""
+        assert err.startswith("error: ")
+        assert err.count("\n") == 1
+        assert named in err
 
 
 def test_traceback_on_request(
@@ -507,6 +505,17 @@ def test_c_locale_takes_and_gives_unicode(tiny: Path, encoding: str) -> None:
     assert out == (text + "\n").encode(encoding, "backslashreplace")
 
 
+def test_threads_do_not_spin(tiny: Path) -> None:
+    process = popen(
+        *("score", "--ids", "1,2", "--model", tiny),
+        env={"OMP_DISPLAY_ENV": "TRUE"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    _, err = process.communicate(timeout=60)
+    assert b"OMP_WAIT_POLICY = 'PASSIVE'" in err
+
+
 # --- chat ---
 
 
@@ -662,6 +671,21 @@ def test_info_without_a_model(minitron: Callable[..., Any]) -> None:
     code, out, _ = minitron("info")
     assert code == 0
     assert f"torch: {metadata.version('torch')}\n" in out
+
+
+def test_info_says_what_was_compiled(
+    minitron: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("minitron_kernels.native._PACKAGE", tmp_path)
+    build = json.loads(minitron("info", "--json")[1])["build"]
+    assert build["archs"] == []
+    assert "not built" in build["none_because"]
+    record = {"archs": ["80"], "nvcc": "13.0", "entries": {"80": {"mk_a": {}, "mk_b": {}}}}
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels/build.json").write_text(json.dumps(record))
+    assert json.loads(minitron("info", "--json")[1])["build"] == record
+    out = minitron("info")[1]
+    assert "  archs: 80\n  nvcc: 13.0\n  sm_80: 2 kernels\n" in out
 
 
 def test_info_never_reads_weights(
