@@ -2,8 +2,8 @@
 //
 // Small formats travel as their bit patterns in the low bits of an unsigned integer, as they do in
 // PTX registers. The inline functions are branch-free integer code, so that a loop over the 32
-// lanes of a warp vectorises. NaN results are canonical, as on hardware: all bits but the sign set,
-// sign clear. (bfloat16 to fp32 is a shift and keeps the payload.)
+// lanes of a warp vectorises. Narrowing a NaN gives the canonical one of hardware (all bits but the
+// sign set); widening keeps sign and payload.
 #pragma once
 
 #include <bit>
@@ -46,32 +46,56 @@ uint32_t encode(const FloatFormat& format, double value, Round mode, bool satfin
 // Exact value of an encoding.
 double decode(const FloatFormat& format, uint32_t bits);
 
-inline float f16_to_f32(uint16_t half) {
-    const uint32_t magnitude = half & 0x7FFFu;
-    const uint32_t normal = (magnitude << 13) + (112u << 23);
-    // 2^-14 + m * 2^-24 is exact with the mantissa in place; so is the difference.
-    const float subnormal = std::bit_cast<float>((113u << 23) + (magnitude << 13)) - 0x1p-14f;
-    const uint32_t special = magnitude == 0x7C00u ? 0x7F800000u : 0x7FFFFFFFu;
-    uint32_t bits = magnitude < 0x0400u ? std::bit_cast<uint32_t>(subnormal) : normal;
-    bits = magnitude >= 0x7C00u ? special : bits;
-    const uint32_t sign = magnitude > 0x7C00u ? 0u : (half & 0x8000u) << 16;
-    return std::bit_cast<float>(bits | sign);
+// Widens a format of at most 16 bits with a narrower exponent than fp32's. `first_special` is the
+// magnitude from which encodings are infinities and NaNs. Word and Float are uint32_t and float, or
+// vectors of them.
+template <int kExponentBits, int kMantissaBits, class Word, class Float>
+inline Float widen(Word bits, uint32_t first_special) {
+    constexpr uint32_t kSign = 1u << (kExponentBits + kMantissaBits);
+    constexpr uint32_t kRebias = 128 - (1u << (kExponentBits - 1));
+    constexpr float kMinNormal = std::bit_cast<float>((kRebias + 1) << 23);
+    const Word magnitude = bits & (kSign - 1);
+    const Word in_place = magnitude << (23 - kMantissaBits);
+    // Read with the smallest normal exponent a subnormal is too large by just that normal.
+    const Float subnormal = std::bit_cast<Float>(in_place + ((kRebias + 1) << 23)) - kMinNormal;
+    Word result = in_place + (kRebias << 23);
+    result = magnitude < (1u << kMantissaBits) ? std::bit_cast<Word>(subnormal) : result;
+    result = magnitude >= first_special ? result | 0x7F800000u : result;
+    return std::bit_cast<Float>(result | (bits & kSign) << (31 - kExponentBits - kMantissaBits));
+}
+
+inline float f16_to_f32(uint16_t bits) {
+    return widen<5, 10, uint32_t, float>(bits, kF16.max_finite + 1);
+}
+
+inline float e4m3_to_f32(uint8_t bits) {
+    return widen<4, 3, uint32_t, float>(bits, kE4M3.max_finite + 1);
+}
+
+inline float e5m2_to_f32(uint8_t bits) {
+    return widen<5, 2, uint32_t, float>(bits, kE5M2.max_finite + 1);
 }
 
 inline float bf16_to_f32(uint16_t bits) { return std::bit_cast<float>(uint32_t{bits} << 16); }
 
-// Round to nearest even, no saturation.
-inline uint16_t f32_to_f16(float value) {
-    const uint32_t bits = std::bit_cast<uint32_t>(value);
-    const uint32_t magnitude = bits & 0x7FFFFFFFu;
-    const uint32_t normal = (magnitude + 0xFFFu + ((magnitude >> 13) & 1u) - (112u << 23)) >> 13;
+// fp32 to f16 in the low bits of a word, rounded to nearest even, without saturation. Word and
+// Float as for `widen`.
+template <class Word, class Float>
+inline Word narrow_to_f16(Float value) {
+    const Word bits = std::bit_cast<Word>(value);
+    const Word magnitude = bits & 0x7FFFFFFFu;
+    const Word normal = (magnitude + 0xFFFu + ((magnitude >> 13) & 1u) - (112u << 23)) >> 13;
     // One unit in the last place of 0.5f is the smallest half: the addition rounds.
-    const float shifted = std::bit_cast<float>(magnitude) + 0.5f;
-    const uint32_t subnormal = std::bit_cast<uint32_t>(shifted) - 0x3F000000u;
-    uint32_t half = magnitude < (113u << 23) ? subnormal : normal;
-    half = magnitude >= (143u << 23) ? 0x7C00u : half;  // 65536 and more
+    const Float shifted = std::bit_cast<Float>(magnitude) + 0.5f;
+    const Word subnormal = std::bit_cast<Word>(shifted) - 0x3F000000u;
+    Word half = magnitude < (113u << 23) ? subnormal : normal;
+    half = magnitude >= (143u << 23) ? Word{} + 0x7C00u : half;  // 65536 and more
     half |= (bits >> 16) & 0x8000u;
-    return static_cast<uint16_t>(magnitude > 0x7F800000u ? 0x7FFFu : half);
+    return magnitude > 0x7F800000u ? Word{} + 0x7FFFu : half;
+}
+
+inline uint16_t f32_to_f16(float value) {
+    return static_cast<uint16_t>(narrow_to_f16<uint32_t, float>(value));
 }
 
 // Round to nearest even, no saturation.
@@ -80,16 +104,5 @@ inline uint16_t f32_to_bf16(float value) {
     const uint32_t rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
     return static_cast<uint16_t>((bits & 0x7FFFFFFFu) > 0x7F800000u ? 0x7FFFu : rounded);
 }
-
-inline float e4m3_to_f32(uint8_t bits) {
-    // In place, the exponent reads 120 too low; the product is exact, also for subnormals.
-    const float magnitude = std::bit_cast<float>((bits & 0x7Fu) << 20) * 0x1p120f;
-    const uint32_t sign = (bits & 0x80u) << 24;
-    const uint32_t result = std::bit_cast<uint32_t>(magnitude) | sign;
-    return std::bit_cast<float>((bits & 0x7Fu) == 0x7Fu ? 0x7FFFFFFFu : result);
-}
-
-// The upper byte of a half.
-inline float e5m2_to_f32(uint8_t bits) { return f16_to_f32(static_cast<uint16_t>(bits << 8)); }
 
 }  // namespace emu

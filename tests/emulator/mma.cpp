@@ -15,55 +15,38 @@ constexpr int kBlockBytes = 16;        // of k, in one register of A or B
 constexpr int kMaxBlockElements = 32;  // s4
 constexpr int kMaxRows = 16;
 constexpr int kCols = 8;
+constexpr int kGroups = 8;  // of four lanes: the g of lane 4 * g + t
 
-// One row of D: a vector of eight columns.
-using Row = double __attribute__((vector_size(kCols * sizeof(double))));
-using RowBits = int64_t __attribute__((vector_size(kCols * sizeof(double))));
-
-template <class T>
-T load(const uint8_t* bytes) {
-    T value;
-    std::memcpy(&value, bytes, sizeof(T));
-    return value;
-}
-
-// Element `e` of a row of 16 bytes.
-template <MmaType type>
-inline double element(const uint8_t* row, int e) {
-    if constexpr (type == MmaType::f16) return f16_to_f32(load<uint16_t>(row + 2 * e));
-    if constexpr (type == MmaType::bf16) return bf16_to_f32(load<uint16_t>(row + 2 * e));
-    // The tensor core does not read the lower 13 bits of a tf32 operand.
-    if constexpr (type == MmaType::tf32)
-        return std::bit_cast<float>(load<uint32_t>(row + 4 * e) & ~0x1FFFu);
-    if constexpr (type == MmaType::e4m3) return e4m3_to_f32(row[e]);
-    if constexpr (type == MmaType::e5m2) return e5m2_to_f32(row[e]);
-    if constexpr (type == MmaType::s8) return static_cast<int8_t>(row[e]);
-    if constexpr (type == MmaType::u8) return row[e];
-    const int nibble = (row[e / 2] >> (4 * (e % 2))) & 0xF;
-    if constexpr (type == MmaType::u4) return nibble;
-    return (nibble ^ 8) - 8;
-}
+// Eight rows of A or eight columns of B at one k; or eight columns of one row of D.
+using Octet = double __attribute__((vector_size(kCols * sizeof(double))));
+using OctetBits = int64_t __attribute__((vector_size(kCols * sizeof(double))));
+using Words = uint32_t __attribute__((vector_size(64)));
+using Floats = float __attribute__((vector_size(64)));
+using OctetFloats = float __attribute__((vector_size(32)));
+using OctetWords = uint32_t __attribute__((vector_size(32)));
+using OctetInts = int32_t __attribute__((vector_size(32)));
 
 constexpr int element_bits(MmaType type) {
+    using enum MmaType;
     switch (type) {
-        case MmaType::f64:
+        case f64:
             return 64;
-        case MmaType::tf32:
-        case MmaType::f32:
-        case MmaType::s32:
+        case tf32:
+        case f32:
+        case s32:
             return 32;
-        case MmaType::f16:
-        case MmaType::bf16:
+        case f16:
+        case bf16:
             return 16;
-        case MmaType::e4m3:
-        case MmaType::e5m2:
-        case MmaType::s8:
-        case MmaType::u8:
+        case e4m3:
+        case e5m2:
+        case s8:
+        case u8:
             return 8;
-        case MmaType::s4:
-        case MmaType::u4:
+        case s4:
+        case u4:
             return 4;
-        case MmaType::b1:
+        case b1:
             return 1;
     }
     return 0;
@@ -71,106 +54,179 @@ constexpr int element_bits(MmaType type) {
 
 constexpr int block_elements(MmaType type) { return 8 * kBlockBytes / element_bits(type); }
 
-// Calls `body` with the element type as a compile-time constant.
-template <class Body>
-inline void with_type(MmaType type, Body body) {
+// Values of the elements in the low bits of each word.
+template <MmaType type>
+inline Floats element_values(Words words) {
     using enum MmaType;
-    switch (type) {
-        case f16:
-            return body.template operator()<f16>();
-        case bf16:
-            return body.template operator()<bf16>();
-        case tf32:
-            return body.template operator()<tf32>();
-        case e4m3:
-            return body.template operator()<e4m3>();
-        case e5m2:
-            return body.template operator()<e5m2>();
-        case s8:
-            return body.template operator()<s8>();
-        case u8:
-            return body.template operator()<u8>();
-        case s4:
-            return body.template operator()<s4>();
-        default:
-            return body.template operator()<u4>();
+    if constexpr (type == f16) return widen<5, 10, Words, Floats>(words, kF16.max_finite + 1);
+    if constexpr (type == e4m3) return widen<4, 3, Words, Floats>(words, kE4M3.max_finite + 1);
+    if constexpr (type == e5m2) return widen<5, 2, Words, Floats>(words, kE5M2.max_finite + 1);
+    if constexpr (type == bf16) return std::bit_cast<Floats>(words << 16);
+    // The tensor core does not read the lower 13 bits of a tf32 operand.
+    if constexpr (type == tf32) return std::bit_cast<Floats>(words & ~0x1FFFu);
+    // Integers: to the top of the word, then down again with the sign or without.
+    constexpr int kUnused = 32 - element_bits(type);
+    using Signed = int32_t __attribute__((vector_size(64)));
+    if constexpr (type == s8 || type == s4)
+        return __builtin_convertvector(std::bit_cast<Signed>(words << kUnused) >> kUnused, Floats);
+    return __builtin_convertvector(words << kUnused >> kUnused, Floats);
+}
+
+// One register of A or B: out[e][g] = element e of row or column g.
+template <MmaType type>
+inline void unpack(const uint32_t* reg, Octet* out) {
+    constexpr int kBits = element_bits(type);
+    constexpr int kPerWord = 32 / kBits;
+    Words low, high;
+    std::memcpy(&low, reg, sizeof low);
+    std::memcpy(&high, reg + 16, sizeof high);
+    // The words of all eight rows for t = 0 and then t = 1; for t = 2 and then t = 3.
+    const Words pairs[2] = {__builtin_shufflevector(low, high, 0, 4, 8, 12, 16, 20, 24, 28, 1, 5, 9,
+                                                    13, 17, 21, 25, 29),
+                            __builtin_shufflevector(low, high, 2, 6, 10, 14, 18, 22, 26, 30, 3, 7,
+                                                    11, 15, 19, 23, 27, 31)};
+    for (int pair = 0; pair < 2; ++pair) {
+        for (int i = 0; i < kPerWord; ++i) {
+            const Floats values = element_values<type>(pairs[pair] >> (kBits * i));
+            const auto first = __builtin_shufflevector(values, values, 0, 1, 2, 3, 4, 5, 6, 7);
+            const auto second =
+                __builtin_shufflevector(values, values, 8, 9, 10, 11, 12, 13, 14, 15);
+            out[kPerWord * 2 * pair + i] = __builtin_convertvector(first, Octet);
+            out[kPerWord * (2 * pair + 1) + i] = __builtin_convertvector(second, Octet);
+        }
     }
 }
 
-// acc[row] += (rows of A) * B for one 16-byte block of k; a holds the block's one or two registers.
-//
-// Compiled three times, so that a portable build still uses what the machine has. Results do not
-// depend on it: every product is exact in double, so a fused multiply-add rounds like a
-// multiplication and an addition.
-__attribute__((flatten, target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default"))) void
-add_block(const MmaOp& op, const uint32_t (*a)[32], const uint32_t* b, Row* acc) {
-    alignas(64) double a_values[kMaxRows][kMaxBlockElements];
-    Row b_values[kMaxBlockElements];
-    with_type(op.a, [&]<MmaType type>() {
-        const auto* bytes = reinterpret_cast<const uint8_t*>(a);
-        for (int row = 0; row < op.m; ++row)
-            for (int e = 0; e < block_elements(type); ++e)
-                a_values[row][e] = element<type>(bytes + kBlockBytes * row, e);
-    });
-    with_type(op.b, [&]<MmaType type>() {
-        const auto* bytes = reinterpret_cast<const uint8_t*>(b);
-        for (int e = 0; e < block_elements(type); ++e)
-            for (int col = 0; col < kCols; ++col)
-                b_values[e][col] = element<type>(bytes + kBlockBytes * col, e);
-    });
-    const int elements = block_elements(op.a);
-    // Four rows at a time keep the sums in registers.
-    for (int row = 0; row < op.m; row += 4) {
-        Row sum[4] = {acc[row], acc[row + 1], acc[row + 2], acc[row + 3]};
-        for (int e = 0; e < elements; ++e)
-            for (int i = 0; i < 4; ++i) sum[i] += a_values[row + i][e] * b_values[e];
-        for (int i = 0; i < 4; ++i) acc[row + i] = sum[i];
+inline void unpack(MmaType type, const uint32_t* reg, Octet* out) {
+    using enum MmaType;
+    switch (type) {
+        case f16:
+            return unpack<f16>(reg, out);
+        case bf16:
+            return unpack<bf16>(reg, out);
+        case tf32:
+            return unpack<tf32>(reg, out);
+        case e4m3:
+            return unpack<e4m3>(reg, out);
+        case e5m2:
+            return unpack<e5m2>(reg, out);
+        case s8:
+            return unpack<s8>(reg, out);
+        case u8:
+            return unpack<u8>(reg, out);
+        case s4:
+            return unpack<s4>(reg, out);
+        default:
+            return unpack<u4>(reg, out);
+    }
+}
+
+inline Octet acc_values(MmaType type, OctetWords words) {
+    if (type == MmaType::s32)
+        return __builtin_convertvector(std::bit_cast<OctetInts>(words), Octet);
+    if (type == MmaType::f32)
+        return __builtin_convertvector(std::bit_cast<OctetFloats>(words), Octet);
+    const auto values = widen<5, 10, OctetWords, OctetFloats>(words, kF16.max_finite + 1);
+    return __builtin_convertvector(values, Octet);
+}
+
+// Eight rows of C. Eight lanes hold the even columns of two rows in the first register (or in the
+// low halves of an f16 one) and the odd ones in the second.
+inline void unpack_acc(MmaType type, const uint32_t (*c)[32], Octet* rows) {
+    for (int g = 0; g < kGroups; g += 2) {
+        OctetWords even, odd;
+        std::memcpy(&even, &c[0][4 * g], sizeof even);
+        if (type == MmaType::f16) {
+            odd = even >> 16;
+        } else {
+            std::memcpy(&odd, &c[1][4 * g], sizeof odd);
+        }
+        const Octet evens = acc_values(type, even), odds = acc_values(type, odd);
+        rows[g] = __builtin_shufflevector(evens, odds, 0, 8, 1, 9, 2, 10, 3, 11);
+        rows[g + 1] = __builtin_shufflevector(evens, odds, 4, 12, 5, 13, 6, 14, 7, 15);
+    }
+}
+
+inline OctetWords to_f32_bits(Octet values) {
+    const auto bits = std::bit_cast<OctetWords>(__builtin_convertvector(values, OctetFloats));
+    return (bits & 0x7FFFFFFFu) > 0x7F800000u ? OctetWords{} + 0x7FFFFFFFu : bits;
+}
+
+inline OctetWords to_s32_bits(Octet values, bool satfinite) {
+    constexpr double kMin = -0x1p31, kMax = 0x1p31 - 1, kModulus = 0x1p32;
+    // One step is enough to wrap around: the sum of products is far below 2^31.
+    const Octet below = satfinite ? Octet{} + kMin : values + kModulus;
+    const Octet above = satfinite ? Octet{} + kMax : values - kModulus;
+    values = values < kMin ? below : values > kMax ? above : values;
+    return std::bit_cast<OctetWords>(__builtin_convertvector(values, OctetInts));
+}
+
+inline OctetWords acc_bits(const MmaOp& op, Octet values) {
+    if (op.acc == MmaType::s32) return to_s32_bits(values, op.satfinite);
+    if (op.acc == MmaType::f32) return to_f32_bits(values);
+    // Values are truncated to fp32 already: this rounds once.
+    return narrow_to_f16<OctetWords>(__builtin_convertvector(values, OctetFloats));
+}
+
+inline void pack_acc(const MmaOp& op, const Octet* rows, uint32_t (*d)[32]) {
+    for (int g = 0; g < kGroups; g += 2) {
+        const Octet evens =
+            __builtin_shufflevector(rows[g], rows[g + 1], 0, 2, 4, 6, 8, 10, 12, 14);
+        const Octet odds = __builtin_shufflevector(rows[g], rows[g + 1], 1, 3, 5, 7, 9, 11, 13, 15);
+        OctetWords even = acc_bits(op, evens);
+        const OctetWords odd = acc_bits(op, odds);
+        if (op.acc == MmaType::f16) {
+            even |= odd << 16;
+        } else {
+            std::memcpy(&d[1][4 * g], &odd, sizeof odd);
+        }
+        std::memcpy(&d[0][4 * g], &even, sizeof even);
     }
 }
 
 // Drops the mantissa bits that fp32 does not have: rounding towards zero.
-void truncate_to_f32(Row* acc, int rows) {
+inline Octet truncate_to_f32(Octet values) {
     constexpr int64_t kDropped = (int64_t{1} << (52 - 23)) - 1;
-    for (int row = 0; row < rows; ++row)
-        acc[row] = std::bit_cast<Row>(std::bit_cast<RowBits>(acc[row]) & ~kDropped);
+    return std::bit_cast<Octet>(std::bit_cast<OctetBits>(values) & ~kDropped);
 }
 
-uint32_t to_f32_bits(double value) {
-    return std::isnan(value) ? 0x7FFFFFFFu : std::bit_cast<uint32_t>(static_cast<float>(value));
-}
-
-uint32_t to_s32_bits(double value, bool satfinite) {
-    auto integer = static_cast<int64_t>(value);
-    if (satfinite)
-        integer = std::clamp<int64_t>(integer, std::numeric_limits<int32_t>::min(),
-                                      std::numeric_limits<int32_t>::max());
-    return static_cast<uint32_t>(integer);
-}
-
-// Element (row, col) of C or D sits in lane 4 * (row % 8) + col / 2, in register or half `slot`.
-constexpr int lane_of(int row, int col) { return 4 * (row % 8) + col / 2; }
-constexpr int slot_of(int row, int col) { return 2 * (row / 8) + col % 2; }
-
-double read_acc(MmaType type, const uint32_t (*c)[32], int row, int col) {
-    const int lane = lane_of(row, col), slot = slot_of(row, col);
-    if (type == MmaType::f32) return std::bit_cast<float>(c[slot][lane]);
-    if (type == MmaType::s32) return static_cast<int32_t>(c[slot][lane]);
-    return f16_to_f32(static_cast<uint16_t>(c[slot / 2][lane] >> (16 * (slot % 2))));
-}
-
-void write_acc(const MmaOp& op, double value, uint32_t (*d)[32], int row, int col) {
-    const int lane = lane_of(row, col), slot = slot_of(row, col);
-    if (op.acc == MmaType::f32) {
-        d[slot][lane] = to_f32_bits(value);
-    } else if (op.acc == MmaType::s32) {
-        d[slot][lane] = to_s32_bits(value, op.satfinite);
-    } else {
-        // The value is an fp32 number, so this rounds once.
-        const uint32_t half = f32_to_f16(static_cast<float>(value));
-        const int shift = 16 * (slot % 2);
-        d[slot / 2][lane] = (d[slot / 2][lane] & ~(0xFFFFu << shift)) | half << shift;
+// All types but f64 and b1, through exact products in double.
+//
+// Compiled three times, so that a portable build still uses what the machine has. Results do not
+// depend on it: as products are exact, a fused multiply-add rounds like a multiplication and an
+// addition.
+__attribute__((flatten, target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default"))) void
+mma_blocks(const MmaOp& op, const uint32_t (*a)[32], const uint32_t (*b)[32],
+           const uint32_t (*c)[32], uint32_t (*d)[32]) {
+    const int row_blocks = op.m / kGroups;
+    const int elements = block_elements(op.a);
+    const int acc_regs = op.acc == MmaType::f16 ? 1 : 2;  // of eight rows
+    Octet a_block[kMaxBlockElements], b_block[2][kMaxBlockElements];
+    for (int block = 0; block < op.k / elements; ++block) unpack(op.b, b[block], b_block[block]);
+    for (int row_block = 0; row_block < row_blocks; ++row_block) {
+        Octet rows[kGroups];
+        unpack_acc(op.acc, c + acc_regs * row_block, rows);
+        for (int block = 0; block < op.k / elements; ++block) {
+            unpack(op.a, a[row_blocks * block + row_block], a_block);
+            Octet sums[kGroups];
+#pragma GCC unroll 8
+            for (int g = 0; g < kGroups; ++g) sums[g] = rows[g];
+            for (int e = 0; e < elements; ++e) {
+                const Octet b_row = b_block[block][e];
+#pragma GCC unroll 8
+                for (int g = 0; g < kGroups; ++g) sums[g] += a_block[e][g] * b_row;
+            }
+#pragma GCC unroll 8
+            for (int g = 0; g < kGroups; ++g)
+                rows[g] = op.acc == MmaType::s32 ? sums[g] : truncate_to_f32(sums[g]);
+        }
+        pack_acc(op, rows, d + acc_regs * row_block);
     }
 }
+
+// Element (row, col) of C or D sits in lane 4 * (row % 8) + col / 2, in register `slot`.
+constexpr int lane_of(int row, int col) { return 4 * (row % 8) + col / 2; }
+constexpr int slot_of(int row, int col) { return 2 * (row / 8) + col % 2; }
 
 double read_f64(const uint32_t (*regs)[32], int index, int lane) {
     return std::bit_cast<double>(regs[2 * index][lane] | uint64_t{regs[2 * index + 1][lane]} << 32);
@@ -236,8 +292,9 @@ std::optional<MmaTraits> mma_traits(const MmaOp& op) {
     const bool int8 = is_one_of(op.a, {s8, u8}) && is_one_of(op.b, {s8, u8});
     const bool int4 = is_one_of(op.a, {s4, u4}) && is_one_of(op.b, {s4, u4});
     const bool integer = (int8 || int4 || (op.a == b1 && same)) && op.acc == s32;
-    const bool float_to_f32 = (is_one_of(op.a, {f16, bf16, tf32}) && same || fp8) && op.acc == f32;
-    const bool float_to_f16 = (op.a == f16 && same || fp8) && op.acc == f16;
+    const bool float_to_f32 =
+        ((is_one_of(op.a, {f16, bf16, tf32}) && same) || fp8) && op.acc == f32;
+    const bool float_to_f16 = ((op.a == f16 && same) || fp8) && op.acc == f16;
     if (!f64_op && !integer && !float_to_f32 && !float_to_f16) return std::nullopt;
 
     const int per_block = f64_op ? 4 : block_elements(op.a);
@@ -259,17 +316,7 @@ void mma_sync(const MmaOp& op, const uint32_t (*a)[32], const uint32_t (*b)[32],
     if (op.a == MmaType::f64) return mma_f64(op, a, b, c, d);
     if (op.a == MmaType::b1) return mma_b1(op, a, b, c, d);
 
-    Row acc[kMaxRows];
-    for (int row = 0; row < op.m; ++row)
-        for (int col = 0; col < kCols; ++col) acc[row][col] = read_acc(op.acc, c, row, col);
-    const int row_blocks = op.m / 8;
-    const int blocks = op.k / block_elements(op.a);
-    for (int block = 0; block < blocks; ++block) {
-        add_block(op, a + block * row_blocks, b[block], acc);
-        if (op.acc != MmaType::s32) truncate_to_f32(acc, op.m);
-    }
-    for (int row = 0; row < op.m; ++row)
-        for (int col = 0; col < kCols; ++col) write_acc(op, acc[row][col], d, row, col);
+    mma_blocks(op, a, b, c, d);
 }
 
 void ldmatrix(const uint8_t* const rows[32], int count, bool trans, uint32_t (*d)[32]) {

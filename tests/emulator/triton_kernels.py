@@ -1,29 +1,30 @@
 """Kernels that Triton compiles, as third-party code to validate the emulator on.
 
-Triton writes PTX for any NVIDIA target without a GPU, and nobody of this project writes that PTX: layouts,
-swizzles, pipelines and reductions are Triton's own. A `Case` couples such a kernel with inputs, a float64
-reference and the same operation done by PyTorch; `compile_case` gives the PTX and everything a launch needs.
+Triton writes PTX for any NVIDIA target without a GPU, and nobody of this project writes that PTX:
+layouts, swizzles, pipelines and reductions are Triton's own. A `Case` couples such a kernel with
+inputs, a float64 reference and the same operation done by PyTorch; `compile_case` gives the PTX and
+everything a launch needs.
 
-Only `.asm["ptx"]` is used, so Triton needs neither a driver nor a C compiler. Triton's own cache (`TRITON_CACHE_DIR`)
-keeps the results and is safe for parallel test processes.
+Only `.asm["ptx"]` is used, so Triton needs neither a driver nor a C compiler. Triton's own cache
+(`TRITON_CACHE_DIR`) keeps the results and is safe for parallel test processes.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
 from typing import Any
 
-import numpy as np
 import torch
 import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Device code
 
 
@@ -97,7 +98,7 @@ def int4_matmul(
     a_ptr, packed_ptr, scale_ptr, out_ptr, m, n, k,
     GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """a[m, k] @ w[n, k]^T with w = scale * (nibble - 8): the low nibble of byte j is k = 2j, the high one 2j + 1."""
+    """a[m, k] @ w[n, k]^T, w = scale * (nibble - 8); byte j: k = 2j (low nibble) and 2j + 1."""
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
@@ -131,7 +132,7 @@ def flash_attention(
     q_ptr, k_ptr, v_ptr, out_ptr, seq, scale_log2,
     CAUSAL: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_M query rows of one head. Layout [head, seq, HEAD_DIM]; softmax in base 2."""
+    """A program: BLOCK_M query rows of a head. Layout [head, seq, HEAD_DIM], softmax base 2."""
     base = tl.program_id(1) * seq * HEAD_DIM
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     dims = tl.arange(0, HEAD_DIM)
@@ -189,7 +190,7 @@ def histogram(x_ptr, out_ptr, n, BINS: tl.constexpr, BLOCK: tl.constexpr):
     tl.atomic_add(out_ptr + tl.arange(0, BINS), counts)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Problems: inputs, grid, reference
 
 
@@ -197,9 +198,10 @@ def histogram(x_ptr, out_ptr, n, BINS: tl.constexpr, BLOCK: tl.constexpr):
 class Problem:
     """Inputs of one launch and what must come out of it.
 
-    args: tensors and integers or floats in the kernel's order, constexprs left out; out: the tensor the kernel writes
-    (poisoned beforehand); expected: float64 reference; baseline: the same operation by PyTorch in the input dtype, or
-    None where the result must be exact.
+    args: tensors, integers and floats in the kernel's order, constexprs left out.
+    out: the tensor the kernel writes, poisoned beforehand.
+    expected: float64 reference, of the shape of `out`.
+    baseline: the same operation by PyTorch in the input dtype; None where `out` must be exact.
     """
 
     args: list[Any]
@@ -217,10 +219,10 @@ class Problem:
         self.out.copy_(self.initial)
 
     def error(self) -> tuple[float, float]:
-        """(largest error of `out` in units of what is allowed, the same for the baseline alone).
+        """Largest error of `out`, then of the baseline, in units of what is allowed.
 
-        Allowed per element: twice the largest error of the baseline plus one unit in the last place of the output dtype
-        at the expected value. A NaN or an infinity in `out` gives infinity.
+        Allowed for an element: twice the baseline's largest error plus one unit in the last
+        place of the output dtype at the expected value. NaN or infinity in `out` gives infinity.
         """
         out = self.out.double()
         if self.baseline is None:
@@ -275,9 +277,12 @@ def _layer_norm(gen: torch.Generator, rows: int, cols: int, dtype: torch.dtype) 
 
 
 def _matmul(
-    gen: torch.Generator, mnk: tuple[int, int, int], block: tuple[int, int, int], dtype: torch.dtype,
+    gen: torch.Generator,
+    mnk: tuple[int, int, int],
+    block: tuple[int, int, int],
+    dtype: torch.dtype,
     out_dtype: torch.dtype,
-) -> Problem:  # fmt: skip
+) -> Problem:
     m, n, k = mnk
     grid = (_cdiv(m, block[0]), _cdiv(n, block[1]), 1)
     out = _poisoned(m, n, dtype=out_dtype)
@@ -291,7 +296,7 @@ def _matmul(
             # The tensor core reads the upper 19 bits of each tf32 operand.
             baseline = _truncate_tf32(a) @ _truncate_tf32(b)
         elif dtype.itemsize == 1:
-            # PyTorch has no fp8 product on the CPU; fp8 values and their products are exact in fp32.
+            # PyTorch has no fp8 product on the CPU; values and products are exact in fp32.
             baseline = (a.float() @ b.float()).to(out_dtype)
         else:
             baseline = (a @ b).to(out_dtype)
@@ -318,13 +323,19 @@ def _int4_matmul(
 
 
 def _flash_attention(
-    gen: torch.Generator, heads: int, seq: int, dim: int, block_m: int, causal: bool, dtype: torch.dtype
-) -> Problem:  # fmt: skip
+    gen: torch.Generator,
+    heads: int,
+    seq: int,
+    dim: int,
+    block_m: int,
+    causal: bool,
+    dtype: torch.dtype,
+) -> Problem:
     q, k, v = (_random(gen, heads, seq, dim, dtype=dtype) for _ in range(3))
     out = _poisoned(heads, seq, dim, dtype=dtype)
     sdpa = partial(torch.nn.functional.scaled_dot_product_attention, is_causal=causal)
     return Problem(
-        [q, k, v, out, seq, dim**-0.5 * float(np.log2(np.e))],
+        [q, k, v, out, seq, dim**-0.5 * math.log2(math.e)],
         (_cdiv(seq, block_m), heads, 1),
         out,
         sdpa(q.double(), k.double(), v.double()),
@@ -355,7 +366,7 @@ def _histogram(gen: torch.Generator, n: int, bins: int, block: int) -> Problem:
     return Problem([x, out, n], (_cdiv(n, block), 1, 1), out, expected)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Cases
 
 ALL_CAPABILITIES = (80, 89, 90, 100)
@@ -367,7 +378,7 @@ MMA_SYNC_CAPABILITIES = (80, 89)
 class Case:
     """One kernel at one shape, tile and pipeline depth.
 
-    mma: regular expression that the PTX must match (the tensor-core instruction the case is there for), or None.
+    mma: regular expression of the tensor-core instruction that the PTX must hold, or None.
     """
 
     id: str
@@ -381,29 +392,33 @@ class Case:
     slow: bool = False
 
     @property
-    def family(self) -> str:
-        return self.kernel.__name__
+    def table_row(self) -> str:
+        """The kernel, for products with their type: "matmul bf16"."""
+        return " ".join(self.id.split("-")[:2]) if self.mma else self.kernel.__name__
 
     def problem(self, seed: int) -> Problem:
         return self.build(torch.Generator().manual_seed(seed))
 
 
-_TL_INT32, _TL_FP32 = tl.int32, tl.float32
 _MATMUL_TYPES = {
     # name: (input, output, accumulator, instruction, capabilities)
-    "bf16": (torch.bfloat16, torch.bfloat16, _TL_FP32, r"mma\.\S*m16n8k16\S*bf16", (80, 89)),
-    "f16": (torch.float16, torch.float16, _TL_FP32, r"mma\.\S*m16n8k16\S*f16", (80, 89)),
-    "tf32": (torch.float32, torch.float32, _TL_FP32, r"mma\.\S*m16n8k8\S*tf32", (80, 89)),
-    "s8": (torch.int8, torch.int32, _TL_INT32, r"mma\.\S*m16n8k32\S*s8", (80, 89)),
-    "e4m3": (torch.float8_e4m3fn, torch.float32, _TL_FP32, r"mma\.\S*m16n8k32\S*e4m3", (89,)),
-    "e5m2": (torch.float8_e5m2, torch.float32, _TL_FP32, r"mma\.\S*m16n8k32\S*e5m2", (89,)),
+    "bf16": (torch.bfloat16, torch.bfloat16, tl.float32, r"mma\.\S*m16n8k16\S*bf16", (80, 89)),
+    "f16": (torch.float16, torch.float16, tl.float32, r"mma\.\S*m16n8k16\S*f16", (80, 89)),
+    "tf32": (torch.float32, torch.float32, tl.float32, r"mma\.\S*m16n8k8\S*tf32", (80, 89)),
+    "s8": (torch.int8, torch.int32, tl.int32, r"mma\.\S*m16n8k32\S*s8", (80, 89)),
+    "e4m3": (torch.float8_e4m3fn, torch.float32, tl.float32, r"mma\.\S*m16n8k32\S*e4m3", (89,)),
+    "e5m2": (torch.float8_e5m2, torch.float32, tl.float32, r"mma\.\S*m16n8k32\S*e5m2", (89,)),
 }
 
 
 def _matmul_case(
-    name: str, block: tuple[int, int, int], mnk: tuple[int, int, int], num_warps: int, num_stages: int,
+    name: str,
+    block: tuple[int, int, int],
+    mnk: tuple[int, int, int],
+    num_warps: int,
+    num_stages: int,
     slow: bool = False,
-) -> Case:  # fmt: skip
+) -> Case:
     dtype, out_dtype, acc, mma, capabilities = _MATMUL_TYPES[name]
     tile = "x".join(map(str, block))
     return Case(
@@ -420,9 +435,15 @@ def _matmul_case(
 
 
 def _flash_case(
-    dtype: torch.dtype, causal: bool, dim: int, block: tuple[int, int], seq: int, num_warps: int,
-    num_stages: int, slow: bool = False,
-) -> Case:  # fmt: skip
+    dtype: torch.dtype,
+    causal: bool,
+    dim: int,
+    block: tuple[int, int],
+    seq: int,
+    num_warps: int,
+    num_stages: int,
+    slow: bool = False,
+) -> Case:
     name = {torch.bfloat16: "bf16", torch.float16: "f16"}[dtype]
     mask = "causal" if causal else "full"
     return Case(
@@ -527,12 +548,12 @@ def _cases() -> list[Case]:
         _matmul_case("e5m2", (128, 64, 64), large, 4, 4, slow=True),
     ]
     cases += [
-        _flash_case(bf16, causal=False, dim=64, block=(64, 32), seq=160, num_warps=4, num_stages=3),
-        _flash_case(bf16, causal=True, dim=64, block=(64, 64), seq=160, num_warps=4, num_stages=2),
-        _flash_case(f16, causal=True, dim=128, block=(64, 32), seq=100, num_warps=4, num_stages=2),
-        _flash_case(f16, causal=False, dim=128, block=(128, 64), seq=512, num_warps=8, num_stages=3, slow=True),
-        _flash_case(bf16, causal=True, dim=128, block=(128, 64), seq=500, num_warps=8, num_stages=2, slow=True),
-    ]  # fmt: skip
+        _flash_case(bf16, False, dim=64, block=(64, 32), seq=160, num_warps=4, num_stages=3),
+        _flash_case(bf16, True, dim=64, block=(64, 64), seq=160, num_warps=4, num_stages=2),
+        _flash_case(f16, True, dim=128, block=(64, 32), seq=100, num_warps=4, num_stages=2),
+        _flash_case(f16, False, 128, (128, 64), seq=512, num_warps=8, num_stages=3, slow=True),
+        _flash_case(bf16, True, 128, (128, 64), seq=500, num_warps=8, num_stages=2, slow=True),
+    ]
     cases += [
         Case(
             f"int4_matmul-{'x'.join(map(str, block))}-s{stages}",
@@ -554,14 +575,17 @@ def _cases() -> list[Case]:
 CASES = _cases()
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Compilation
 
 
 @dataclass(frozen=True)
 class CompiledCase:
-    """PTX of a case and how to launch it. hidden_params: pointers that Triton appends to the kernel's own
-    parameters (global scratch, profiler scratch); null as long as the kernel asks for no scratch memory."""
+    """PTX of a case and how to launch it.
+
+    hidden_params: pointers that Triton appends to the kernel's own parameters (global scratch,
+    profiler scratch); null, as no kernel here asks for scratch memory.
+    """
 
     ptx: str
     name: str
@@ -570,26 +594,29 @@ class CompiledCase:
     hidden_params: int
 
     def args(self, problem: Problem) -> list[Any]:
-        """Arguments of a launch: tensors as they are, integers as int32, floats as float32, hidden pointers null."""
-        return [_scalar(arg) for arg in problem.args] + [np.uint64(0)] * self.hidden_params
-
-
-def _scalar(arg: Any) -> Any:
-    if isinstance(arg, int):
-        return np.int32(arg)
-    return np.float32(arg) if isinstance(arg, float) else arg
+        """Arguments of a launch."""
+        return problem.args + [None] * self.hidden_params
 
 
 _TRITON_DTYPES = {
-    torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float8_e4m3fn: "fp8e4nv",
-    torch.float8_e5m2: "fp8e5", torch.int8: "i8", torch.uint8: "u8", torch.int32: "i32",
-}  # fmt: skip
+    torch.float32: "fp32",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.float8_e4m3fn: "fp8e4nv",
+    torch.float8_e5m2: "fp8e5",
+    torch.int32: "i32",
+    torch.int8: "i8",
+    torch.uint8: "u8",
+}
 
 
 @cache
 def compile_case(case: Case, capability: int) -> CompiledCase:
-    """Compiles a case for a compute capability, specialised as Triton's launcher would: pointers and sizes that are
-    multiples of 16 are said to be so, which is what makes it emit vector loads and cp.async."""
+    """Compiles a case for a compute capability, specialised as Triton's launcher would do it.
+
+    That is, pointers and sizes that are multiples of 16 are declared as such: only then does Triton
+    emit vector loads and cp.async. Raises NotImplementedError if the kernel wants scratch memory.
+    """
     args = case.problem(seed=0).args
     runtime_names = [name for name in case.kernel.arg_names if name not in case.constexprs]
     signature = dict.fromkeys(case.kernel.arg_names, "constexpr")

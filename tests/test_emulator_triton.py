@@ -1,0 +1,163 @@
+"""The emulator runs kernels that Triton compiled and gives the right answers.
+
+Every case of emulator/triton_kernels.py runs for each capability it is compiled for, under several
+interleavings of warps and CTAs: results are within the tolerance rule, with the same bits each time.
+The closing table names what was validated, with the largest error in units of what is allowed.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+
+import pytest
+import torch
+
+from tests.emulator import Emulator, EmulatorError
+from tests.emulator.triton_kernels import (
+    ALL_CAPABILITIES,
+    CASES,
+    Case,
+    CompiledCase,
+    Problem,
+    compile_case,
+)
+
+SEEDS = range(3)
+SLOW_SEEDS = range(3, 20)
+
+
+@dataclass
+class Validated:
+    cases: int = 0
+    launches: int = 0
+    instructions: int = 0
+    worst: float = 0.0
+
+
+@dataclass
+class Table:
+    rows: dict[str, dict[int, Validated]] = field(
+        default_factory=lambda: defaultdict(lambda: defaultdict(Validated))
+    )
+
+    def lines(self) -> Iterator[str]:
+        yield "Triton kernels validated: cases / launches / largest error (1 is what is allowed)"
+        yield f"{'':24}" + "".join(f"{f'sm_{c}':>18}" for c in ALL_CAPABILITIES)
+        for family, row in self.rows.items():
+            cells = [
+                f"{row[c].cases} / {row[c].launches} / {row[c].worst:.2f}" if c in row else "-"
+                for c in ALL_CAPABILITIES
+            ]
+            yield f"{family:24}" + "".join(f"{cell:>18}" for cell in cells)
+
+
+@pytest.fixture(scope="module")
+def table(request: pytest.FixtureRequest) -> Iterator[Table]:
+    table = Table()
+    yield table
+    reporter = request.config.pluginmanager.getplugin("terminalreporter")
+    if reporter is not None:  # there is none in the workers of a parallel run
+        reporter.write_line("")
+        for line in table.lines():
+            reporter.write_line(line)
+
+
+def launch(compiled: CompiledCase, problem: Problem, capability: int, seed: int) -> int:
+    """Runs a case on fresh poison; number of warp-instructions."""
+    problem.reset()
+    kernel = Emulator(f"sm_{capability}").load(compiled.ptx).kernel(compiled.name)
+    counters = kernel.launch(
+        problem.grid, compiled.block, compiled.args(problem), smem=compiled.smem, seed=seed
+    )
+    return counters.instructions
+
+
+def validate(case: Case, capability: int, seeds: range, table: Table) -> None:
+    compiled = compile_case(case, capability)
+    if case.mma is not None:
+        assert re.search(case.mma, compiled.ptx), "not the tensor-core instruction meant"
+    row = table.rows[case.table_row][capability]
+    problem = case.problem(seed=1)
+    first = None
+    for seed in seeds:
+        row.instructions += launch(compiled, problem, capability, seed)
+        error, own = problem.error()
+        assert error <= 1, f"seed {seed}: {error:.3g} times what is allowed (PyTorch: {own:.3g})"
+        first = problem.out.clone() if first is None else first
+        assert torch.equal(first, problem.out), f"seed {seed} gives other bits than {seeds[0]}"
+        row.launches += 1
+        row.worst = max(row.worst, error)
+    row.cases += 1
+
+
+def params(slow: bool) -> list[object]:
+    return [
+        pytest.param(case, capability, id=f"{case.id}-sm_{capability}")
+        for case in CASES
+        for capability in case.capabilities
+        if slow or not case.slow
+    ]
+
+
+@pytest.mark.parametrize(("case", "capability"), params(slow=False))
+def test_triton_kernel_gives_the_right_answer(case: Case, capability: int, table: Table) -> None:
+    validate(case, capability, SEEDS, table)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("case", "capability"), params(slow=True))
+def test_triton_kernel_under_more_interleavings(case: Case, capability: int, table: Table) -> None:
+    validate(case, capability, SLOW_SEEDS, table)
+
+
+# --------------------------------------------------------------------------------------------------
+# The validation can fail: the same kernels with one thing wrong
+
+
+def faulty(case_id: str, pattern: str, replacement: str) -> tuple[Case, CompiledCase]:
+    """A case for sm_80 with its PTX edited."""
+    case = next(c for c in CASES if c.id == case_id)
+    compiled = compile_case(case, 80)
+    ptx, changed = re.subn(pattern, replacement, compiled.ptx, flags=re.M)
+    assert changed
+    return case, replace(compiled, ptx=ptx)
+
+
+@pytest.mark.parametrize(
+    ("case_id", "pattern", "replacement", "detector"),
+    [
+        ("row_softmax-f32-781-w4", r"^\s*bar\.sync.*$", "", "race"),
+        ("matmul-bf16-64x64x32-w4-s3", r"^\s*bar\.sync.*$", "", "race"),
+        ("matmul-bf16-64x64x32-w4-s3", r"cp\.async\.wait_group \d+", "cp.async.wait_group 7", ""),
+        ("vector_add-f32-3000", r"setp\.lt\.s32", "setp.ge.s32", "bounds"),
+    ],
+)
+def test_a_detector_finds_the_fault(
+    case_id: str, pattern: str, replacement: str, detector: str
+) -> None:
+    case, compiled = faulty(case_id, pattern, replacement)
+    with pytest.raises(EmulatorError) as error:
+        launch(compiled, case.problem(seed=1), 80, seed=0)
+    assert detector in error.value.kind
+
+
+@pytest.mark.parametrize(
+    ("case_id", "pattern", "replacement"),
+    [
+        (
+            "matmul-tf32-64x64x32-w4-s3",
+            r"(mma\.sync.*?), \{ (%r\d+), (%r\d+) \}",
+            r"\1, { \3, \2 }",
+        ),
+        ("layer_norm-f32-1151-w4", r"shfl\.sync\.bfly\.b32(.*), 16,", r"shfl.sync.bfly.b32\1, 8,"),
+        ("flash_attention-bf16-full-d64-64x32-w4-s3", r"ldmatrix(.*)\.trans", r"ldmatrix\1"),
+    ],
+)
+def test_a_wrong_kernel_gives_a_wrong_answer(case_id: str, pattern: str, replacement: str) -> None:
+    case, compiled = faulty(case_id, pattern, replacement)
+    problem = case.problem(seed=1)
+    launch(compiled, problem, 80, seed=0)
+    assert problem.error()[0] > 1
