@@ -1,0 +1,133 @@
+// bar / barrier, bar.warp.sync, membar, fence, griddepcontrol.
+
+#include "decode.h"
+#include "lanes.h"
+
+namespace emu {
+namespace {
+
+enum BarKind : uint8_t { kSync, kArrive, kRedPopc, kRedAnd, kRedOr };
+
+void bar_fetch(Warp& w, const Instr& in, Mask m) {
+    // The barrier has completed when this runs: bar.red's result.
+    const Barrier& b = w.cta->barriers[w.row<uint32_t>(in.op[1])[std::countr_zero(m)] & 15];
+    if (in.b == kRedPopc) {
+        uint32_t out[kLanes];
+        std::fill(out, out + kLanes, b.result_popc);
+        store_row(w.row<uint32_t>(in.op[0]), out, m);
+        return;
+    }
+    const bool value = in.b == kRedAnd ? b.result_all : b.result_any;
+    Mask& p = w.predicate(in.op[0]);
+    p = value ? p | m : p & ~m;
+}
+
+// op: barrier number, thread count (imm != 0 says that there is one), predicate of bar.red.
+void bar(Warp& w, const Instr& in, Mask m) {
+    const int lane = std::countr_zero(m);
+    const uint32_t id = w.row<uint32_t>(in.op[0])[lane];
+    const uint32_t threads = in.imm ? w.row<uint32_t>(in.op[1])[lane] : 0;
+    if (id >= w.cta->barriers.size())
+        fault("barrier misuse", "barrier number " + std::to_string(id) + " (0-15)", lane);
+    if (in.imm && threads == 0) fault("barrier misuse", "thread count 0", lane);
+    for_each_lane(m, [&](int l) {
+        if (w.row<uint32_t>(in.op[0])[l] != id)
+            fault("barrier misuse", "lanes name different barriers", l);
+    });
+    if (in.a) {  // .aligned: the whole warp, together
+        if (m != w.active && !w.converged(w.live, "divergent barrier")) return;
+        if (m != w.active)
+            fault("divergent barrier",
+                  "only lanes " + hex(m) + " of the warp execute this aligned barrier");
+        if (!w.converged(w.live, "divergent barrier")) return;
+    }
+    Barrier& b = w.cta->barriers[id];
+    if (in.b >= kRedPopc) {
+        const Mask p = w.predicate(in.op[2]);
+        b.popc += static_cast<uint32_t>(std::popcount(p & m));
+        b.all &= (m & ~p) == 0;
+        b.any |= (m & p) != 0;
+    }
+    w.cta->barrier_arrive(w, m, id, threads, in.b != kArrive);
+}
+
+void decode_bar(Decode& d) {
+    d.consumes();
+    d.crosses_lanes();
+    if (d.take("warp")) {
+        d.take("sync");
+        const uint32_t mask = d.src(0, Type::b32);
+        d.emit(
+            [](Warp& w, const Instr& in, Mask m) {
+                const Mask wanted = w.row<uint32_t>(in.op[0])[std::countr_zero(m)];
+                if (m & ~wanted)
+                    fault("wrong lane mask", "an executing lane is not in the mask " + hex(wanted),
+                          std::countr_zero(m & ~wanted));
+                if (m != w.active)
+                    fault("wrong lane mask", "guarded bar.warp.sync that only some lanes take");
+                w.block(Wait::warp_barrier, wanted, false);
+            },
+            Class::sync, {mask});
+        return;
+    }
+    const bool barrier = d.st.opcode == "barrier";
+    if (d.take("cluster")) d.unknown("clusters are not modelled yet");
+    d.take("cta");
+    const bool aligned = d.take("aligned") || !barrier;
+    int kind = d.take_one({"sync", "arrive", "red"}, 0);
+    size_t at = 0;
+    uint32_t result = kNone, predicate = kNone;
+    if (kind == 2) {
+        kind += d.take_one({"popc", "and", "or"}, 0);
+        const Type type = d.take_type();
+        result = d.dst(at++, type);
+    }
+    const uint32_t id = d.src(at++, Type::u32);
+    const bool has_count = d.count() - at == (kind >= kRedPopc ? 2u : 1u);
+    const uint32_t threads = has_count ? d.src(at++, Type::u32) : id;
+    if (kind >= kRedPopc) predicate = d.src(at++, Type::pred);
+    Instr& in = d.emit(bar, Class::sync, {id, threads, predicate});
+    in.imm = has_count;
+    in.a = aligned;
+    in.b = static_cast<uint8_t>(kind);
+    if (kind < kRedPopc) return;
+    Instr& fetch = d.emit_internal(bar_fetch, {result, id});
+    fetch.b = static_cast<uint8_t>(kind);
+}
+
+// One CTA runs on one host thread in program order: fences have nothing to do but be there.
+void fence(Warp&, const Instr&, Mask) { std::atomic_thread_fence(std::memory_order_seq_cst); }
+
+void decode_fence(Decode& d) {
+    d.take_one({"sc", "acq_rel", "acquire", "release"}, -1);
+    d.take_prefix("sync_restrict");
+    if (d.take("mbarrier_init")) d.take("release");
+    if (d.take("proxy"))
+        d.take_prefix("async") || d.take_prefix("alias") || d.take_prefix("tensormap");
+    d.take_one({"cta", "cluster", "gpu", "sys", "gl", "global", "shared::cta", "shared::cluster"},
+               -1);
+    d.take_one({"cta", "cluster", "gpu", "sys", "gl"}, -1);
+    d.take_prefix("global");
+    d.take_prefix("shared");
+    d.emit(fence, Class::sync);
+}
+
+}  // namespace
+
+const Isa& isa_sync() {
+    static const Isa isa = {
+        {"bar", decode_bar},
+        {"barrier", decode_bar},
+        {"membar", decode_fence},
+        {"fence", decode_fence},
+        // Programmatic dependent launch: kernels of a stream run one after the other here.
+        {"griddepcontrol",
+         [](Decode& d) {
+             d.take_one({"wait", "launch_dependents"}, 0);
+             d.emit(fence, Class::sync);
+         }},
+    };
+    return isa;
+}
+
+}  // namespace emu

@@ -1,0 +1,235 @@
+#include "runtime.h"
+
+#include <algorithm>
+#include <cstdlib>
+
+namespace emu {
+
+// ---- regions ------------------------------------------------------------------------------------
+
+RegionTable& RegionTable::instance() {
+    static RegionTable table;
+    return table;
+}
+
+void RegionTable::add(Region region) {
+    std::lock_guard lock(mutex_);
+    regions_[region.base] = std::move(region);
+}
+
+bool RegionTable::remove(uint64_t base) {
+    std::lock_guard lock(mutex_);
+    return regions_.erase(base) > 0;
+}
+
+std::optional<Region> RegionTable::at(uint64_t address) {
+    std::lock_guard lock(mutex_);
+    auto it = regions_.upper_bound(address);
+    if (it == regions_.begin()) return std::nullopt;
+    --it;
+    if (address >= it->second.base + it->second.bytes) return std::nullopt;
+    return it->second;
+}
+
+std::vector<Region> RegionTable::snapshot(std::span<const Region> more) {
+    std::vector<Region> all(more.begin(), more.end());
+    {
+        std::lock_guard lock(mutex_);
+        for (auto& [base, region] : regions_) all.push_back(region);
+    }
+    std::erase_if(all, [](const Region& r) { return r.bytes == 0; });
+    std::sort(all.begin(), all.end(),
+              [](const Region& a, const Region& b) { return a.base < b.base; });
+    std::vector<Region> joined;
+    for (Region& r : all) {
+        if (joined.empty() || r.base >= joined.back().base + joined.back().bytes) {
+            joined.push_back(std::move(r));
+            continue;
+        }
+        Region& last = joined.back();  // views of one buffer
+        if (r.name != last.name) last.name += "+" + r.name;
+        if (r.base != last.base || r.bytes != last.bytes || r.valid != last.valid)
+            last.valid = nullptr;
+        last.bytes = std::max(last.base + last.bytes, r.base + r.bytes) - last.base;
+        last.writable |= r.writable;
+    }
+    return joined;
+}
+
+Region make_region(void* base, uint64_t bytes, std::string name, bool track_initialised) {
+    Region r;
+    r.base = reinterpret_cast<uint64_t>(base);
+    r.bytes = bytes;
+    r.name = std::move(name);
+    if (track_initialised) r.valid = std::shared_ptr<uint8_t[]>(new uint8_t[bytes]());
+    return r;
+}
+
+// ---- modules ------------------------------------------------------------------------------------
+
+namespace {
+
+// sm_80 code runs on everything newer, sm_90a only on 9.0, sm_100f on 10.x.
+void check_target(const std::string& target, const Device& device) {
+    int number = 0;
+    char suffix = 0;
+    if (std::sscanf(target.c_str(), "sm_%d%c", &number, &suffix) < 1)
+        throw PtxError("unknown .target " + target);
+    const bool fits = suffix == 'a' ? number == device.capability
+                      : suffix == 'f'
+                          ? number / 10 == device.capability / 10 && number <= device.capability
+                          : number <= device.capability;
+    if (!fits)
+        throw PtxError("wrong target: the module is for " + target + ", the device is sm_" +
+                       std::to_string(device.capability));
+}
+
+}  // namespace
+
+LoadedModule::LoadedModule(std::span<const uint8_t> image, const Device& device) : device_(device) {
+    for (const std::string& text : extract_ptx(image, device)) {
+        auto unit = std::make_unique<Unit>();
+        unit->module = parse_ptx(text);
+        check_target(unit->module.target, device);
+        place_variables(*unit);
+        units_.push_back(std::move(unit));
+    }
+}
+
+void LoadedModule::place_variables(Unit& unit) {
+    for (Variable& v : unit.module.variables) {
+        uint64_t address = 0;
+        if (v.space == Space::global || v.space == Space::constant) {
+            const uint64_t align = std::max<uint64_t>(v.align, 16);
+            auto memory = std::make_unique<uint64_t[]>((v.bytes + align) / 8 + 2);
+            address = (reinterpret_cast<uint64_t>(memory.get()) + align - 1) / align * align;
+            if (!v.data.empty())
+                std::memcpy(reinterpret_cast<void*>(address), v.data.data(), v.data.size());
+            unit.storage.push_back(std::move(memory));
+        }
+        unit.addresses.push_back(address);
+    }
+    for (size_t i = 0; i < unit.addresses.size(); ++i) {
+        const Variable& v = unit.module.variables[i];
+        for (const Reference& r : v.references) {
+            const auto [target, size] = unit.variable(r.symbol);
+            if (!target)
+                throw PtxError("initialiser of " + v.name + " names unknown symbol " + r.symbol);
+            const uint64_t value = target + static_cast<uint64_t>(r.addend);
+            std::memcpy(reinterpret_cast<uint8_t*>(unit.addresses[i]) + r.at, &value,
+                        static_cast<size_t>(r.bytes));
+        }
+        if (!unit.addresses[i]) continue;
+        Region region = make_region(reinterpret_cast<void*>(unit.addresses[i]), v.bytes, v.name);
+        region.writable = v.writable;
+        RegionTable::instance().add(region);
+    }
+}
+
+LoadedModule::~LoadedModule() {
+    for (auto& unit : units_)
+        for (uint64_t address : unit->addresses)
+            if (address) RegionTable::instance().remove(address);
+}
+
+Kernel* LoadedModule::kernel(const std::string& name) {
+    std::lock_guard lock(mutex_);
+    auto known = kernels_.find(name);
+    if (known != kernels_.end()) return known->second.get();
+    for (auto& unit : units_) {
+        auto it = unit->module.function_index.find(name);
+        if (it == unit->module.function_index.end() || !unit->module.functions[it->second].is_entry)
+            continue;
+        auto kernel = std::make_unique<Kernel>();
+        kernel->module = this;
+        kernel->program = decode(unit->module, it->second, unit->addresses, device_);
+        return (kernels_[name] = std::move(kernel)).get();
+    }
+    return nullptr;
+}
+
+std::vector<std::string> LoadedModule::kernel_names() const {
+    std::vector<std::string> names;
+    for (auto& unit : units_)
+        for (const Function& f : unit->module.functions)
+            if (f.is_entry && f.has_body) names.push_back(f.name);
+    return names;
+}
+
+std::pair<uint64_t, uint64_t> LoadedModule::Unit::variable(const std::string& name) const {
+    for (size_t i = 0; i < addresses.size(); ++i)
+        if (addresses[i] && module.variables[i].name == name)
+            return {addresses[i], module.variables[i].bytes};
+    return {0, 0};
+}
+
+std::pair<uint64_t, uint64_t> LoadedModule::variable(const std::string& name) const {
+    for (auto& unit : units_)
+        if (auto found = unit->variable(name); found.first) return found;
+    return {0, 0};
+}
+
+// ---- launch -------------------------------------------------------------------------------------
+
+Counters launch(Kernel& kernel, const LaunchConfig& config, void* const* params,
+                std::span<const Region> regions) {
+    const Program& p = *kernel.program;
+    const Device& device = kernel.module->device();
+    const Function& f = *p.entry;
+    auto require = [&](bool ok, const std::string& what) {
+        if (!ok) throw BadLaunch("launch of " + p.name + ": " + what);
+    };
+    auto text = [](Dim3 d) {
+        return "(" + std::to_string(d.x) + ", " + std::to_string(d.y) + ", " + std::to_string(d.z) +
+               ")";
+    };
+    const uint64_t threads = config.block.count();
+    require(config.grid.count() > 0 && config.grid.y <= 65535 && config.grid.z <= 65535 &&
+                config.grid.x <= 0x7fffffff,
+            "grid " + text(config.grid) + " is outside (2^31-1, 65535, 65535)");
+    require(threads > 0 && threads <= 1024 && config.block.x <= 1024 && config.block.y <= 1024 &&
+                config.block.z <= 64,
+            "block " + text(config.block) + " has more than 1024 threads or none");
+    const uint64_t max_threads = uint64_t{f.max_threads[0]} * f.max_threads[1] * f.max_threads[2];
+    require(
+        !f.max_threads[0] || threads <= max_threads,
+        std::to_string(threads) + " threads, but .maxntid allows " + std::to_string(max_threads));
+    require(!f.required_threads[0] || (config.block.x == f.required_threads[0] &&
+                                       config.block.y == f.required_threads[1] &&
+                                       config.block.z == f.required_threads[2]),
+            "block " + text(config.block) + " differs from .reqntid");
+    const uint32_t total = std::max(p.static_smem, p.dynamic_smem_at + config.dynamic_smem);
+    require(total <= device.smem_per_cta, std::to_string(total) +
+                                              " bytes of shared memory, the device has " +
+                                              std::to_string(device.smem_per_cta) + " per CTA");
+    require(config.dynamic_smem <= kernel.max_dynamic_smem,
+            std::to_string(config.dynamic_smem) +
+                " bytes of dynamic shared memory; cuFuncSetAttribute allows " +
+                std::to_string(kernel.max_dynamic_smem));
+    require(config.cluster.count() == 1 || device.capability >= 90, "clusters need sm_90");
+    require(config.grid.x % config.cluster.x == 0 && config.grid.y % config.cluster.y == 0 &&
+                config.grid.z % config.cluster.z == 0,
+            "grid is not a multiple of the cluster");
+
+    Launch l;
+    l.program = &p;
+    l.device = &device;
+    l.config = config;
+    l.params.resize(p.param_bytes);
+    for (size_t i = 0; i < p.params.size(); ++i) {
+        require(params && params[i], "parameter " + std::to_string(i) + " is missing");
+        std::memcpy(l.params.data() + p.params[i].offset, params[i], p.params[i].bytes);
+    }
+    std::vector<Region> own(regions.begin(), regions.end());
+    Region param_region = make_region(l.params.data(), l.params.size(), "kernel parameters");
+    param_region.writable = false;
+    own.push_back(param_region);
+    l.regions = RegionTable::instance().snapshot(own);
+    for (Region& r : l.regions)  // calloc: pages that are never touched cost nothing
+        r.touched = std::shared_ptr<uint8_t[]>(
+            static_cast<uint8_t*>(std::calloc(r.bytes / 32 + 2, 1)), std::free);
+    std::lock_guard lock(kernel.mutex);
+    return execute(l, &kernel.profile);
+}
+
+}  // namespace emu
