@@ -253,6 +253,13 @@ def test_tekken_ids_equal_mistral_common_joined_tokens(
     assert ids == [rank + 1000 for rank in tiktoken_nemo.encode_ordinary(text)]
 
 
+def test_tekken_every_token_decodes_as_in_mistral_common(
+    tekken: Tokenizer, tiktoken_nemo: Any
+) -> None:
+    expected = [tiktoken_nemo.decode([rank]) for rank in range(130072)]
+    assert [tekken.decode([1000 + rank]) for rank in range(130072)] == expected
+
+
 def test_tekken_special_tokens(tekken: Tokenizer) -> None:
     # Ids as mistral-common 1.13.1's Tekkenizer gives them for the same file.
     assert (tekken.vocab_size, tekken.unk_token_id, tekken.bos_token_id) == (131072, 0, 1)
@@ -410,7 +417,8 @@ def test_gguf_token_types_follow_llama_cpp() -> None:
     assert tokenizer.decode([259, 261, 262, 257, 258]) == "<s>é userabc<unk>"
     assert tokenizer.decode([259, 261, 262, 257, 258], skip_special_tokens=True) == "é userabc"
     # A whole piece that is a token needs no merges, where llama.cpp ignores them.
-    assert tokenizer.encode("xyz", add_special_tokens=False) == [263]
+    for pre in ("llama-bpe", "tekken"):
+        assert tiny(pre=pre).encode("xyz", add_special_tokens=False) == [263]
     assert tiny(pre="smollm").encode("xyz") == [120, 121, 122]
 
 
@@ -652,6 +660,18 @@ def test_stream_decoder_concatenates_to_decode_hf(
     ids = data.draw(st.lists(st.one_of(st.integers(0, 3), near_end, st.integers(0, last))))
     check_stream(tokenizer, ids, False)
     check_stream(tokenizer, ids, True)
+
+
+def test_stream_decoder_keeps_spaces_and_byte_runs_of_sentencepiece(tmp_path: Path) -> None:
+    small_sentencepiece().save(str(tmp_path / "tokenizer.json"))
+    tokenizer = Tokenizer.from_file(tmp_path)
+    a, b, it, no_token = [*tokenizer.convert_tokens_to_ids(["▁a", "b", "▁it"]), 999]
+    first, second = (3 + byte for byte in "ñ".encode())
+    decoder = tokenizer.stream_decoder(skip_special_tokens=True)
+    ids = [1, a, no_token, it, first, 1, second, b, first, b]
+    pieces = ["", "a", "", " it", "", "", "", "ñb", "", "\ufffdb"]
+    assert [decoder.push(id) for id in ids] == pieces
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "".join(pieces)
 
 
 @pytest.mark.parametrize("name", TEXTS)
