@@ -30,6 +30,7 @@ ENTRY_FILES: dict[str, tuple[str, ...]] = {
     "embedding/entries/embedding.cu": cuda.ARCHS,
     "rms_norm/entries/rms_norm.cu": cuda.ARCHS,
     "rope/entries/rope.cu": cuda.ARCHS,
+    "sampling/entries/sampling.cu": cuda.ARCHS,
     "silu_and_mul/entries/silu_and_mul.cu": cuda.ARCHS,
 }
 

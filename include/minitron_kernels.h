@@ -221,6 +221,62 @@ MK_API mk_status mk_embedding(const mk_embedding_params* params, void* stream);
 MK_API mk_status mk_embedding_plan(const mk_embedding_params* params, const mk_device* device,
                                    mk_plan* plan);
 
+/* ---- Picking the next token -------------------------------------------------------------------
+ * mk_argmax: the first of the largest logits of each row; a NaN counts as largest (PyTorch's rule).
+ *
+ * mk_sample draws one token per row by a rule in integers that the CPU sampler
+ * (minitron_kernels/sampling.py) shares, so that neither the order of summation nor the other rows
+ * can change the result:
+ *   l_i = fp32(logit_i / temperature), m = max l_i, w_i = int64(exp(l_i - m) * 2^40)
+ *   top_k  keeps the k first in the order (l descending, id ascending)
+ *   top_p  keeps, of these and in this order, those before which w sums to less than
+ *          max(1, int64(top_p * total)), total = the sum of w after top_k, in double
+ *   min_p  keeps, of these, those with w_i >= int64(min_p * 2^40)
+ *   r      = out[1] << 32 | out[0] of Philox4x32-10, counter (step, 0, 0, 0), key = seed (low,
+ * high) token  = the first id at which the running sum of the w left exceeds (r * their total) >>
+ * 64 The fp32 exp is within 1 ulp; another one may differ in the last bit of some w_i, about 2^-24
+ * of it, and then can move the token only when target lies within such a step. temperature 0 takes
+ * the argmax. A row whose largest logit is not finite gives -1.
+ */
+typedef struct mk_argmax_params {
+    const void* logits; /* [rows, vocab] */
+    int64_t* out;       /* [rows] */
+    int64_t logits_stride;
+    int32_t rows;
+    int32_t vocab; /* 1 ... 2^19 */
+    int32_t dtype; /* of logits: MK_BF16, MK_F16, MK_F32 */
+} mk_argmax_params;
+
+MK_API mk_status mk_argmax(const mk_argmax_params* params, void* stream);
+MK_API mk_status mk_argmax_plan(const mk_argmax_params* params, const mk_device* device,
+                                mk_plan* plan);
+
+/* How one row is sampled; an array of these lies in device memory. Values are not checked there:
+ * the caller keeps the ranges. */
+typedef struct mk_sampling {
+    double top_p; /* 0 < top_p <= 1; 1: off */
+    double min_p; /* 0 ... 1; 0: off */
+    uint64_t seed;
+    uint32_t step;     /* tokens drawn before, for this seed */
+    float temperature; /* 0: greedy; else 1e-5 or more */
+    int32_t top_k;     /* 0: off */
+    int32_t reserved;  /* 0 */
+} mk_sampling;
+
+typedef struct mk_sample_params {
+    const void* logits;          /* [rows, vocab] */
+    const mk_sampling* sampling; /* [rows] */
+    int64_t* out;                /* [rows] */
+    int64_t logits_stride;
+    int32_t rows;
+    int32_t vocab; /* 1 ... 2^19 */
+    int32_t dtype; /* of logits: MK_BF16, MK_F16, MK_F32 */
+} mk_sample_params;
+
+MK_API mk_status mk_sample(const mk_sample_params* params, void* stream);
+MK_API mk_status mk_sample_plan(const mk_sample_params* params, const mk_device* device,
+                                mk_plan* plan);
+
 #ifdef __cplusplus
 } /* extern "C" */
 #endif

@@ -93,6 +93,97 @@ mk_rms_norm_params rms_norm_params(Pointer x, Pointer weight, Pointer out, int64
                                dtype);
 }
 
+mk_rope rope(Pointer cos, Pointer sin, int64_t table_stride, Pointer positions,
+             int32_t positions_dtype, int32_t max_position, int32_t rotary_dim, bool interleaved,
+             float theta) {
+    return {pointer<const float>(cos),
+            pointer<const float>(sin),
+            table_stride,
+            pointer(positions),
+            positions_dtype,
+            max_position,
+            rotary_dim,
+            interleaved,
+            theta};
+}
+
+mk_apply_rope_params apply_rope_params(Pointer q, Pointer k, Pointer q_out, Pointer k_out,
+                                       int64_t q_stride, int64_t q_head_stride, int64_t k_stride,
+                                       int64_t k_head_stride, int64_t q_out_stride,
+                                       int64_t q_out_head_stride, int64_t k_out_stride,
+                                       int64_t k_out_head_stride, int32_t tokens,
+                                       int32_t num_q_heads, int32_t num_k_heads, int32_t head_dim,
+                                       int32_t dtype, const mk_rope& rope) {
+    return {pointer(q),     pointer(k),
+            pointer(q_out), pointer(k_out),
+            q_stride,       q_head_stride,
+            k_stride,       k_head_stride,
+            q_out_stride,   q_out_head_stride,
+            k_out_stride,   k_out_head_stride,
+            tokens,         num_q_heads,
+            num_k_heads,    head_dim,
+            dtype,          rope};
+}
+
+mk_rope_append_params rope_append_params(Pointer k, Pointer v, Pointer k_cache, Pointer v_cache,
+                                         Pointer slots, int64_t k_stride, int64_t k_head_stride,
+                                         int64_t v_stride, int64_t v_head_stride,
+                                         int64_t cache_page_stride, int64_t cache_stride,
+                                         int64_t cache_head_stride, int32_t tokens,
+                                         int32_t num_heads, int32_t head_dim, int32_t num_pages,
+                                         int32_t page_size, int32_t slots_dtype, int32_t dtype,
+                                         const mk_rope& rope) {
+    return {pointer(k),
+            pointer(v),
+            pointer(k_cache),
+            pointer(v_cache),
+            pointer(slots),
+            k_stride,
+            k_head_stride,
+            v_stride,
+            v_head_stride,
+            cache_page_stride,
+            cache_stride,
+            cache_head_stride,
+            tokens,
+            num_heads,
+            head_dim,
+            num_pages,
+            page_size,
+            slots_dtype,
+            dtype,
+            rope};
+}
+
+mk_silu_and_mul_params silu_and_mul_params(Pointer gate_up, Pointer out, int64_t gate_up_stride,
+                                           int64_t out_stride, int32_t rows, int32_t size,
+                                           int32_t dtype) {
+    return {pointer(gate_up), pointer(out), gate_up_stride, out_stride, rows, size, dtype};
+}
+
+mk_embedding_params embedding_params(Pointer ids, Pointer table, Pointer out, int64_t table_stride,
+                                     int64_t out_stride, int32_t tokens, int32_t vocab,
+                                     int32_t hidden, int32_t ids_dtype, int32_t dtype) {
+    return {pointer(ids), pointer(table), pointer(out), table_stride, out_stride,
+            tokens,       vocab,          hidden,       ids_dtype,    dtype};
+}
+
+mk_argmax_params argmax_params(Pointer logits, Pointer out, int64_t logits_stride, int32_t rows,
+                               int32_t vocab, int32_t dtype) {
+    return {pointer(logits), pointer<int64_t>(out), logits_stride, rows, vocab, dtype};
+}
+
+mk_sample_params sample_params(Pointer logits, Pointer sampling, Pointer out, int64_t logits_stride,
+                               int32_t rows, int32_t vocab, int32_t dtype) {
+    return {pointer(logits),
+            pointer<const mk_sampling>(sampling),
+            pointer<int64_t>(out),
+            logits_stride,
+            rows,
+            vocab,
+            dtype};
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
@@ -126,4 +217,23 @@ PYBIND11_MODULE(_native, m) {
     def_op(m, "add_rms_norm", &add_rms_norm_params, &mk_add_rms_norm, &mk_add_rms_norm_plan, "x",
            "residual", "weight", "out", "x_stride", "residual_stride", "out_stride", "rows",
            "hidden", "eps", "dtype");
+    py::class_<mk_rope>(m, "Rope").def(py::init(&rope), "cos"_a, "sin"_a, "table_stride"_a,
+                                       "positions"_a, "positions_dtype"_a, "max_position"_a,
+                                       "rotary_dim"_a, "interleaved"_a = false, "theta"_a = 0.f);
+    def_op(m, "apply_rope", &apply_rope_params, &mk_apply_rope, &mk_apply_rope_plan, "q", "k",
+           "q_out", "k_out", "q_stride", "q_head_stride", "k_stride", "k_head_stride",
+           "q_out_stride", "q_out_head_stride", "k_out_stride", "k_out_head_stride", "tokens",
+           "num_q_heads", "num_k_heads", "head_dim", "dtype", "rope");
+    def_op(m, "rope_append", &rope_append_params, &mk_rope_append, &mk_rope_append_plan, "k", "v",
+           "k_cache", "v_cache", "slots", "k_stride", "k_head_stride", "v_stride", "v_head_stride",
+           "cache_page_stride", "cache_stride", "cache_head_stride", "tokens", "num_heads",
+           "head_dim", "num_pages", "page_size", "slots_dtype", "dtype", "rope");
+    def_op(m, "silu_and_mul", &silu_and_mul_params, &mk_silu_and_mul, &mk_silu_and_mul_plan,
+           "gate_up", "out", "gate_up_stride", "out_stride", "rows", "size", "dtype");
+    def_op(m, "embedding", &embedding_params, &mk_embedding, &mk_embedding_plan, "ids", "table",
+           "out", "table_stride", "out_stride", "tokens", "vocab", "hidden", "ids_dtype", "dtype");
+    def_op(m, "argmax", &argmax_params, &mk_argmax, &mk_argmax_plan, "logits", "out",
+           "logits_stride", "rows", "vocab", "dtype");
+    def_op(m, "sample", &sample_params, &mk_sample, &mk_sample_plan, "logits", "sampling", "out",
+           "logits_stride", "rows", "vocab", "dtype");
 }
