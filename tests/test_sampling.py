@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from scipy import stats
 from transformers.generation import logits_process as hf
 
+from minitron_kernels import sampling
 from minitron_kernels.sampling import (
     Sampled,
     SamplingParams,
@@ -135,8 +136,9 @@ def draw_by_the_rule(logits: torch.Tensor, p: SamplingParams, seed: int, step: i
     if p.top_k:
         order = order[: p.top_k]
     if p.top_p < 1:
-        limit = max(1, int(p.top_p * float(sum(weights[i] for i in order))))
-        order = [t for n, t in enumerate(order) if sum(weights[i] for i in order[:n]) < limit]
+        limit = int(p.top_p * float(sum(weights[i] for i in order)))
+        before = [sum(weights[i] for i in order[:n]) for n in range(len(order))]
+        order = [t for n, t in enumerate(order) if n == 0 or before[n] < limit]
     kept = sorted(i for i in order if weights[i] >= int(p.min_p * 2**40))
     out = philox_4x32_10((step, 0, 0, 0), (seed % 2**32, seed // 2**32))
     target = (out[1] * 2**32 + out[0]) * sum(weights[i] for i in kept) // 2**64
@@ -155,7 +157,7 @@ def draw_by_the_rule(logits: torch.Tensor, p: SamplingParams, seed: int, step: i
     temperature=st.sampled_from([1e-5, 0.1, 0.7, 1.0, 1.5, 30.0]),
     top_k=st.integers(0, 40),
     top_p=st.one_of(st.just(1.0), st.floats(1e-13, 1.0, exclude_min=True)),
-    min_p=st.one_of(st.just(0.0), st.floats(0.0, 1.0)),
+    min_p=st.one_of(st.sampled_from([0.0, 1.0]), st.floats(0.0, 1.0)),
     seed=st.integers(0, 2**64 - 1),
     step=st.integers(0, 2**32 - 1),
 )
@@ -176,6 +178,14 @@ def test_draw_equals_its_rule_at_full_vocabulary():
         state = new_state(temperature=1.0, top_k=1000, top_p=0.9, seed=seed)
         expected = draw_by_the_rule(logits, state.params, seed, 0)
         assert sample_one(logits, state).token_id == expected
+
+
+@pytest.mark.parametrize(("r", "expected"), [(0, 1), (2**63 - 1, 1), (2**63, 3), (2**64 - 1, 3)])
+def test_draw_at_the_edges_of_a_token(r, expected, monkeypatch):
+    """Tokens 1 and 3 have half of the range each; 0, 2 and 4 have none of it, ends included."""
+    monkeypatch.setattr(sampling, "_random_64", lambda seed, step: r)
+    logits = [-math.inf, 0.0, -math.inf, 0.0, -math.inf]
+    assert sample_one(logits, new_state(temperature=1.0)).token_id == expected
 
 
 def test_draw_truncation_is_a_special_case_of_none():
@@ -255,6 +265,12 @@ def test_batch_does_not_change_a_request(vocab, dtype):
         assert [sample(step[i : i + 1].clone(), [s])[0] for i, s in enumerate(alone)] == results
 
 
+def test_batch_does_not_decide_how_float64_rounds():
+    logits = torch.tensor([[1.0, 1.0 + 1e-12]] * 2, dtype=torch.float64)  # equal in fp32
+    assert sample(logits[:1], [new_state()]) == [Sampled(0)]
+    assert sample(logits, [new_state(), new_state(logit_bias={1: 1.0})]) == [Sampled(0), Sampled(1)]
+
+
 def test_sample_does_not_modify_logits():
     logits = torch.randn(2, 100)
     before = logits.clone()
@@ -321,7 +337,8 @@ def test_processors_equal_transformers(penalty):
 
 def test_min_new_tokens_masks_stop_ids():
     logits = [5.0, 4.0, 3.0]
-    state = new_state(eos=(0,), stop_token_ids=[1], min_new_tokens=2)
+    # The bias of 0 keeps the processors running when the mask must no longer be there.
+    state = new_state(eos=(0,), stop_token_ids=[1], min_new_tokens=2, logit_bias={2: 0.0})
     assert [sample_one(logits, state).token_id for _ in range(3)] == [2, 2, 0]
     assert state.stop_ids == {0, 1}
     ignoring = new_state(eos=(0,), stop_token_ids=[1], min_new_tokens=2, ignore_eos=True)
