@@ -246,9 +246,10 @@ class Tokenizer:
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such file or folder")
         if path.suffix == ".gguf":
-            from minitron_kernels.loaders.gguf import GGUFFile
+            from minitron_kernels.loaders.gguf import GGUFFile, part_paths
 
-            return cls.from_gguf(GGUFFile(path).metadata, str(path))
+            first = part_paths(path)[0]  # the part of a split file that holds the metadata
+            return cls.from_gguf(GGUFFile(first).metadata, str(first))
         if "tekken" in path.name:
             return cls.from_tekken(path)
         return cls._from_tokenizer_json(path)
