@@ -59,9 +59,8 @@ def _candidates() -> list[Path]:
     if on_path:
         found.append(Path(on_path))
     spec = importlib.util.find_spec("nvidia")
-    for folder in (spec and spec.submodule_search_locations) or ():
-        found.append(Path(folder) / "cu13" / "bin" / "nvcc")
-    return found
+    folders = (spec and spec.submodule_search_locations) or ()
+    return found + [Path(folder) / "cu13" / "bin" / "nvcc" for folder in folders]
 
 
 def find_nvcc() -> Nvcc | None:

@@ -1,0 +1,108 @@
+"""The C ABI for tests: structs read from include/minitron_kernels.h, functions called by ctypes."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import re
+from pathlib import Path
+from typing import Any
+
+from minitron_kernels import native
+
+_C_TYPES = {
+    "double": ctypes.c_double,
+    "float": ctypes.c_float,
+    "char": ctypes.c_char,
+    "int32_t": ctypes.c_int32,
+    "int64_t": ctypes.c_int64,
+    "uint32_t": ctypes.c_uint32,
+    "uint64_t": ctypes.c_uint64,
+}
+
+
+@functools.cache
+def header() -> str:
+    """The header without comments."""
+    text = (Path(native.get_include()) / "minitron_kernels.h").read_text()
+    return re.sub(r"/\*.*?\*/", "", text, flags=re.DOTALL)
+
+
+@functools.cache
+def structs() -> dict[str, type[ctypes.Structure]]:
+    """Every `typedef struct` of the header as a ctypes structure."""
+    found: dict[str, type[ctypes.Structure]] = {}
+    for name, body in re.findall(r"typedef struct (\w+) \{(.*?)\}", header(), re.DOTALL):
+        fields: list[tuple[str, Any]] = []
+        for declaration in filter(None, map(str.strip, body.split(";"))):
+            type_name, rest = re.fullmatch(
+                r"(?:const )?(\w+)\b(.*)", declaration, re.DOTALL
+            ).groups()
+            for field in rest.split(","):
+                pointer, field_name, count = re.fullmatch(
+                    r"\s*(\*?)\s*(\w+)(?:\[(\d+)\])?", field
+                ).groups()
+                c_type = ctypes.c_void_p if pointer else {**_C_TYPES, **found}[type_name]
+                fields.append((field_name, c_type * int(count) if count else c_type))
+        found[name] = type(name, (ctypes.Structure,), {"_fields_": fields})
+    return found
+
+
+@functools.cache
+def constants() -> dict[str, int]:
+    """The enumerators of the header and MK_ABI_VERSION."""
+    return {name: int(value) for name, value in re.findall(r"(MK_\w+)(?: =)? (\d+)", header())}
+
+
+def functions() -> set[str]:
+    """Names of the functions that the header declares."""
+    return set(re.findall(r"MK_API [\w* ]+?\b(mk_\w+)\(", header()))
+
+
+OPS = ("rms_norm", "add_rms_norm", "apply_rope", "rope_append", "silu_and_mul", "embedding",
+       "argmax", "sample")  # fmt: skip
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    lib = ctypes.CDLL(native.get_library())
+    lib.mk_last_error.restype = lib.mk_status_name.restype = ctypes.c_char_p
+    return lib
+
+
+def params_type(op: str) -> type[ctypes.Structure]:
+    return structs()[f"mk_{op.removeprefix('add_')}_params"]
+
+
+DEVICES = {  # mk_device of an A100, L40S, H100 and B200
+    "80": (80, 108, 163 << 10),
+    "89": (89, 142, 99 << 10),
+    "90a": (90, 132, 227 << 10),
+    "100a": (100, 148, 227 << 10),
+}
+
+
+def device(arch: str) -> ctypes.Structure:
+    return structs()["mk_device"](*DEVICES[arch])
+
+
+class StatusError(Exception):
+    """A status other than MK_OK: its name and mk_last_error()."""
+
+    def __init__(self, status: int) -> None:
+        self.status = library().mk_status_name(status).decode()
+        self.message = library().mk_last_error().decode()
+        super().__init__(f"{self.status}: {self.message}")
+
+
+def check(status: int) -> None:
+    if status:
+        raise StatusError(status)
+
+
+def plan(op: str, params: ctypes.Structure, arch: str) -> ctypes.Structure:
+    """mk_<op>_plan for one of DEVICES. Raises StatusError."""
+    result = structs()["mk_plan"]()
+    plan_function = getattr(library(), f"mk_{op}_plan")
+    check(plan_function(ctypes.byref(params), ctypes.byref(device(arch)), ctypes.byref(result)))
+    return result
