@@ -154,7 +154,7 @@ def encode(
 
 def boundary_values(name: str) -> np.ndarray:
     """Values at, halfway between and one float64 step off neighbours of a format (all of a small
-    one, 5000 of a large one), beyond the largest and below the smallest, and random float32 bits."""
+    one, 5000 of a large one), beyond the largest, below the smallest, and random float32 bits."""
     rng = np.random.default_rng(7)
     values, _ = FORMATS[name].finite()
     if values.size > 5000:

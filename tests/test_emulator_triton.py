@@ -1,7 +1,7 @@
 """The emulator runs kernels that Triton compiled and gives the right answers.
 
 Every case of emulator/triton_kernels.py runs for each capability it is compiled for, under several
-interleavings of warps and CTAs: results are within the tolerance rule, with the same bits each time.
+interleavings of warps and CTAs: results are within the tolerance rule, the same bits each time.
 The closing table names what was validated, with the largest error in units of what is allowed.
 """
 
@@ -126,14 +126,18 @@ def faulty(case_id: str, pattern: str, replacement: str) -> tuple[Case, Compiled
     return case, replace(compiled, ptx=ptx)
 
 
+MATMUL = "matmul-bf16-64x64x32-w4-s3"
+
+
 @pytest.mark.parametrize(
     ("case_id", "pattern", "replacement", "detector"),
     [
         ("row_softmax-f32-781-w4", r"^\s*bar\.sync.*$", "", "race"),
-        ("matmul-bf16-64x64x32-w4-s3", r"^\s*bar\.sync.*$", "", "race"),
-        ("matmul-bf16-64x64x32-w4-s3", r"cp\.async\.wait_group \d+", "cp.async.wait_group 7", ""),
+        (MATMUL, r"^\s*bar\.sync.*$", "", "asynchronous copy"),
+        (MATMUL, r"cp\.async\.wait_group\s+\d+", "cp.async.wait_group 7", "asynchronous copy"),
         ("vector_add-f32-3000", r"setp\.lt\.s32", "setp.ge.s32", "bounds"),
     ],
+    ids=["softmax-no-barrier", "matmul-no-barrier", "matmul-no-wait", "vector_add-mask"],
 )
 def test_a_detector_finds_the_fault(
     case_id: str, pattern: str, replacement: str, detector: str
@@ -147,14 +151,11 @@ def test_a_detector_finds_the_fault(
 @pytest.mark.parametrize(
     ("case_id", "pattern", "replacement"),
     [
-        (
-            "matmul-tf32-64x64x32-w4-s3",
-            r"(mma\.sync.*?), \{ (%r\d+), (%r\d+) \}",
-            r"\1, { \3, \2 }",
-        ),
-        ("layer_norm-f32-1151-w4", r"shfl\.sync\.bfly\.b32(.*), 16,", r"shfl.sync.bfly.b32\1, 8,"),
-        ("flash_attention-bf16-full-d64-64x32-w4-s3", r"ldmatrix(.*)\.trans", r"ldmatrix\1"),
+        (MATMUL, r"(mma\.sync.*?), \{ (%r\d+), (%r\d+) \}", r"\1, { \3, \2 }"),
+        (MATMUL, r"ldmatrix(.*)\.trans", r"ldmatrix\1"),
+        ("linear_recurrence-1000-w4", r"(shfl\.sync\.up\.b32.*), 4,", r"\1, 2,"),
     ],
+    ids=["mma-operand-order", "ldmatrix-trans", "shfl-distance"],
 )
 def test_a_wrong_kernel_gives_a_wrong_answer(case_id: str, pattern: str, replacement: str) -> None:
     case, compiled = faulty(case_id, pattern, replacement)

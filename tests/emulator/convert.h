@@ -90,8 +90,9 @@ inline Word narrow_to_f16(Float value) {
     const Word subnormal = std::bit_cast<Word>(shifted) - 0x3F000000u;
     Word half = magnitude < (113u << 23) ? subnormal : normal;
     half = magnitude >= (143u << 23) ? Word{} + 0x7C00u : half;  // 65536 and more
-    half |= (bits >> 16) & 0x8000u;
-    return magnitude > 0x7F800000u ? Word{} + 0x7FFFu : half;
+    half = magnitude > 0x7F800000u ? half | 0x7FFFu : half;
+    // The canonical NaN alone has a carry into the sign bit, which drops the sign.
+    return half | ((bits >> 16) & 0x8000u & ~(half + 1u));
 }
 
 inline uint16_t f32_to_f16(float value) {

@@ -18,13 +18,26 @@ constexpr int kCols = 8;
 constexpr int kGroups = 8;  // of four lanes: the g of lane 4 * g + t
 
 // Eight rows of A or eight columns of B at one k; or eight columns of one row of D.
-using Octet = double __attribute__((vector_size(kCols * sizeof(double))));
-using OctetBits = int64_t __attribute__((vector_size(kCols * sizeof(double))));
-using Words = uint32_t __attribute__((vector_size(64)));
+using Octet = double __attribute__((vector_size(64)));
+using OctetBits = int64_t __attribute__((vector_size(64)));
+// Two octets, and the same many narrower numbers.
+using Doubles = double __attribute__((vector_size(128)));
 using Floats = float __attribute__((vector_size(64)));
-using OctetFloats = float __attribute__((vector_size(32)));
-using OctetWords = uint32_t __attribute__((vector_size(32)));
-using OctetInts = int32_t __attribute__((vector_size(32)));
+using Words = uint32_t __attribute__((vector_size(64)));
+using Ints = int32_t __attribute__((vector_size(64)));
+using HalfWords = uint32_t __attribute__((vector_size(32)));
+
+template <class To>
+inline To load(const void* from) {
+    To value;
+    std::memcpy(&value, from, sizeof value);
+    return value;
+}
+
+template <class From>
+inline void store(void* to, From value) {
+    std::memcpy(to, &value, sizeof value);
+}
 
 constexpr int element_bits(MmaType type) {
     using enum MmaType;
@@ -66,33 +79,26 @@ inline Floats element_values(Words words) {
     if constexpr (type == tf32) return std::bit_cast<Floats>(words & ~0x1FFFu);
     // Integers: to the top of the word, then down again with the sign or without.
     constexpr int kUnused = 32 - element_bits(type);
-    using Signed = int32_t __attribute__((vector_size(64)));
     if constexpr (type == s8 || type == s4)
-        return __builtin_convertvector(std::bit_cast<Signed>(words << kUnused) >> kUnused, Floats);
+        return __builtin_convertvector(std::bit_cast<Ints>(words << kUnused) >> kUnused, Floats);
     return __builtin_convertvector(words << kUnused >> kUnused, Floats);
 }
 
-// One register of A or B: out[e][g] = element e of row or column g.
+// One register of A or B: out[...][g] = an element of row or column g. The elements come in an
+// order of their own, the same for A and B: a block's sum does not depend on it.
 template <MmaType type>
 inline void unpack(const uint32_t* reg, Octet* out) {
     constexpr int kBits = element_bits(type);
-    constexpr int kPerWord = 32 / kBits;
-    Words low, high;
-    std::memcpy(&low, reg, sizeof low);
-    std::memcpy(&high, reg + 16, sizeof high);
+    const auto low = load<Words>(reg), high = load<Words>(reg + 16);
     // The words of all eight rows for t = 0 and then t = 1; for t = 2 and then t = 3.
     const Words pairs[2] = {__builtin_shufflevector(low, high, 0, 4, 8, 12, 16, 20, 24, 28, 1, 5, 9,
                                                     13, 17, 21, 25, 29),
                             __builtin_shufflevector(low, high, 2, 6, 10, 14, 18, 22, 26, 30, 3, 7,
                                                     11, 15, 19, 23, 27, 31)};
-    for (int pair = 0; pair < 2; ++pair) {
-        for (int i = 0; i < kPerWord; ++i) {
-            const Floats values = element_values<type>(pairs[pair] >> (kBits * i));
-            const auto first = __builtin_shufflevector(values, values, 0, 1, 2, 3, 4, 5, 6, 7);
-            const auto second =
-                __builtin_shufflevector(values, values, 8, 9, 10, 11, 12, 13, 14, 15);
-            out[kPerWord * 2 * pair + i] = __builtin_convertvector(first, Octet);
-            out[kPerWord * (2 * pair + 1) + i] = __builtin_convertvector(second, Octet);
+    for (const Words& words : pairs) {
+        for (int shift = 0; shift < 32; shift += kBits, out += 2) {
+            const Floats values = element_values<type>(words >> shift);
+            store(out, __builtin_convertvector(values, Doubles));
         }
     }
 }
@@ -121,66 +127,63 @@ inline void unpack(MmaType type, const uint32_t* reg, Octet* out) {
     }
 }
 
-inline Octet acc_values(MmaType type, OctetWords words) {
-    if (type == MmaType::s32)
-        return __builtin_convertvector(std::bit_cast<OctetInts>(words), Octet);
-    if (type == MmaType::f32)
-        return __builtin_convertvector(std::bit_cast<OctetFloats>(words), Octet);
-    const auto values = widen<5, 10, OctetWords, OctetFloats>(words, kF16.max_finite + 1);
-    return __builtin_convertvector(values, Octet);
-}
-
 // Eight rows of C. Eight lanes hold the even columns of two rows in the first register (or in the
 // low halves of an f16 one) and the odd ones in the second.
 inline void unpack_acc(MmaType type, const uint32_t (*c)[32], Octet* rows) {
     for (int g = 0; g < kGroups; g += 2) {
-        OctetWords even, odd;
-        std::memcpy(&even, &c[0][4 * g], sizeof even);
-        if (type == MmaType::f16) {
-            odd = even >> 16;
+        const auto even = load<HalfWords>(&c[0][4 * g]);
+        const auto odd = type == MmaType::f16 ? even >> 16 : load<HalfWords>(&c[1][4 * g]);
+        const Words words = __builtin_shufflevector(even, odd, 0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5,
+                                                    13, 6, 14, 7, 15);
+        Doubles values;
+        if (type == MmaType::f32) {
+            values = __builtin_convertvector(std::bit_cast<Floats>(words), Doubles);
+        } else if (type == MmaType::s32) {
+            values = __builtin_convertvector(std::bit_cast<Ints>(words), Doubles);
         } else {
-            std::memcpy(&odd, &c[1][4 * g], sizeof odd);
+            values = __builtin_convertvector(element_values<MmaType::f16>(words), Doubles);
         }
-        const Octet evens = acc_values(type, even), odds = acc_values(type, odd);
-        rows[g] = __builtin_shufflevector(evens, odds, 0, 8, 1, 9, 2, 10, 3, 11);
-        rows[g + 1] = __builtin_shufflevector(evens, odds, 4, 12, 5, 13, 6, 14, 7, 15);
+        store(&rows[g], values);
     }
 }
 
-inline OctetWords to_f32_bits(Octet values) {
-    const auto bits = std::bit_cast<OctetWords>(__builtin_convertvector(values, OctetFloats));
-    return (bits & 0x7FFFFFFFu) > 0x7F800000u ? OctetWords{} + 0x7FFFFFFFu : bits;
+inline Words to_f32_bits(Doubles values) {
+    const auto bits = std::bit_cast<Words>(__builtin_convertvector(values, Floats));
+    return (bits & 0x7FFFFFFFu) > 0x7F800000u ? Words{} + 0x7FFFFFFFu : bits;
 }
 
-inline OctetWords to_s32_bits(Octet values, bool satfinite) {
+// A sum of products is far below 2^31, so one step is enough to wrap around.
+inline double to_s32_range(double value, bool satfinite) {
     constexpr double kMin = -0x1p31, kMax = 0x1p31 - 1, kModulus = 0x1p32;
-    // One step is enough to wrap around: the sum of products is far below 2^31.
-    const Octet below = satfinite ? Octet{} + kMin : values + kModulus;
-    const Octet above = satfinite ? Octet{} + kMax : values - kModulus;
-    values = values < kMin ? below : values > kMax ? above : values;
-    return std::bit_cast<OctetWords>(__builtin_convertvector(values, OctetInts));
+    if (value < kMin) return satfinite ? kMin : value + kModulus;
+    if (value > kMax) return satfinite ? kMax : value - kModulus;
+    return value;
 }
 
-inline OctetWords acc_bits(const MmaOp& op, Octet values) {
-    if (op.acc == MmaType::s32) return to_s32_bits(values, op.satfinite);
-    if (op.acc == MmaType::f32) return to_f32_bits(values);
-    // Values are truncated to fp32 already: this rounds once.
-    return narrow_to_f16<OctetWords>(__builtin_convertvector(values, OctetFloats));
-}
-
-inline void pack_acc(const MmaOp& op, const Octet* rows, uint32_t (*d)[32]) {
+inline void pack_acc(const MmaOp& op, Octet* rows, uint32_t (*d)[32]) {
+    if (op.acc == MmaType::s32)
+        for (int g = 0; g < kGroups; ++g)
+            for (int col = 0; col < kCols; ++col)
+                rows[g][col] = to_s32_range(rows[g][col], op.satfinite);
     for (int g = 0; g < kGroups; g += 2) {
-        const Octet evens =
-            __builtin_shufflevector(rows[g], rows[g + 1], 0, 2, 4, 6, 8, 10, 12, 14);
-        const Octet odds = __builtin_shufflevector(rows[g], rows[g + 1], 1, 3, 5, 7, 9, 11, 13, 15);
-        OctetWords even = acc_bits(op, evens);
-        const OctetWords odd = acc_bits(op, odds);
+        const auto values = load<Doubles>(&rows[g]);
+        Words words;
+        if (op.acc == MmaType::f32) {
+            words = to_f32_bits(values);
+        } else if (op.acc == MmaType::s32) {
+            words = std::bit_cast<Words>(__builtin_convertvector(values, Ints));
+        } else {
+            // Values are truncated to fp32 already: this rounds once.
+            words = narrow_to_f16<Words>(__builtin_convertvector(values, Floats));
+        }
+        HalfWords even = __builtin_shufflevector(words, words, 0, 2, 4, 6, 8, 10, 12, 14);
+        const HalfWords odd = __builtin_shufflevector(words, words, 1, 3, 5, 7, 9, 11, 13, 15);
         if (op.acc == MmaType::f16) {
             even |= odd << 16;
         } else {
-            std::memcpy(&d[1][4 * g], &odd, sizeof odd);
+            store(&d[1][4 * g], odd);
         }
-        std::memcpy(&d[0][4 * g], &even, sizeof even);
+        store(&d[0][4 * g], even);
     }
 }
 
@@ -278,6 +281,21 @@ void mma_b1(const MmaOp& op, const uint32_t (*a)[32], const uint32_t (*b)[32],
             d[slot_of(row, col)][lane_of(row, col)] = sums[row][col];
 }
 
+using HalfRow = uint16_t __attribute__((vector_size(16)));
+
+// 8 x 8 halves. Interleaving rows i and i + 4 rotates the bits of an element's index (row, column)
+// by one; three times swaps the three bits of the row with those of the column.
+void transpose(HalfRow* m) {
+    for (int step = 0; step < 3; ++step) {
+        HalfRow next[8];
+        for (int i = 0; i < 4; ++i) {
+            next[2 * i] = __builtin_shufflevector(m[i], m[i + 4], 0, 8, 1, 9, 2, 10, 3, 11);
+            next[2 * i + 1] = __builtin_shufflevector(m[i], m[i + 4], 4, 12, 5, 13, 6, 14, 7, 15);
+        }
+        std::copy(next, next + 8, m);
+    }
+}
+
 bool is_one_of(MmaType type, std::initializer_list<MmaType> types) {
     return std::find(types.begin(), types.end(), type) != types.end();
 }
@@ -321,30 +339,19 @@ void mma_sync(const MmaOp& op, const uint32_t (*a)[32], const uint32_t (*b)[32],
 
 void ldmatrix(const uint8_t* const rows[32], int count, bool trans, uint32_t (*d)[32]) {
     for (int matrix = 0; matrix < count; ++matrix) {
-        uint16_t values[8][8];
-        for (int row = 0; row < 8; ++row)
-            std::memcpy(values[row], rows[8 * matrix + row], sizeof values[row]);
-        for (int lane = 0; lane < 32; ++lane) {
-            const int g = lane / 4, t = lane % 4;
-            const uint32_t low = trans ? values[2 * t][g] : values[g][2 * t];
-            const uint32_t high = trans ? values[2 * t + 1][g] : values[g][2 * t + 1];
-            d[matrix][lane] = low | high << 16;
-        }
+        HalfRow m[8];
+        for (int row = 0; row < 8; ++row) m[row] = load<HalfRow>(rows[8 * matrix + row]);
+        if (trans) transpose(m);
+        std::memcpy(d[matrix], m, sizeof m);
     }
 }
 
 void stmatrix(uint8_t* const rows[32], int count, bool trans, const uint32_t (*r)[32]) {
     for (int matrix = 0; matrix < count; ++matrix) {
-        uint16_t values[8][8];
-        for (int lane = 0; lane < 32; ++lane) {
-            const int g = lane / 4, t = lane % 4;
-            const auto low = static_cast<uint16_t>(r[matrix][lane]);
-            const auto high = static_cast<uint16_t>(r[matrix][lane] >> 16);
-            (trans ? values[2 * t][g] : values[g][2 * t]) = low;
-            (trans ? values[2 * t + 1][g] : values[g][2 * t + 1]) = high;
-        }
-        for (int row = 0; row < 8; ++row)
-            std::memcpy(rows[8 * matrix + row], values[row], sizeof values[row]);
+        HalfRow m[8];
+        std::memcpy(m, r[matrix], sizeof m);
+        if (trans) transpose(m);
+        for (int row = 0; row < 8; ++row) store(rows[8 * matrix + row], m[row]);
     }
 }
 
