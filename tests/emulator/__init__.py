@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from .build import build
+
+try:
+    from numpy.lib.array_utils import byte_bounds
+except ImportError:  # numpy 1
+    from numpy import byte_bounds
 
 CLASSES = [
     "fp32",
@@ -92,8 +98,11 @@ class _Region(ctypes.Structure):
 def library() -> ctypes.CDLL:
     """The emulator's shared library, built on first use."""
     lib = ctypes.CDLL(str(build()))
-    for name in ("emu_error", "emu_error_kind", "emu_module_kernels", "emu_profile"):
-        getattr(lib, name).restype = ctypes.c_char_p
+    for name in ("error", "error_kind", "module_kernels", "profile", "last_report"):
+        getattr(lib, f"emu_{name}").restype = ctypes.c_char_p
+    lib.emu_region_add.argtypes = [ctypes.c_void_p, ctypes.c_uint64, ctypes.c_char_p]
+    lib.emu_region_remove.argtypes = [ctypes.c_void_p]
+    lib.emu_set_seed.argtypes = [ctypes.c_uint64]
     lib.emu_module_kernels.argtypes = lib.emu_module_unload.argtypes = [ctypes.c_void_p]
     lib.emu_profile.argtypes = lib.emu_kernel_static_smem.argtypes = [ctypes.c_void_p]
     return lib
@@ -108,14 +117,59 @@ def _check(status: int) -> None:
 def _extent(array: Any) -> tuple[int, int]:
     """Address and bytes spanned by a numpy array or torch tensor."""
     if isinstance(array, np.ndarray):
-        low, high = (
-            np.lib.array_utils.byte_bounds(array) if array.size else (array.ctypes.data,) * 2
-        )
+        low, high = byte_bounds(array) if array.size else (array.ctypes.data,) * 2
         return low, high - low
     if array.numel() == 0:
         return array.data_ptr(), 0
     span = sum((n - 1) * s for n, s in zip(array.shape, array.stride(), strict=True)) + 1
     return array.data_ptr(), span * array.element_size()
+
+
+_CounterArray = ctypes.c_uint64 * (2 * len(CLASSES) + len(MEMORY))
+
+
+def _counters(values: ctypes.Array[ctypes.c_uint64]) -> Counters:
+    n = len(CLASSES)
+    return Counters(
+        dict(zip(CLASSES, values[:n], strict=True)),
+        dict(zip(CLASSES, values[n : 2 * n], strict=True)),
+        **dict(zip(MEMORY, values[2 * n :], strict=True)),
+    )
+
+
+# Launches through the driver symbols (by code that loaded the library as its libcuda).
+
+
+@contextmanager
+def accessible(**arrays: Any) -> Iterator[None]:
+    """Lets kernels launched through the driver API touch these arrays, known by their names."""
+    bases = []
+    try:
+        for name, array in arrays.items():
+            base, size = _extent(array)
+            library().emu_region_add(base, size, name.encode())
+            bases.append(base)
+        yield
+    finally:
+        for base in bases:
+            library().emu_region_remove(base)
+
+
+def set_seed(seed: int) -> None:
+    """The interleaving of the driver launches that follow."""
+    library().emu_set_seed(seed)
+
+
+def last_counters() -> Counters:
+    """Of the last driver launch that succeeded."""
+    values = _CounterArray()
+    library().emu_last_counters(values)
+    return _counters(values)
+
+
+def last_report() -> str:
+    """Why the last driver call failed; empty after a successful launch."""
+    return library().emu_last_report().decode()
 
 
 def _is_array(value: Any) -> bool:
@@ -219,7 +273,7 @@ class Kernel:
             row.track_initialised = base in fresh
         dims = (ctypes.c_uint32 * 9)(*_three(grid), *_three(block), *_three(cluster or (1,)))
         pointers = (ctypes.c_void_p * max(1, len(buffers)))(*(ctypes.addressof(b) for b in buffers))
-        counters = (ctypes.c_uint64 * (2 * len(CLASSES) + len(MEMORY)))()
+        counters = _CounterArray()
         options = (1 if allow_uninitialised_shared else 0) | (0 if check_races else 2)
         _check(
             library().emu_launch(
@@ -227,12 +281,7 @@ class Kernel:
                 pointers, table, ctypes.c_uint64(len(arrays)), counters,
             )
         )  # fmt: skip
-        n = len(CLASSES)
-        return Counters(
-            dict(zip(CLASSES, counters[:n], strict=True)),
-            dict(zip(CLASSES, counters[n : 2 * n], strict=True)),
-            **dict(zip(MEMORY, counters[2 * n :], strict=True)),
-        )
+        return _counters(counters)
 
     def profile(self) -> list[tuple[int, int, str, int, str]]:
         """Of the last launch, per instruction: issued, lanes, class, source line, PTX text."""

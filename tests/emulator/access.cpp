@@ -124,25 +124,9 @@ void check_local(Warp& w, const LaneAddresses& a, uint32_t bytes) {
                   "local address " + hex(a.at[l]) + " of " + std::to_string(size) + " bytes", l);
 }
 
-void check_shared(Warp& w, const LaneAddresses& a, uint32_t bytes, SharedMemory::Access kind) {
-    check_alignment(a, bytes);
-    SharedMemory& shared = w.cta->shared;
-    uint64_t high = 0;
-    for (int l = 0; l < kLanes; ++l) high = std::max(high, a.at[l]);
-    if (high + bytes > shared.size())
-        for (int l = 0; l < kLanes; ++l)
-            if ((a.mask >> l & 1) && a.at[l] + bytes > shared.size())
-                fault("out of bounds",
-                      std::to_string(bytes) + " bytes at shared address " + hex(a.at[l]) +
-                          "; the CTA has " + std::to_string(shared.size()),
-                      l);
-    for (Mask m = a.mask; m; m &= m - 1) {
-        const int l = std::countr_zero(m);
-        shared.access(kind, w.index, l, static_cast<uint32_t>(a.at[l]), bytes);
-    }
-    count_wavefronts(w, a, bytes);
-}
+namespace {
 
+// Shared-memory wavefronts of a request, with 32 banks of 4 bytes.
 void count_wavefronts(Warp& w, const LaneAddresses& a, uint32_t bytes) {
     // A wavefront moves up to 128 bytes: 8-byte accesses go by half warps, 16-byte ones by
     // quarters.
@@ -175,6 +159,32 @@ void count_wavefronts(Warp& w, const LaneAddresses& a, uint32_t bytes) {
         }
         c.shared_wavefronts += worst;
         ++c.shared_wavefronts_min;
+    }
+}
+
+}  // namespace
+
+void check_shared_bounds(Warp& w, const LaneAddresses& a, uint32_t bytes) {
+    check_alignment(a, bytes);
+    const uint32_t size = w.cta->shared.size();
+    uint64_t high = 0;
+    for (int l = 0; l < kLanes; ++l) high = std::max(high, a.at[l]);
+    if (high + bytes > size)
+        for (int l = 0; l < kLanes; ++l)
+            if ((a.mask >> l & 1) && a.at[l] + bytes > size)
+                fault("out of bounds",
+                      std::to_string(bytes) + " bytes at shared address " + hex(a.at[l]) +
+                          "; the CTA has " + std::to_string(size),
+                      l);
+    count_wavefronts(w, a, bytes);
+}
+
+void check_shared(Warp& w, const LaneAddresses& a, uint32_t bytes, SharedMemory::Access kind) {
+    check_shared_bounds(w, a, bytes);
+    SharedMemory& shared = w.cta->shared;
+    for (Mask m = a.mask; m; m &= m - 1) {
+        const int l = std::countr_zero(m);
+        shared.access(kind, w.index, l, static_cast<uint32_t>(a.at[l]), bytes);
     }
 }
 

@@ -21,10 +21,10 @@ void check_alignment(const LaneAddresses& a, uint32_t bytes);
 // `sizes`, if given: how many of the `bytes` each lane really touches.
 void check_global(Warp& w, const LaneAddresses& a, uint32_t bytes, bool write,
                   const uint32_t* sizes = nullptr);
+// Alignment, bounds and bank conflicts of a shared-memory request, and the race detector's part.
+void check_shared_bounds(Warp& w, const LaneAddresses& a, uint32_t bytes);
 void check_shared(Warp& w, const LaneAddresses& a, uint32_t bytes, SharedMemory::Access kind);
 void check_local(Warp& w, const LaneAddresses& a, uint32_t bytes);
-// Shared-memory wavefronts of a request, with 32 banks of 4 bytes.
-void count_wavefronts(Warp& w, const LaneAddresses& a, uint32_t bytes);
 
 // Splits generic addresses by window, takes the window off and calls f(space, addresses) for each
 // part.

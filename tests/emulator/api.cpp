@@ -105,20 +105,14 @@ int emu_launch(void* kernel, const uint32_t* dims, uint32_t smem, uint64_t seed,
         config.dynamic_smem = smem;
         config.seed = seed;
         config.threads = threads;
-        config.allow_uninitialised_shared = options & 1;
-        config.check_races = !(options & 2);
+        config.shared.allow_uninitialised = options & 1;
+        config.shared.check_races = !(options & 2);
         k.max_dynamic_smem = k.module->device().smem_per_cta;
         std::vector<emu::Region> list;
         for (uint64_t i = 0; i < region_count; ++i)
             list.push_back(emu::make_region(regions[i].base, regions[i].bytes, regions[i].name,
                                             regions[i].track_initialised));
-        const emu::Counters c = emu::launch(k, config, params, list);
-        for (int i = 0; i < emu::kClasses; ++i) *counters++ = c.issued[i];
-        for (int i = 0; i < emu::kClasses; ++i) *counters++ = c.lanes[i];
-        for (uint64_t v : {c.read_requests, c.read_sectors, c.read_bytes, c.unique_read_sectors,
-                           c.write_requests, c.write_sectors, c.write_bytes, c.unique_write_sectors,
-                           c.shared_requests, c.shared_wavefronts, c.shared_wavefronts_min})
-            *counters++ = v;
+        emu::write_counters(emu::launch(k, config, params, list), counters);
     });
 }
 

@@ -219,8 +219,8 @@ void Warp::propagate(const Instr& in, Mask m) {
         const Mask needed = row == in.guard ? active : t.consumes ? m : 0;
         const Mask bad = needed & ~defined[row];
         if (bad) {
-            std::string name = "a register";
-            fault("uninitialised register", name + " of this instruction was never written",
+            fault("uninitialised register",
+                  launch->program->row_names.at(row) + " was never written",
                   std::countr_zero(bad));
         }
         good &= defined[row];
@@ -402,7 +402,7 @@ void Cta::start(Launch& l, uint64_t linear_id, Counters& counters, InstrCount* c
     const auto threads = static_cast<uint32_t>(c.block.count());
     const auto num_warps = (threads + kLanes - 1) / kLanes;
     shared.reset(std::max(p.static_smem, p.dynamic_smem_at + c.dynamic_smem), p.granule_shift,
-                 static_cast<int>(num_warps));
+                 static_cast<int>(num_warps), c.shared);
     rng.seed(static_cast<uint32_t>((c.seed + 1) * 2654435761u ^ (linear * 40503u + 17)));
     instructions = 0;
     for (Barrier& b : barriers) b = Barrier{};

@@ -185,6 +185,7 @@ struct Program {
     std::vector<uint32_t> constants;
     std::vector<std::pair<Special, uint32_t>> specials;
     std::vector<ParamSlot> params;
+    std::map<uint32_t, std::string> row_names;  // of registers with a Taint
     uint32_t param_bytes = 0;
     uint32_t local_bytes = 0;
     uint32_t static_smem = 0;
@@ -230,13 +231,19 @@ class SharedMemory {
     static constexpr uint32_t kPending = ~0u;  // written by an asynchronous copy nobody waited for
     static constexpr uint16_t kAtomic = 1 << 15;
 
-    void reset(uint32_t bytes, int granule_shift, int warps);
+    struct Options {
+        bool allow_uninitialised = false;
+        bool check_races = true;
+    };
+    void reset(uint32_t bytes, int granule_shift, int warps, Options options);
     uint32_t size() const { return size_; }
     uint8_t* data() { return data_.data(); }
 
     enum class Access : uint8_t { read, write, atomic, strong_read, strong_write, async_write };
-    // Checks one lane's access and records it. Bounds and alignment were checked before.
-    void access(Access kind, int warp, int lane, uint32_t address, uint32_t bytes);
+    // Checks one lane's access and records it. Bounds and alignment were checked before. `value`
+    // is what a write is about to store: writing what is there already harms nobody.
+    void access(Access kind, int warp, int lane, uint32_t address, uint32_t bytes,
+                const uint8_t* value = nullptr);
     void land(int warp, int lane, uint32_t address, uint32_t bytes);  // an async_write arrives
 
     // Synchronisation: `arrive` publishes what `warp` did into `clock`, `join` acquires it.
@@ -248,7 +255,7 @@ class SharedMemory {
 
   private:
     uint32_t& seen(int warp, int other) { return seen_[warp * warps_ + other]; }
-    void slow_check(Access kind, int warp, int lane, uint32_t granule);
+    void slow_check(Access kind, int warp, int lane, uint32_t granule, const uint8_t* value);
     void check_readers(int warp, int lane, uint32_t granule);
 
     std::vector<uint8_t> data_;
@@ -257,6 +264,7 @@ class SharedMemory {
     int warps_ = 0;
     uint32_t granules_ = 0;
     uint32_t time_ = 1;
+    Options options_;
     std::vector<uint32_t> seen_;
     std::vector<uint32_t> write_time_;  // 0: never written
     std::vector<uint16_t> writer_;      // warp << 5 | lane
@@ -390,8 +398,7 @@ struct LaunchConfig {
     uint32_t dynamic_smem = 0;
     uint64_t seed = 0;
     int threads = 0;  // host threads, 0: all
-    bool allow_uninitialised_shared = false;
-    bool check_races = true;
+    SharedMemory::Options shared;
 };
 
 struct Launch {

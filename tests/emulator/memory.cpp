@@ -44,7 +44,8 @@ void Counters::add(const Counters& o) {
 
 // ---- shared memory ----------------------------------------------------------------------------
 
-void SharedMemory::reset(uint32_t bytes, int granule_shift, int warps) {
+void SharedMemory::reset(uint32_t bytes, int granule_shift, int warps, Options options) {
+    options_ = options;
     size_ = bytes;
     shift_ = granule_shift;
     warps_ = warps;
@@ -60,7 +61,8 @@ void SharedMemory::reset(uint32_t bytes, int granule_shift, int warps) {
     flags_.clear();
 }
 
-void SharedMemory::access(Access kind, int warp, int lane, uint32_t address, uint32_t bytes) {
+void SharedMemory::access(Access kind, int warp, int lane, uint32_t address, uint32_t bytes,
+                          const uint8_t* value) {
     const uint32_t first = address >> shift_;
     const uint32_t last = (address + bytes - 1) >> shift_;
     const uint32_t* seen = &seen_[warp * warps_];
@@ -69,7 +71,7 @@ void SharedMemory::access(Access kind, int warp, int lane, uint32_t address, uin
         for (uint32_t g = first; g <= last; ++g) {
             const uint32_t t = write_time_[g];
             if (t == 0 || t >= seen[(writer_[g] & ~kAtomic) >> 5]) [[unlikely]]
-                slow_check(kind, warp, lane, g);
+                slow_check(kind, warp, lane, g, nullptr);
             reads[g] = time_;
         }
         return;
@@ -81,7 +83,7 @@ void SharedMemory::access(Access kind, int warp, int lane, uint32_t address, uin
         const uint32_t t = write_time_[g];
         if ((t == 0 && kind != Access::write && kind != Access::async_write) ||
             t >= seen[(writer_[g] & ~kAtomic) >> 5])
-            slow_check(kind, warp, lane, g);
+            slow_check(kind, warp, lane, g, value ? value + ((g << shift_) - address) : nullptr);
         if (kind == Access::strong_read) continue;
         check_readers(warp, lane, g);
         write_time_[g] = kind == Access::async_write ? kPending : time_;
@@ -102,6 +104,7 @@ void SharedMemory::land(int warp, int lane, uint32_t address, uint32_t bytes) {
 }
 
 void SharedMemory::check_readers(int warp, int lane, uint32_t granule) {
+    if (!options_.check_races) return;
     for (int v = 0; v < warps_; ++v) {
         if (v == warp) continue;
         const uint32_t t = read_time_[static_cast<size_t>(v) * granules_ + granule];
@@ -113,13 +116,15 @@ void SharedMemory::check_readers(int warp, int lane, uint32_t granule) {
     }
 }
 
-void SharedMemory::slow_check(Access kind, int warp, int lane, uint32_t granule) {
+void SharedMemory::slow_check(Access kind, int warp, int lane, uint32_t granule,
+                              const uint8_t* value) {
     const uint32_t t = write_time_[granule];
     const uint16_t who = writer_[granule];
     const int writer = (who & ~kAtomic) >> 5;
     const std::string at = "shared address " + hex(static_cast<uint64_t>(granule) << shift_);
     const bool reads =
         kind == Access::read || kind == Access::strong_read || kind == Access::atomic;
+    if (t == 0 && options_.allow_uninitialised) return;
     if (t == 0)
         fault("uninitialised shared memory", "read of " + at + ", which was never written", lane);
     if (t == kPending)
@@ -132,6 +137,10 @@ void SharedMemory::slow_check(Access kind, int warp, int lane, uint32_t granule)
         kind == Access::atomic || kind == Access::strong_read || kind == Access::strong_write;
     if (strong && (who & kAtomic)) return;
     if (writer == warp && (who & 31) == lane) return;
+    if (!options_.check_races) return;
+    if (value && std::memcmp(value, data_.data() + (static_cast<size_t>(granule) << shift_),
+                             size_t{1} << shift_) == 0)
+        return;
     fault("shared-memory race",
           std::string(reads ? "read of " : "write to ") + at + ", which warp " +
               std::to_string(writer) + " lane " + std::to_string(who & 31) + " wrote with no " +

@@ -457,6 +457,10 @@ class ProgramBuilder {
                     if (!suspect[id[row]]) suspect[id[row]] = changed = true;
             }
         }
+        for (int index : functions_)
+            for (size_t r = 0; r < row_[index].size(); ++r)
+                if (auto it = id.find(row_[index][r]); it != id.end() && suspect[it->second])
+                    p.row_names[it->first] = module_.functions[index].registers[r].name;
         for (const Flow& f : flows_) {
             if (!any(f.read) && !any(f.written)) continue;
             auto taint = std::make_unique<Taint>();

@@ -14,12 +14,16 @@ RegionTable& RegionTable::instance() {
 
 void RegionTable::add(Region region) {
     std::lock_guard lock(mutex_);
-    regions_[region.base] = std::move(region);
+    const uint64_t base = region.base;
+    regions_.emplace(base, std::move(region));
 }
 
 bool RegionTable::remove(uint64_t base) {
     std::lock_guard lock(mutex_);
-    return regions_.erase(base) > 0;
+    auto it = regions_.find(base);
+    if (it == regions_.end()) return false;
+    regions_.erase(it);
+    return true;
 }
 
 std::optional<Region> RegionTable::at(uint64_t address) {
@@ -167,6 +171,16 @@ std::pair<uint64_t, uint64_t> LoadedModule::variable(const std::string& name) co
     for (auto& unit : units_)
         if (auto found = unit->variable(name); found.first) return found;
     return {0, 0};
+}
+
+void write_counters(const Counters& c, uint64_t* out) {
+    out = std::copy_n(c.issued, kClasses, out);
+    out = std::copy_n(c.lanes, kClasses, out);
+    for (uint64_t v :
+         {c.read_requests, c.read_sectors, c.read_bytes, c.unique_read_sectors, c.write_requests,
+          c.write_sectors, c.write_bytes, c.unique_write_sectors, c.shared_requests,
+          c.shared_wavefronts, c.shared_wavefronts_min})
+        *out++ = v;
 }
 
 // ---- launch -------------------------------------------------------------------------------------

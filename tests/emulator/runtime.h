@@ -21,7 +21,7 @@ class RegionTable {
 
   private:
     std::mutex mutex_;
-    std::map<uint64_t, Region> regions_;
+    std::multimap<uint64_t, Region> regions_;  // by base; views may share one
 };
 
 Region make_region(void* base, uint64_t bytes, std::string name, bool track_initialised = false);
@@ -71,6 +71,9 @@ struct BadLaunch : std::runtime_error {
 // params[i] points to the bytes of parameter i. Throws BadLaunch or LaunchError.
 Counters launch(Kernel& kernel, const LaunchConfig& config, void* const* params,
                 std::span<const Region> regions);
+
+// All counters as numbers, in the order of CLASSES and MEMORY in __init__.py.
+void write_counters(const Counters& counters, uint64_t* out);
 
 // The PTX for a device: the text itself, or the best fit out of each fatbin. Throws PtxError if a
 // fatbin has none.
