@@ -22,6 +22,7 @@ from torch import nn
 from minitron_kernels import ops
 from minitron_kernels.cache import PagedKVCache
 from minitron_kernels.config import DTYPES, ModelConfig
+from minitron_kernels.layers import Embedding, Linear, RMSNorm, SwiGLUMLP
 
 if TYPE_CHECKING:
     from minitron_kernels.loaders.checkpoint import Checkpoint
@@ -78,31 +79,6 @@ class Batch:
         )
 
 
-class RMSNorm(nn.Module):
-    def __init__(self, hidden_size: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(hidden_size))
-        self.variance_epsilon = eps
-
-    def as_norm(self) -> ops.Norm:
-        """For the op that this norm is fused into."""
-        return ops.Norm(self.weight, self.variance_epsilon)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return ops.rms_norm(x, self.weight, self.variance_epsilon)
-
-
-class Linear(nn.Module):
-    """A bias-free matrix [out, in], applied by `ops.linear`."""
-
-    def __init__(self, in_features: int, out_features: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(out_features, in_features))
-
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        return ops.linear(x, self.weight, residual)
-
-
 class Attention(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -132,44 +108,23 @@ class Attention(nn.Module):
         return self.o_proj(out.flatten(1), residual=x)
 
 
-class MLP(nn.Module):
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.gate_proj = Linear(config.hidden_size, config.intermediate_size)
-        self.up_proj = Linear(config.hidden_size, config.intermediate_size)
-        self.down_proj = Linear(config.intermediate_size, config.hidden_size)
-
-    def forward(self, x: Tensor, norm: ops.Norm) -> Tensor:
-        gate_up = (self.gate_proj.weight, self.up_proj.weight)
-        return ops.swiglu_mlp(x, gate_up, self.down_proj.weight, norm, residual=x)
-
-
 class DecoderLayer(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = MLP(config)
+        self.mlp = SwiGLUMLP(config.hidden_size, config.intermediate_size)
 
     def forward(self, x: Tensor, rope: ops.Rope, kv: tuple[Tensor, Tensor], batch: Batch) -> Tensor:
         x = self.self_attn(x, self.input_layernorm.as_norm(), rope, kv, batch)
-        return self.mlp(x, self.post_attention_layernorm.as_norm())
-
-
-class Embedding(nn.Module):
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
-
-    def forward(self, ids: Tensor) -> Tensor:
-        return ops.embedding(ids, self.weight)
+        return self.mlp(x, self.post_attention_layernorm.as_norm(), residual=x)
 
 
 class Decoder(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.embed_tokens = Embedding(config)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 

@@ -1,5 +1,10 @@
 """The operations that the model is made of. `reference.py` holds their fp32 definitions.
 
+Each is registered as torch.ops.minitron_kernels.<name> with a fake kernel, so that torch.compile
+takes it whole (fullgraph, dynamic shapes). An eager call goes straight to the implementation: the
+dispatcher would cost more than launching a kernel (bench/bench_call_overhead.py). CPU tensors are
+computed by `torch_ops.py`, CUDA tensors by the compiled kernels (`cuda_ops.py`) where there is one.
+
 Conventions: T tokens of all sequences packed along dimension 0 (no padding), Hq query heads, Hk
 key/value heads (Hq a multiple of Hk), D = head_dim. Activations are bfloat16, float16 or float32;
 sums are accumulated in fp32. The paged cache is [pages, page, Hk, D]; a *slot* is
@@ -11,13 +16,16 @@ A row's result does not depend on the other rows of the batch (bit for bit in fl
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable
 from itertools import pairwise
-from typing import NamedTuple
+from typing import NamedTuple, ParamSpec, TypeVar
 
 import torch
 import torch.nn.functional as F
+
+from minitron_kernels import cuda_ops, torch_ops
 
 Tensor = torch.Tensor
 
@@ -43,6 +51,38 @@ class Rope(NamedTuple):
     sin: Tensor
     positions: Tensor | None = None
     interleaved: bool = False
+
+
+# ---------------------------------------------------------------------------------- registration
+
+_LIBRARY = torch.library.Library("minitron_kernels", "DEF")
+_Args = ParamSpec("_Args")
+_Result = TypeVar("_Result")
+
+
+def _op(
+    schema: str, fake: Callable[..., object]
+) -> Callable[[Callable[_Args, _Result]], Callable[_Args, _Result]]:
+    """Register a function as an op of CPU and CUDA tensors; ``fake`` tells its outputs' shapes."""
+
+    def register(function: Callable[_Args, _Result]) -> Callable[_Args, _Result]:
+        name = schema.partition("(")[0]
+        _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+        _LIBRARY.impl(name, function, "CPU")
+        _LIBRARY.impl(name, function, "CUDA")
+        torch.library.register_fake(f"minitron_kernels::{name}", fake, lib=_LIBRARY)
+        registered = getattr(torch.ops.minitron_kernels, name).default
+
+        @functools.wraps(function)
+        def call(*args: _Args.args, **kwargs: _Args.kwargs) -> _Result:
+            if torch.compiler.is_compiling():
+                result: _Result = registered(*args, **kwargs)
+                return result
+            return function(*args, **kwargs)
+
+        return call
+
+    return register
 
 
 # ---------------------------------------------------------------------------------------- checks
@@ -148,6 +188,18 @@ def _check_window(window: int | None) -> None:
 # ------------------------------------------------------------------------------- norm, rope, act
 
 
+def _check_norm(x: Tensor, weight: Tensor) -> None:
+    _require(x.ndim >= 1, "x must have at least one dimension")
+    _require(
+        weight.shape == x.shape[-1:],
+        f"weight must have shape {x.shape[-1]} (the last of x), got {_shape(weight)}",
+    )
+
+
+@_op(
+    "rms_norm(Tensor x, Tensor weight, float eps) -> Tensor",
+    lambda x, weight, eps: x.new_empty(x.shape),
+)
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """RMSNorm over the last dimension in Hugging Face's rounding order.
 
@@ -155,16 +207,16 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     then multiplied with the weight (Zhang & Sennrich 2019; transformers' LlamaRMSNorm).
     """
     _check_float(x=x, weight=weight)
-    _require(x.ndim >= 1, "x must have at least one dimension")
-    _require(
-        weight.shape == x.shape[-1:],
-        f"weight must have shape {x.shape[-1]} (the last of x), got {_shape(weight)}",
-    )
-    x32 = x.float()
-    y = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
-    return y.to(x.dtype) * weight
+    _check_norm(x, weight)
+    if cuda_ops.serves(x):
+        return cuda_ops.rms_norm(x, weight, eps)
+    return torch_ops.rms_norm(x, weight, eps)
 
 
+@_op(
+    "add_rms_norm(Tensor x, Tensor(a!) residual, Tensor weight, float eps) -> Tensor",
+    lambda x, residual, weight, eps: x.new_empty(x.shape),
+)
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
     """residual += x, in place; returns rms_norm(residual, weight, eps).
 
@@ -175,42 +227,34 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Ten
         x.shape == residual.shape,
         f"residual must have x's shape {_shape(x)}, got {_shape(residual)}",
     )
-    _require(
-        weight.shape == x.shape[-1:],
-        f"weight must have shape {x.shape[-1]} (the last of x), got {_shape(weight)}",
-    )
+    _check_norm(x, weight)
+    if cuda_ops.serves(x):
+        return cuda_ops.add_rms_norm(x, residual, weight, eps)
     residual += x
-    return rms_norm(residual, weight, eps)
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
-    """x [T, H, D], cos and sin [T, 1, R/2] fp32 -> x rotated in fp32 and rounded once."""
-    half = cos.shape[-1]
-    x32 = x.float()
-    if interleaved:
-        a, b = x32[..., 0 : 2 * half : 2], x32[..., 1 : 2 * half : 2]
-    else:
-        a, b = x32[..., :half], x32[..., half : 2 * half]
-    y = torch.empty_like(x32) if 2 * half == x.shape[-1] else x32.clone()
-    first, second = (
-        (y[..., 0 : 2 * half : 2], y[..., 1 : 2 * half : 2])
-        if interleaved
-        else (y[..., :half], y[..., half : 2 * half])
-    )
-    torch.mul(a, cos, out=first).addcmul_(b, sin, value=-1)
-    torch.mul(b, cos, out=second).addcmul_(a, sin)
-    return y.to(x.dtype)
+    return torch_ops.rms_norm(residual, weight, eps)
 
 
 def _rope_rows(rope: Rope, num_tokens: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """cos, sin of every token, [T, 1, R/2]."""
+    _check_positions(rope, num_tokens, device)
+    return rope.cos[rope.positions][:, None], rope.sin[rope.positions][:, None]
+
+
+def _check_positions(rope: Rope, num_tokens: int, device: torch.device) -> None:
     if rope.positions is None:
         raise ValueError("rope.positions is required here")
     _check_index("positions", rope.positions, (num_tokens,), device)
     _check_range("positions", rope.positions, 0, rope.cos.shape[0])
-    return rope.cos[rope.positions][:, None], rope.sin[rope.positions][:, None]
 
 
+@_op(
+    "apply_rope(Tensor q, Tensor k, Tensor cos, Tensor sin, Tensor positions, "
+    "bool interleaved=False) -> (Tensor, Tensor)",
+    lambda q, k, cos, sin, positions, interleaved=False: (
+        q.new_empty(q.shape),
+        k.new_empty(k.shape),
+    ),
+)
 def apply_rope(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, interleaved: bool = False
 ) -> tuple[Tensor, Tensor]:
@@ -228,10 +272,17 @@ def apply_rope(
     )
     rope = Rope(cos, sin, positions, interleaved)
     _check_rope(rope, q.shape[2])
-    c, s = _rope_rows(rope, q.shape[0], q.device)
-    return _rotate(q, c, s, interleaved), _rotate(k, c, s, interleaved)
+    _check_positions(rope, q.shape[0], q.device)
+    if cuda_ops.serves(q):
+        return cuda_ops.apply_rope(q, k, cos, sin, positions, interleaved)
+    c, s = cos[positions][:, None], sin[positions][:, None]
+    return torch_ops.rotate(q, c, s, interleaved), torch_ops.rotate(k, c, s, interleaved)
 
 
+@_op(
+    "silu_and_mul(Tensor gate_up) -> Tensor",
+    lambda gate_up: gate_up.new_empty((*gate_up.shape[:-1], gate_up.shape[-1] // 2)),
+)
 def silu_and_mul(gate_up: Tensor) -> Tensor:
     """silu(gate) * up of [..., 2I] (gate first) -> [..., I] (Shazeer 2020)."""
     _check_float(gate_up=gate_up)
@@ -239,6 +290,8 @@ def silu_and_mul(gate_up: Tensor) -> Tensor:
         gate_up.ndim >= 1 and gate_up.shape[-1] % 2 == 0,
         f"gate_up must have an even last dimension, got {_shape(gate_up)}",
     )
+    if cuda_ops.serves(gate_up):
+        return cuda_ops.silu_and_mul(gate_up)
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate) * up
 
@@ -246,54 +299,10 @@ def silu_and_mul(gate_up: Tensor) -> Tensor:
 # ----------------------------------------------------------------------------------------- linear
 
 
-def _onednn_dtypes() -> tuple[torch.dtype, ...]:
-    """Dtypes of CPU tensors whose matrix products go to oneDNN directly, with its epilogues."""
-    try:
-        if not torch.backends.mkldnn.is_available() or not torch.ops.mkldnn._linear_pointwise:
-            return ()
-        bf16 = bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    except AttributeError:  # a build of torch without it
-        return ()
-    return (torch.float32, torch.bfloat16) if bf16 else (torch.float32,)
-
-
-_ONEDNN_DTYPES = _onednn_dtypes()
-
-
-def _matmul(
-    x: Tensor,
-    w: Tensor,
-    *,
-    silu: bool = False,
-    mul: Tensor | None = None,
-    add: Tensor | None = None,
-) -> Tensor:
-    """x [M, K] @ w [N, K]^T, then at most one epilogue: silu(y), y * mul or y + add ([M, N] each).
-
-    Every row's bits are independent of M. torch's own float32 path is not like that: MKL's order of
-    summation changes with M, so that a sequence would get other bits in a batch than alone, and
-    elementwise kernels treat the last few elements of a tensor by another exp. oneDNN's matmul is,
-    from M = 2 on, and applies the epilogue to its fp32 sums.
-    """
-    if x.device.type != "cpu" or x.dtype not in _ONEDNN_DTYPES or not x.numel():
-        y = F.linear(x, w)
-        if silu:
-            return F.silu(y, inplace=True)
-        return y.mul_(mul) if mul is not None else y.add_(add) if add is not None else y
-    single = x.shape[0] == 1 and x.dtype is torch.float32
-    if single:
-        x = x.expand(2, -1).contiguous()
-    other = mul if mul is not None else add
-    if other is None:
-        kind = "swish" if silu else "none"
-        y = torch.ops.mkldnn._linear_pointwise(x, w, None, kind, [], "")
-    else:
-        other = other.expand(2, -1).contiguous() if single else other.contiguous()
-        kind = "mul" if mul is not None else "add"
-        y = torch.ops.mkldnn._linear_pointwise.binary(x, other, w, None, kind)
-    return y[:1] if single else y
-
-
+@_op(
+    "linear(Tensor x, Tensor w, Tensor? residual=None) -> Tensor",
+    lambda x, w, residual=None: x.new_empty((*x.shape[:-1], w.shape[0])),
+)
 def linear(x: Tensor, w: Tensor, residual: Tensor | None = None) -> Tensor:
     """x [..., K] @ w [N, K]^T (+ residual [..., N]) -> [..., N], in x's dtype."""
     _check_float(x=x, w=w)
@@ -311,7 +320,7 @@ def linear(x: Tensor, w: Tensor, residual: Tensor | None = None) -> Tensor:
         )
     rows = x.reshape(-1, x.shape[-1])
     add = None if residual is None else residual.reshape(-1, w.shape[0])
-    return _matmul(rows, w, add=add).view(*x.shape[:-1], w.shape[0])
+    return torch_ops.matmul(rows, w, add=add).view(*x.shape[:-1], w.shape[0])
 
 
 def swiglu_mlp(
@@ -327,6 +336,26 @@ def swiglu_mlp(
     w_down [H, I]; residual [T, H]. Returns a new [T, H].
     """
     gate, up = w_gate_up.chunk(2) if isinstance(w_gate_up, Tensor) else w_gate_up
+    weight, eps = norm if norm is not None else (None, 0.0)
+    return _swiglu_mlp(x, gate, up, w_down, weight, eps, residual)
+
+
+@_op(
+    "swiglu_mlp(Tensor x, Tensor gate, Tensor up, Tensor w_down, Tensor? norm_weight, float eps, "
+    "Tensor? residual) -> Tensor",
+    lambda x, gate, up, w_down, norm_weight, eps, residual: x.new_empty(
+        (x.shape[0], w_down.shape[0])
+    ),
+)
+def _swiglu_mlp(
+    x: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    w_down: Tensor,
+    norm_weight: Tensor | None,
+    eps: float,
+    residual: Tensor | None,
+) -> Tensor:
     tensors = {"x": x, "gate": gate, "up": up, "w_down": w_down}
     _check_float(**tensors if residual is None else {**tensors, "residual": residual})
     _require(x.ndim == 2, f"x must be [T, H], got {_shape(x)}")
@@ -342,75 +371,14 @@ def swiglu_mlp(
         residual is None or residual.shape == (x.shape[0], w_down.shape[0]),
         f"residual must be {x.shape[0]}x{w_down.shape[0]}",
     )
-    if norm is not None:
-        x = rms_norm(x, *norm)
+    if norm_weight is not None:
+        x = rms_norm(x, norm_weight, eps)
     x = x.contiguous()
-    hidden = _matmul(x, up, mul=_matmul(x, gate, silu=True))
-    return _matmul(hidden, w_down, add=residual)
+    hidden = torch_ops.matmul(x, up, mul=torch_ops.matmul(x, gate, silu=True))
+    return torch_ops.matmul(hidden, w_down, add=residual)
 
 
 # -------------------------------------------------------------------------------------- attention
-
-
-def _attend(
-    q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, window: int | None
-) -> Tensor:
-    """One sequence on PyTorch's SDPA: q [Lq, Hq, D], k, v [Lk, Hk, D] -> [Lq, Hq, D]."""
-    (lq, hq, d), (lk, hk, _) = q.shape, k.shape
-    kt, vt = k.transpose(0, 1)[None], v.transpose(0, 1)[None]
-    if lq == 1 and (window is None or lk <= window):
-        # The queries of a KV group share K and V: let them be the rows of one matrix.
-        out = F.scaled_dot_product_attention(q.view(1, hk, hq // hk, d), kt, vt, scale=scale)
-        return out.reshape(1, hq, d)
-    mask = None
-    is_causal = causal and lq == lk and window is None
-    if (causal and lq > 1 and not is_causal) or window is not None:
-        distance = torch.arange(lk - lq, lk, device=q.device)[:, None]
-        distance = distance - torch.arange(lk, device=q.device)
-        mask = distance >= 0 if causal else torch.ones_like(distance, dtype=torch.bool)
-        if window is not None:
-            mask &= distance.abs() < window
-    out = F.scaled_dot_product_attention(
-        q.transpose(0, 1)[None], kt, vt, mask, 0.0, is_causal, scale=scale, enable_gqa=hq != hk
-    )
-    return out[0].transpose(0, 1)
-
-
-def _lse(q: Tensor, k: Tensor, causal: bool, scale: float, window: int | None) -> Tensor:
-    """log-sum-exp of the scaled, masked logits of one sequence, fp32 [Hq, Lq]."""
-    group = q.shape[1] // k.shape[1]
-    logits = torch.einsum("qhd,khd->hqk", q.float(), k.float().repeat_interleave(group, 1)) * scale
-    distance = torch.arange(k.shape[0] - q.shape[0], k.shape[0], device=q.device)[:, None]
-    distance = distance - torch.arange(k.shape[0], device=q.device)
-    hidden = distance < 0 if causal else torch.zeros_like(distance, dtype=torch.bool)
-    if window is not None:
-        hidden = hidden | (distance.abs() >= window)
-    return torch.logsumexp(logits.masked_fill(hidden, -math.inf), dim=-1)
-
-
-def _attend_into(
-    out: Tensor,
-    lse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    causal: bool,
-    scale: float,
-    window: int | None,
-) -> None:
-    """_attend, with queries that see no key (more queries than keys) set to 0 and lse -inf."""
-    blind = q.shape[0] - k.shape[0] if causal else 0 if k.shape[0] else q.shape[0]
-    if window is not None and not causal:
-        blind = max(blind, q.shape[0] - k.shape[0] - window + 1)
-    blind = min(max(blind, 0), q.shape[0])
-    out[:blind] = 0
-    if lse is not None:
-        lse[:, :blind] = -math.inf
-    if blind == q.shape[0]:
-        return
-    out[blind:] = _attend(q[blind:], k, v, causal, scale, window)
-    if lse is not None:
-        lse[:, blind:] = _lse(q[blind:], k, causal, scale, window)
 
 
 def attention(
@@ -434,6 +402,49 @@ def attention(
     by their position in the sequence (rope.positions is not used). A query that sees no key gives
     zeros. Returns out [Tq, Hq, D], with ``return_lse`` also lse fp32 [Hq, Tq] (natural logarithm).
     """
+    cos, sin, _, interleaved = rope if rope is not None else (None, None, None, False)
+    out, lse = _attention(
+        q,
+        k,
+        v,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        causal,
+        softmax_scale,
+        window,
+        cos,
+        sin,
+        interleaved,
+        return_lse,
+    )
+    return (out, lse) if return_lse else out
+
+
+def _fake_attention(q: Tensor, *args: object) -> tuple[Tensor, Tensor]:
+    lse_shape = (q.shape[1], q.shape[0]) if args[-1] else (0,)
+    return q.new_empty(q.shape), q.new_empty(lse_shape, dtype=torch.float32)
+
+
+@_op(
+    "attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, "
+    "bool causal, float? softmax_scale, int? window, Tensor? cos, Tensor? sin, bool interleaved, "
+    "bool return_lse) -> (Tensor, Tensor)",
+    _fake_attention,
+)
+def _attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    causal: bool,
+    softmax_scale: float | None,
+    window: int | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    interleaved: bool,
+    return_lse: bool,
+) -> tuple[Tensor, Tensor]:
     _check_float(q=q, k=k, v=v)
     _check_heads(q, k, v)
     _check_window(window)
@@ -444,54 +455,27 @@ def attention(
         f"cu_seqlens_q has {len(starts_q) - 1} sequences, cu_seqlens_k {len(starts_k) - 1}",
     )
     scale = 1 / math.sqrt(q.shape[2]) if softmax_scale is None else softmax_scale
-    if rope is not None:
-        _check_rope(rope, q.shape[2])
+    if cos is not None and sin is not None:
         lengths = list(zip(_lengths(starts_q), _lengths(starts_k), strict=True))
+        _check_rope(Rope(cos, sin), q.shape[2])
         _require(
-            all(lq <= lk <= rope.cos.shape[0] for lq, lk in lengths),
-            f"with rope every sequence needs queries <= keys <= max_position {rope.cos.shape[0]}",
+            all(lq <= lk <= cos.shape[0] for lq, lk in lengths),
+            f"with rope every sequence needs queries <= keys <= max_position {cos.shape[0]}",
         )
-        device = q.device
-        pos_q = [torch.arange(lk - lq, lk, device=device) for lq, lk in lengths]
-        pos_k = [torch.arange(lk, device=device) for _, lk in lengths]
-        for positions, x in ((pos_q, "q"), (pos_k, "k")):
-            rows = _rope_rows(
-                rope._replace(positions=torch.cat(positions) if positions else torch.arange(0)),
-                (q if x == "q" else k).shape[0],
-                device,
-            )
-            if x == "q":
-                q = _rotate(q, *rows, rope.interleaved)
-            else:
-                k = _rotate(k, *rows, rope.interleaved)
+        for_q = [p for lq, lk in lengths for p in range(lk - lq, lk)]
+        for_k = [p for _, lk in lengths for p in range(lk)]
+        q = torch_ops.rotate(q, cos[for_q][:, None], sin[for_q][:, None], interleaved)
+        k = torch_ops.rotate(k, cos[for_k][:, None], sin[for_k][:, None], interleaved)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    lse = q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32) if return_lse else None
+    lse = _fake_attention(q, return_lse)[1]
     for i in range(len(starts_q) - 1):
         rows_q = slice(starts_q[i], starts_q[i + 1])
         rows_k = slice(starts_k[i], starts_k[i + 1])
-        lse_i = None if lse is None else lse[:, rows_q]
-        _attend_into(out[rows_q], lse_i, q[rows_q], k[rows_k], v[rows_k], causal, scale, window)
-    return out if lse is None else (out, lse)
-
-
-def _append(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
-    """Write rows of k, v [T, Hk, D] into the slots of the cache; a negative slot is skipped."""
-    if slots.device.type == "cpu" and slots.numel() and int(slots.min()) < 0:
-        kept = slots >= 0
-        k, v, slots = k[kept], v[kept], slots[kept]
-    slots = slots.long()
-    k_cache.view(-1, *k.shape[1:]).index_copy_(0, slots, k)
-    v_cache.view(-1, *v.shape[1:]).index_copy_(0, slots, v)
-
-
-def _cached_rows(cache: Tensor, pages: Sequence[int], num_tokens: int) -> Tensor:
-    """The first num_tokens rows of a sequence's pages, [L, Hk, D]; no copy when they adjoin."""
-    page = cache.shape[1]
-    used = pages[: -(-num_tokens // page)]
-    if all(b == a + 1 for a, b in pairwise(used)):
-        first = used[0] if used else 0
-        return cache[first : first + len(used)].flatten(0, 1)[:num_tokens]
-    return cache[torch.tensor(used, device=cache.device)].flatten(0, 1)[:num_tokens]
+        lse_i = lse[:, rows_q] if return_lse else None
+        torch_ops.attend_into(
+            out[rows_q], lse_i, q[rows_q], k[rows_k], v[rows_k], causal, scale, window
+        )
+    return out, lse
 
 
 def _check_cache(k_cache: Tensor, v_cache: Tensor) -> None:
@@ -502,6 +486,55 @@ def _check_cache(k_cache: Tensor, v_cache: Tensor) -> None:
         k_cache.shape == v_cache.shape,
         f"k_cache {_shape(k_cache)} and v_cache {_shape(v_cache)} differ in shape",
     )
+
+
+def rope_append(
+    k: Tensor, v: Tensor, rope: Rope, cache: tuple[Tensor, Tensor], slots: Tensor
+) -> None:
+    """Rotate k, and write k and v [T, Hk, D] to the slots of a paged cache.
+
+    rope.positions int32/int64 [T]; cache = (k_cache, v_cache), each [pages, page, Hk, D], written
+    in place at ``slots`` (int32/int64 [T]); a negative slot is skipped.
+    """
+    if rope.positions is None:
+        raise ValueError("rope.positions is required here")
+    _rope_append(k, v, rope.cos, rope.sin, rope.positions, rope.interleaved, *cache, slots)
+
+
+@_op(
+    "rope_append(Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor positions, bool interleaved, "
+    "Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slots) -> ()",
+    lambda *args: None,
+)
+def _rope_append(
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
+    interleaved: bool,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slots: Tensor,
+) -> None:
+    _check_float(k=k, v=v, k_cache=k_cache, v_cache=v_cache)
+    _check_cache(k_cache, v_cache)
+    num_pages, page, hk, d = k_cache.shape
+    for name, t in (("k", k), ("v", v)):
+        _require(
+            t.ndim == 3 and t.shape[1:] == (hk, d) and t.shape[0] == k.shape[0],
+            f"{name} must be {k.shape[0]}x{hk}x{d}, got {_shape(t)}",
+        )
+    rope = Rope(cos, sin, positions, interleaved)
+    _check_rope(rope, d)
+    _check_positions(rope, k.shape[0], k.device)
+    _check_index("slots", slots, (k.shape[0],), k.device)
+    _check_range("slots", slots, -(1 << 62), num_pages * page)
+    if cuda_ops.serves(k):
+        cuda_ops.rope_append(k, v, cos, sin, positions, interleaved, k_cache, v_cache, slots)
+        return
+    rotated = torch_ops.rotate(k, cos[positions][:, None], sin[positions][:, None], interleaved)
+    torch_ops.append(rotated, v, k_cache, v_cache, slots)
 
 
 def qkv_rope_append(
@@ -517,8 +550,50 @@ def qkv_rope_append(
     x [T, H]; w_qkv = (wq [Hq*D, H], wk [Hk*D, H], wv [Hk*D, H]); cache = (k_cache, v_cache), each
     [pages, page, Hk, D], written in place at ``slots`` (int32/int64 [T]; negative: skipped).
     """
-    k_cache, v_cache = cache
-    wq, wk, wv = w_qkv
+    if rope.positions is None:
+        raise ValueError("rope.positions is required here")
+    weight, eps = norm if norm is not None else (None, 0.0)
+    return _qkv_rope_append(
+        x,
+        weight,
+        eps,
+        *w_qkv,
+        rope.cos,
+        rope.sin,
+        rope.positions,
+        rope.interleaved,
+        *cache,
+        slots,
+    )
+
+
+def _fake_qkv(x: Tensor, norm_weight: Tensor, eps: float, wq: Tensor, *args: Tensor) -> Tensor:
+    head_dim = args[-3].shape[3]
+    return x.new_empty((x.shape[0], wq.shape[0] // head_dim, head_dim))
+
+
+@_op(
+    "qkv_rope_append(Tensor x, Tensor? norm_weight, float eps, Tensor wq, Tensor wk, Tensor wv, "
+    "Tensor cos, Tensor sin, Tensor positions, bool interleaved, Tensor(a!) k_cache, "
+    "Tensor(b!) v_cache, Tensor slots) -> Tensor",
+    _fake_qkv,
+)
+def _qkv_rope_append(
+    x: Tensor,
+    norm_weight: Tensor | None,
+    eps: float,
+    wq: Tensor,
+    wk: Tensor,
+    wv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
+    interleaved: bool,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slots: Tensor,
+) -> Tensor:
+    rope = Rope(cos, sin, positions, interleaved)
     _check_float(x=x, wq=wq, wk=wk, wv=wv, k_cache=k_cache, v_cache=v_cache)
     _check_cache(k_cache, v_cache)
     _require(x.ndim == 2, f"x must be [T, H], got {_shape(x)}")
@@ -530,14 +605,18 @@ def qkv_rope_append(
         f"wq must have a multiple of Hk*D = {hk * d} rows, got {_shape(wq)}",
     )
     _check_rope(rope, d)
-    cos, sin = _rope_rows(rope, x.shape[0], x.device)
+    _check_positions(rope, x.shape[0], x.device)
     _check_index("slots", slots, (x.shape[0],), x.device)
     _check_range("slots", slots, -(1 << 62), num_pages * page)
-    if norm is not None:
-        x = rms_norm(x, *norm)
+    if norm_weight is not None:
+        x = rms_norm(x, norm_weight, eps)
     q, k, v = (linear(x, w).view(x.shape[0], -1, d) for w in (wq, wk, wv))
-    _append(_rotate(k, cos, sin, rope.interleaved), v, k_cache, v_cache, slots)
-    return _rotate(q, cos, sin, rope.interleaved)
+    if cuda_ops.serves(x):
+        cuda_ops.rope_append(k, v, cos, sin, positions, interleaved, k_cache, v_cache, slots)
+        return cuda_ops.apply_rope(q, k[:, :0], cos, sin, positions, interleaved)[0]
+    c, s = cos[positions][:, None], sin[positions][:, None]
+    torch_ops.append(torch_ops.rotate(k, c, s, interleaved), v, k_cache, v_cache, slots)
+    return torch_ops.rotate(q, c, s, interleaved)
 
 
 def attention_kvcache(
@@ -566,6 +645,54 @@ def attention_kvcache(
     None). k_new and v_new are written to the cache, in place. The last query of a sequence stands
     on its last key. Returns out [T, Hq, D], with ``return_lse`` also lse fp32 [Hq, T].
     """
+    cos, sin, positions, interleaved = rope if rope is not None else (None, None, None, False)
+    out, lse = _attention_kvcache(
+        q,
+        k_new,
+        v_new,
+        k_cache,
+        v_cache,
+        block_table,
+        cache_seqlens,
+        cu_seqlens_q,
+        cos,
+        sin,
+        positions,
+        interleaved,
+        causal,
+        softmax_scale,
+        window,
+        return_lse,
+    )
+    return (out, lse) if return_lse else out
+
+
+@_op(
+    "attention_kvcache(Tensor q, Tensor? k_new, Tensor? v_new, Tensor(a!) k_cache, "
+    "Tensor(b!) v_cache, Tensor block_table, Tensor cache_seqlens, Tensor? cu_seqlens_q, "
+    "Tensor? cos, Tensor? sin, Tensor? positions, bool interleaved, bool causal, "
+    "float? softmax_scale, int? window, bool return_lse) -> (Tensor, Tensor)",
+    _fake_attention,
+)
+def _attention_kvcache(
+    q: Tensor,
+    k_new: Tensor | None,
+    v_new: Tensor | None,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    cache_seqlens: Tensor,
+    cu_seqlens_q: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    positions: Tensor | None,
+    interleaved: bool,
+    causal: bool,
+    softmax_scale: float | None,
+    window: int | None,
+    return_lse: bool,
+) -> tuple[Tensor, Tensor]:
+    rope = None if cos is None or sin is None else Rope(cos, sin, positions, interleaved)
     _check_float(q=q, k_cache=k_cache, v_cache=v_cache)
     _check_cache(k_cache, v_cache)
     _check_heads(q, k_cache, v_cache, kv_ndim=4)
@@ -603,10 +730,10 @@ def attention_kvcache(
         _check_rope(rope, d)
         if rope.positions is None:
             last = [n + m for n, m in zip(before, added, strict=True)]
-            positions = [p for n, m in zip(last, counts, strict=True) for p in range(n - m, n)]
-            rope = rope._replace(positions=torch.tensor(positions, device=q.device))
-        cos, sin = _rope_rows(rope, q.shape[0], q.device)
-        q = _rotate(q, cos, sin, rope.interleaved)
+            places = [p for n, m in zip(last, counts, strict=True) for p in range(n - m, n)]
+            rope = rope._replace(positions=torch.tensor(places, device=q.device))
+        rows = _rope_rows(rope, q.shape[0], q.device)
+        q = torch_ops.rotate(q, *rows, interleaved)
     if k_new is not None and v_new is not None:
         _check_float(q=q, k_new=k_new, v_new=v_new)
         for name, t in (("k_new", k_new), ("v_new", v_new)):
@@ -619,23 +746,29 @@ def attention_kvcache(
             for i in range(batch)
             for p in range(before[i], before[i] + added[i])
         ]
-        k_new = _rotate(k_new, cos, sin, rope.interleaved) if rope is not None else k_new
-        _append(k_new, v_new, k_cache, v_cache, torch.tensor(slots, device=q.device))
+        k_new = k_new if rope is None else torch_ops.rotate(k_new, *rows, interleaved)
+        torch_ops.append(k_new, v_new, k_cache, v_cache, torch.tensor(slots, device=q.device))
     scale = 1 / math.sqrt(d) if softmax_scale is None else softmax_scale
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    lse = q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32) if return_lse else None
+    lse = _fake_attention(q, return_lse)[1]
     for i in range(batch):
-        rows = slice(starts[i], starts[i + 1])
+        own = slice(starts[i], starts[i + 1])
         length = before[i] + added[i]
-        k, v = (_cached_rows(c, tables[i], length) for c in (k_cache, v_cache))
-        lse_i = None if lse is None else lse[:, rows]
-        _attend_into(out[rows], lse_i, q[rows], k, v, causal, scale, window)
-    return out if lse is None else (out, lse)
+        k, v = (torch_ops.cached_rows(c, tables[i], length) for c in (k_cache, v_cache))
+        lse_i = lse[:, own] if return_lse else None
+        torch_ops.attend_into(out[own], lse_i, q[own], k, v, causal, scale, window)
+    return out, lse
 
 
+@_op(
+    "embedding(Tensor ids, Tensor table) -> Tensor",
+    lambda ids, table: table.new_empty((*ids.shape, table.shape[1])),
+)
 def embedding(ids: Tensor, table: Tensor) -> Tensor:
     """Rows ``ids`` (int32/int64 [T]) of table [V, H] -> [T, H]; an id out of range is an error."""
     _check_float(table=table)
     _check_index("ids", ids, tuple(ids.shape), table.device)
     _check_range("ids", ids, 0, table.shape[0])
+    if cuda_ops.serves(table):
+        return cuda_ops.embedding(ids, table)
     return F.embedding(ids, table)

@@ -9,6 +9,7 @@ from typing import Any
 
 # Before torch is imported: two threads, as on the machines whose figures the README gives.
 os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command line does
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest

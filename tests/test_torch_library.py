@@ -1,0 +1,155 @@
+"""The ops as torch sees them: schemas, fake kernels, compilation in one graph of dynamic shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from minitron_kernels import ops
+from minitron_kernels.layers import RMSNorm, SwiGLUMLP
+
+Tensor = torch.Tensor
+HEADS, KV_HEADS, D, HIDDEN, PAGE = 4, 2, 64, 48, 16
+
+
+def randn(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+def table() -> tuple[Tensor, Tensor]:
+    angles = torch.arange(64)[:, None] / 1e4 ** (torch.arange(D // 2) * 2 / D)
+    return angles.cos(), angles.sin()
+
+
+def caches() -> tuple[Tensor, Tensor]:
+    return randn(8, PAGE, KV_HEADS, D), randn(8, PAGE, KV_HEADS, D)
+
+
+def arguments(t: int) -> dict[str, tuple[Any, ...]]:
+    """Arguments of every registered op, for t tokens."""
+    cos, sin = table()
+    positions, x = torch.arange(t), randn(t, HIDDEN)
+    gate, up, down = randn(40, HIDDEN), randn(40, HIDDEN), randn(HIDDEN, 40)
+    q, k, v = randn(t, HEADS, D), randn(t, KV_HEADS, D), randn(t, KV_HEADS, D)
+    cu = torch.tensor([0, 1, t], dtype=torch.int32)
+    rope = (cos, sin, positions, False)
+    paged = (
+        torch.tensor([[3, 1], [5, 0]], dtype=torch.int32),
+        torch.tensor([4, 2], dtype=torch.int32),
+    )
+    wq, wk, wv = randn(HEADS * D, HIDDEN), randn(KV_HEADS * D, HIDDEN), randn(KV_HEADS * D, HIDDEN)
+    weight = randn(HIDDEN)
+    return {
+        "rms_norm": (x, weight, 1e-5),
+        "add_rms_norm": (x, randn(t, HIDDEN), weight, 1e-5),
+        "apply_rope": (q, k, cos, sin, positions, False),
+        "silu_and_mul": (randn(t, 2 * HIDDEN),),
+        "linear": (x, gate, randn(t, 40)),
+        "swiglu_mlp": (x, gate, up, down, weight, 1e-5, x),
+        "attention": (q, k, v, cu, cu, True, None, None, cos, sin, False, True),
+        "rope_append": (k, v, *rope, *caches(), positions),
+        "qkv_rope_append": (x, weight, 1e-5, wq, wk, wv, *rope, *caches(), positions),
+        "attention_kvcache": (
+            q, k, v, *caches(), *paged, cu, cos, sin, None, False, True, None, None, False,
+        ),
+        "embedding": (torch.arange(t), randn(70, HIDDEN)),
+    }  # fmt: skip
+
+
+NAMES = list(arguments(2))
+
+
+def test_every_registered_op_is_tested() -> None:
+    registered = {
+        schema.name.partition("::")[2]
+        for schema in torch._C._jit_get_all_schemas()
+        if schema.name.startswith("minitron_kernels::")
+    }
+    assert registered == set(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_opcheck(name: str) -> None:
+    op = getattr(torch.ops.minitron_kernels, name).default
+    torch.library.opcheck(op, arguments(9)[name])
+
+
+def public(name: str) -> Callable[..., Any]:
+    """The function a user calls, over the registered op's arguments."""
+    pack: dict[str, Callable[..., Any]] = {
+        "swiglu_mlp": lambda x, g, u, d, w, eps, r: ops.swiglu_mlp(x, (g, u), d, (w, eps), r),
+        "attention": lambda q, k, v, a, b, causal, scale, window, c, s, i, lse: ops.attention(
+            q, k, v, a, b, causal=causal, rope=ops.Rope(c, s, None, i), return_lse=lse
+        ),
+        "rope_append": lambda k, v, c, s, p, i, kc, vc, slots: ops.rope_append(
+            k, v, ops.Rope(c, s, p, i), (kc, vc), slots
+        ),
+        "qkv_rope_append": lambda x, w, eps, wq, wk, wv, c, s, p, i, kc, vc, slots: (
+            ops.qkv_rope_append(
+                x, ops.Norm(w, eps), (wq, wk, wv), ops.Rope(c, s, p, i), (kc, vc), slots
+            )
+        ),
+        "attention_kvcache": lambda q, k, v, kc, vc, bt, n, cu, c, s, *_: ops.attention_kvcache(
+            q, k, v, kc, vc, bt, n, ops.Rope(c, s), cu_seqlens_q=cu
+        ),
+    }
+    return pack.get(name) or getattr(ops, name)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_compiles_whole_with_dynamic_shapes(name: str) -> None:
+    function = public(name)
+    graphs: list[torch.fx.GraphModule] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        graphs.append(graph)
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend=backend)
+    compiled_once = 0
+    for tokens in (9, 14, 5):
+        eager_args, compiled_args = arguments(tokens)[name], arguments(tokens)[name]
+        expected, actual = function(*eager_args), compiled(*compiled_args)
+        torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+        for a, b in zip(compiled_args, eager_args, strict=True):  # and what is written in place
+            if isinstance(a, Tensor):
+                assert torch.equal(a, b)
+        # (dynamo hands over a graph twice when it has a float argument)
+        compiled_once = compiled_once or len(graphs)
+        assert len(graphs) == compiled_once, f"recompiled for {tokens} tokens"
+    nodes = [str(n.target) for n in graphs[-1].graph.nodes if n.op == "call_function"]
+    assert f"minitron_kernels.{name}.default" in nodes
+
+
+def test_layers_compile_with_inductor() -> None:
+    norm, mlp = RMSNorm(HIDDEN, 1e-5), SwiGLUMLP(HIDDEN, 40)
+    for i, parameter in enumerate(mlp.parameters()):
+        parameter.data = randn(*parameter.shape) / (i + 4)
+    norm.requires_grad_(False)
+    mlp.requires_grad_(False)
+
+    def block(x: Tensor) -> Tensor:
+        return mlp(2 * x, norm.as_norm(), residual=x) + norm(x)
+
+    compiled = torch.compile(block, fullgraph=True, dynamic=True)
+    for tokens in (3, 8):
+        x = randn(2, tokens, HIDDEN)
+        torch.testing.assert_close(compiled(x), block(x))
+
+
+def test_layers_equal_transformers() -> None:
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
+
+    config = LlamaConfig(hidden_size=HIDDEN, intermediate_size=40, num_attention_heads=4)
+    theirs = torch.nn.ModuleDict({"norm": LlamaRMSNorm(HIDDEN, 1e-5), "mlp": LlamaMLP(config)})
+    ours = torch.nn.ModuleDict({"norm": RMSNorm(HIDDEN, 1e-5), "mlp": SwiGLUMLP(HIDDEN, 40)})
+    theirs["norm"].weight.data = randn(HIDDEN)
+    ours.load_state_dict(theirs.state_dict())
+    x = randn(2, 5, HIDDEN)
+    with torch.no_grad():
+        assert torch.equal(ours["norm"](x), theirs["norm"](x))
+        torch.testing.assert_close(ours["mlp"](x), theirs["mlp"](x), rtol=1e-5, atol=1e-6)
