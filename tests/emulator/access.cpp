@@ -130,16 +130,26 @@ namespace {
 void count_wavefronts(Warp& w, const LaneAddresses& a, uint32_t bytes) {
     // A wavefront moves up to 128 bytes: 8-byte accesses go by half warps, 16-byte ones by
     // quarters.
-    const int lanes_per_phase = bytes <= 4 ? kLanes : static_cast<int>(128 / bytes);
-    const uint32_t words = std::max(1u, bytes / 4);
+    const uint32_t unit = std::max(4u, bytes);
+    const auto lanes_per_phase = static_cast<int>(128 / unit);
     Counters& c = *w.counters;
     ++c.shared_requests;
     for (int from = 0; from < kLanes; from += lanes_per_phase) {
+        // The usual case: every lane of the phase in banks of its own.
+        uint32_t slots = 0;
+        for (int l = from; l < from + lanes_per_phase; ++l)
+            slots |= 1u << (a.at[l] >> std::countr_zero(unit) &
+                            static_cast<uint32_t>(lanes_per_phase - 1));
+        if (std::popcount(slots) == lanes_per_phase) {
+            ++c.shared_wavefronts;
+            ++c.shared_wavefronts_min;
+            continue;
+        }
         uint32_t used = 0, first[32], extra[kLanes];
         int extras = 0;
         for (int l = from; l < from + lanes_per_phase; ++l) {
             if (!(a.mask >> l & 1)) continue;
-            for (uint32_t i = 0; i < words; ++i) {
+            for (uint32_t i = 0; i < unit / 4; ++i) {
                 const auto word = static_cast<uint32_t>(a.at[l] >> 2) + i;
                 const uint32_t bank = word & 31;
                 if (!(used >> bank & 1))

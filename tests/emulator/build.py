@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import subprocess
@@ -60,8 +61,9 @@ def build(jobs: int = 2) -> Path:
     if library.exists():
         return library
 
-    # Outputs are made aside and renamed: two builds at once do not disturb each other.
-    with tempfile.TemporaryDirectory(dir=cache) as folder:
+    # One build at a time; outputs are made aside and renamed, so that none is ever seen unfinished.
+    with (cache / "lock").open("w") as lock, tempfile.TemporaryDirectory(dir=cache) as folder:
+        fcntl.flock(lock, fcntl.LOCK_EX)
 
         def compile_one(source: Path) -> None:
             if not objects[source].exists():

@@ -1,8 +1,9 @@
 // The symbols of libcuda.so.1 that this project's host code and its tests call.
 //
-// Devices: MK_EMU_DEVICE names one (sm_80, sm_89, sm_90, sm_100); unset or "all" gives all four, in this order. Host
-// memory is device memory; streams run their work at once, except while they capture a graph. A kernel that does
-// something wrong makes the launch itself fail; emu_last_report() says why.
+// Devices: MK_EMU_DEVICE names one (sm_80, sm_89, sm_90, sm_100); unset or "all" gives all four, in
+// this order. Host memory is device memory; streams run their work at once, except while they
+// capture a graph. A kernel that does something wrong makes the launch itself fail;
+// emu_last_report() says why.
 
 #include <dlfcn.h>
 
@@ -21,11 +22,29 @@ namespace {
 using emu::Device;
 
 enum Result : int {
-    kSuccess = 0, kInvalidValue = 1, kOutOfMemory = 2, kNotInitialized = 3, kInvalidDevice = 101,
-    kInvalidImage = 200, kInvalidContext = 201, kNoBinaryForGpu = 209, kInvalidPtx = 218, kFileNotFound = 301,
-    kInvalidHandle = 400, kNotFound = 500, kIllegalAddress = 700, kOutOfResources = 701, kLaunchTimeout = 702,
-    kAssert = 710, kIllegalInstruction = 715, kMisalignedAddress = 716, kLaunchFailed = 719, kNotSupported = 801,
-    kCaptureUnsupported = 900, kCaptureInvalidated = 901, kUnknown = 999,
+    kSuccess = 0,
+    kInvalidValue = 1,
+    kOutOfMemory = 2,
+    kNotInitialized = 3,
+    kInvalidDevice = 101,
+    kInvalidImage = 200,
+    kInvalidContext = 201,
+    kNoBinaryForGpu = 209,
+    kInvalidPtx = 218,
+    kFileNotFound = 301,
+    kInvalidHandle = 400,
+    kNotFound = 500,
+    kIllegalAddress = 700,
+    kOutOfResources = 701,
+    kLaunchTimeout = 702,
+    kAssert = 710,
+    kIllegalInstruction = 715,
+    kMisalignedAddress = 716,
+    kLaunchFailed = 719,
+    kNotSupported = 801,
+    kCaptureUnsupported = 900,
+    kCaptureInvalidated = 901,
+    kUnknown = 999,
 };
 
 struct ErrorText {
@@ -40,16 +59,19 @@ constexpr ErrorText kErrors[] = {
     {kInvalidDevice, "CUDA_ERROR_INVALID_DEVICE", "invalid device ordinal"},
     {kInvalidImage, "CUDA_ERROR_INVALID_IMAGE", "device kernel image is invalid"},
     {kInvalidContext, "CUDA_ERROR_INVALID_CONTEXT", "invalid device context"},
-    {kNoBinaryForGpu, "CUDA_ERROR_NO_BINARY_FOR_GPU", "no kernel image is available for execution on the device"},
+    {kNoBinaryForGpu, "CUDA_ERROR_NO_BINARY_FOR_GPU",
+     "no kernel image is available for execution on the device"},
     {kInvalidPtx, "CUDA_ERROR_INVALID_PTX", "a PTX JIT compilation failed"},
     {kFileNotFound, "CUDA_ERROR_FILE_NOT_FOUND", "file not found"},
     {kInvalidHandle, "CUDA_ERROR_INVALID_HANDLE", "invalid resource handle"},
     {kNotFound, "CUDA_ERROR_NOT_FOUND", "named symbol not found"},
     {kIllegalAddress, "CUDA_ERROR_ILLEGAL_ADDRESS", "an illegal memory access was encountered"},
-    {kOutOfResources, "CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES", "too many resources requested for launch"},
+    {kOutOfResources, "CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES",
+     "too many resources requested for launch"},
     {kLaunchTimeout, "CUDA_ERROR_LAUNCH_TIMEOUT", "the launch timed out and was terminated"},
     {kAssert, "CUDA_ERROR_ASSERT", "device-side assert triggered"},
-    {kIllegalInstruction, "CUDA_ERROR_ILLEGAL_INSTRUCTION", "an illegal instruction was encountered"},
+    {kIllegalInstruction, "CUDA_ERROR_ILLEGAL_INSTRUCTION",
+     "an illegal instruction was encountered"},
     {kMisalignedAddress, "CUDA_ERROR_MISALIGNED_ADDRESS", "misaligned address"},
     {kLaunchFailed, "CUDA_ERROR_LAUNCH_FAILED", "unspecified launch failure"},
     {kNotSupported, "CUDA_ERROR_NOT_SUPPORTED", "operation not supported"},
@@ -60,7 +82,8 @@ constexpr ErrorText kErrors[] = {
     {kUnknown, "CUDA_ERROR_UNKNOWN", "unknown error"},
 };
 
-// ---- devices and contexts -------------------------------------------------------------------------
+// ---- devices and contexts
+// -------------------------------------------------------------------------
 
 struct Context {
     int ordinal;
@@ -71,7 +94,8 @@ const std::vector<const Device*>& devices() {
         const char* wanted = std::getenv("MK_EMU_DEVICE");
         std::vector<const Device*> found;
         for (const char* name : {"sm_80", "sm_89", "sm_90", "sm_100"})
-            if (!wanted || !*wanted || std::string(wanted) == "all" || emu::find_device(wanted) == emu::find_device(name))
+            if (!wanted || !*wanted || std::string(wanted) == "all" ||
+                emu::find_device(wanted) == emu::find_device(name))
                 found.push_back(emu::find_device(name));
         return found;
     }();
@@ -91,9 +115,12 @@ std::atomic<bool> initialised = false;
 thread_local std::vector<Context*> context_stack;
 
 Context* current() { return context_stack.empty() ? nullptr : context_stack.back(); }
-bool bad_ordinal(int ordinal) { return ordinal < 0 || ordinal >= static_cast<int>(devices().size()); }
+bool bad_ordinal(int ordinal) {
+    return ordinal < 0 || ordinal >= static_cast<int>(devices().size());
+}
 
-// ---- the last driver launch, for tests ------------------------------------------------------------
+// ---- the last driver launch, for tests
+// ------------------------------------------------------------
 
 std::mutex last_mutex;
 emu::Counters last_counters;
@@ -113,14 +140,17 @@ int guarded(F f) {
     } catch (const emu::LaunchError& e) {
         report(e.what());
         static const std::map<std::string, int> codes = {
-            {"out of bounds", kIllegalAddress},        {"misaligned access", kMisalignedAddress},
-            {"assertion failed", kAssert},             {"deadlock", kLaunchTimeout},
+            {"out of bounds", kIllegalAddress},
+            {"misaligned access", kMisalignedAddress},
+            {"assertion failed", kAssert},
+            {"deadlock", kLaunchTimeout},
             {"write to read-only memory", kIllegalAddress}};
         auto it = codes.find(e.kind);
         return it == codes.end() ? kLaunchFailed : it->second;
     } catch (const emu::BadLaunch& e) {
         report(e.what());
-        return std::string(e.what()).find("shared memory") == std::string::npos ? kInvalidValue : kOutOfResources;
+        return std::string(e.what()).find("shared memory") == std::string::npos ? kInvalidValue
+                                                                                : kOutOfResources;
     } catch (const emu::PtxError& e) {
         report(e.what());
         return std::string(e.what()).starts_with("wrong target") ? kNoBinaryForGpu : kInvalidPtx;
@@ -132,11 +162,13 @@ int guarded(F f) {
     }
 }
 
-// ---- modules, libraries, functions ------------------------------------------------------------------
+// ---- modules, libraries, functions
+// ------------------------------------------------------------------
 
 struct Image;
 
-// CUfunction and CUkernel: a kernel's name in an image; which device it runs on is the current context's.
+// CUfunction and CUkernel: a kernel's name in an image; which device it runs on is the current
+// context's.
 struct Function {
     Image* image;
     std::string name;
@@ -152,7 +184,9 @@ struct Image {
     emu::LoadedModule& on(int ordinal) {
         std::lock_guard lock(mutex);
         auto& module = by_device[ordinal];
-        if (!module) module = std::make_unique<emu::LoadedModule>(bytes, *devices()[static_cast<size_t>(ordinal)]);
+        if (!module)
+            module = std::make_unique<emu::LoadedModule>(bytes,
+                                                         *devices()[static_cast<size_t>(ordinal)]);
         return *module;
     }
     Function* function(const std::string& name) {
@@ -163,8 +197,8 @@ struct Image {
     }
 };
 
-// The size of an image is not passed: text ends at its zero, a fatbin says it in its header, and nvcc's wrapper
-// (magic, version, pointer) points to one.
+// The size of an image is not passed: text ends at its zero, a fatbin says it in its header, and
+// nvcc's wrapper (magic, version, pointer) points to one.
 std::vector<uint8_t> copy_image(const void* data) {
     struct Wrapper {
         uint32_t magic, version;
@@ -174,7 +208,8 @@ std::vector<uint8_t> copy_image(const void* data) {
     std::memcpy(&magic, data, 4);
     if (magic == 0x466243b1) return copy_image(static_cast<const Wrapper*>(data)->payload);
     const auto* bytes = static_cast<const uint8_t*>(data);
-    if (magic != 0xba55ed50) return {bytes, bytes + std::strlen(static_cast<const char*>(data)) + 1};
+    if (magic != 0xba55ed50)
+        return {bytes, bytes + std::strlen(static_cast<const char*>(data)) + 1};
     uint16_t header;
     uint64_t payload;
     std::memcpy(&header, bytes + 6, 2);
@@ -209,7 +244,8 @@ emu::Kernel* resolve(void* function) {
     return f->image->on(current()->ordinal).kernel(f->name);
 }
 
-// ---- streams and graphs -----------------------------------------------------------------------------
+// ---- streams and graphs
+// -----------------------------------------------------------------------------
 
 using Work = std::function<int()>;
 
@@ -234,7 +270,8 @@ int submit(void* stream, Work work) {
     return work();
 }
 
-int launch_kernel(void* function, emu::LaunchConfig config, void* stream, void** params, void** extra) {
+int launch_kernel(void* function, emu::LaunchConfig config, void* stream, void** params,
+                  void** extra) {
     if (!current()) return kInvalidContext;
     if (!function) return kInvalidHandle;
     return guarded([&] {
@@ -249,12 +286,14 @@ int launch_kernel(void* function, emu::LaunchConfig config, void* stream, void**
         for (size_t i = 0; i < program.params.size(); ++i) {
             const emu::ParamSlot slot = program.params[i];
             if (!packed && (!params || !params[i])) return static_cast<int>(kInvalidValue);
-            std::memcpy(bytes->data() + slot.offset, packed ? packed + slot.offset : params[i], slot.bytes);
+            std::memcpy(bytes->data() + slot.offset, packed ? packed + slot.offset : params[i],
+                        slot.bytes);
         }
         return submit(stream, [=] {
             return guarded([&] {
                 std::vector<void*> pointers;
-                for (const emu::ParamSlot& slot : kernel->program->params) pointers.push_back(bytes->data() + slot.offset);
+                for (const emu::ParamSlot& slot : kernel->program->params)
+                    pointers.push_back(bytes->data() + slot.offset);
                 emu::LaunchConfig c = config;
                 c.seed = launch_seed;
                 const emu::Counters counters = emu::launch(*kernel, c, pointers.data(), {});
@@ -267,7 +306,8 @@ int launch_kernel(void* function, emu::LaunchConfig config, void* stream, void**
     });
 }
 
-// ---- memory -------------------------------------------------------------------------------------------
+// ---- memory
+// -------------------------------------------------------------------------------------------
 
 void mark(uint64_t address, uint64_t bytes, bool valid) {
     auto region = emu::RegionTable::instance().at(address);
@@ -280,8 +320,10 @@ int copy_memory(uint64_t to, uint64_t from, size_t bytes) {
     auto& table = emu::RegionTable::instance();
     auto target = table.at(to), source = table.at(from);
     if (target && target->valid && source && source->valid)
-        std::memmove(target->valid.get() + (to - target->base), source->valid.get() + (from - source->base), bytes);
-    else mark(to, bytes, true);
+        std::memmove(target->valid.get() + (to - target->base),
+                     source->valid.get() + (from - source->base), bytes);
+    else
+        mark(to, bytes, true);
     return kSuccess;
 }
 
@@ -341,28 +383,58 @@ constexpr int kAttributeCluster = 4;
 
 int device_attribute(const Device& d, int attribute) {
     switch (attribute) {
-        case 1: return 1024;             // threads per block
-        case 2: case 3: return 1024;     // block x, y
-        case 4: return 64;               // block z
-        case 5: return 0x7fffffff;       // grid x
-        case 6: case 7: return 65535;    // grid y, z
-        case 8: return 48 << 10;         // shared memory per block
-        case 9: return 64 << 10;         // constant memory
-        case 10: return emu::kLanes;     // warp size
-        case 12: case 82: return 65536;  // registers per block, per SM
-        case 13: return 1750000;         // clock, kHz
-        case 16: return d.sms;
-        case 31: case 41: case 78: case 83: case 95: case 115: return 1;  // capabilities that are there
-        case 38: return 40 << 20;  // L2 bytes
-        case 39: return d.max_warps_per_sm * emu::kLanes;
-        case 75: return d.capability / 10;
-        case 76: return d.capability % 10;
-        case 81: return static_cast<int>(d.smem_per_sm);
-        case 97: return static_cast<int>(d.smem_per_cta);
-        case 106: return d.capability == 89 ? 24 : 32;  // blocks per SM
-        case 111: return 1024;                          // reserved shared memory per block
-        case 120: return d.capability >= 90;            // cluster launch
-        default: return 0;
+        case 1:
+            return 1024;  // threads per block
+        case 2:
+        case 3:
+            return 1024;  // block x, y
+        case 4:
+            return 64;  // block z
+        case 5:
+            return 0x7fffffff;  // grid x
+        case 6:
+        case 7:
+            return 65535;  // grid y, z
+        case 8:
+            return 48 << 10;  // shared memory per block
+        case 9:
+            return 64 << 10;  // constant memory
+        case 10:
+            return emu::kLanes;  // warp size
+        case 12:
+        case 82:
+            return 65536;  // registers per block, per SM
+        case 13:
+            return 1750000;  // clock, kHz
+        case 16:
+            return d.sms;
+        case 31:
+        case 41:
+        case 78:
+        case 83:
+        case 95:
+        case 115:
+            return 1;  // capabilities that are there
+        case 38:
+            return 40 << 20;  // L2 bytes
+        case 39:
+            return d.max_warps_per_sm * emu::kLanes;
+        case 75:
+            return d.capability / 10;
+        case 76:
+            return d.capability % 10;
+        case 81:
+            return static_cast<int>(d.smem_per_sm);
+        case 97:
+            return static_cast<int>(d.smem_per_cta);
+        case 106:
+            return d.capability == 89 ? 24 : 32;  // blocks per SM
+        case 111:
+            return 1024;  // reserved shared memory per block
+        case 120:
+            return d.capability >= 90;  // cluster launch
+        default:
+            return 0;
     }
 }
 
@@ -371,12 +443,15 @@ int device_attribute(const Device& d, int attribute) {
 #pragma GCC visibility push(default)
 extern "C" {
 
-// ---- for tests ----------------------------------------------------------------------------------------
+// ---- for tests
+// ----------------------------------------------------------------------------------------
 
 void emu_region_add(void* base, uint64_t bytes, const char* name) {
     emu::RegionTable::instance().add(emu::make_region(base, bytes, name));
 }
-int emu_region_remove(void* base) { return !emu::RegionTable::instance().remove(reinterpret_cast<uint64_t>(base)); }
+int emu_region_remove(void* base) {
+    return !emu::RegionTable::instance().remove(reinterpret_cast<uint64_t>(base));
+}
 void emu_set_seed(uint64_t seed) { launch_seed = seed; }
 const char* emu_last_report() {
     thread_local std::string text;
@@ -389,7 +464,8 @@ void emu_last_counters(uint64_t* counters) {
     emu::write_counters(last_counters, counters);
 }
 
-// ---- initialisation, devices ----------------------------------------------------------------------------
+// ---- initialisation, devices
+// ----------------------------------------------------------------------------
 
 int cuInit(unsigned flags) {
     if (flags) return kInvalidValue;
@@ -409,7 +485,8 @@ int cuDeviceGet(int* device, int ordinal) {
 }
 int cuDeviceGetName(char* name, int length, int device) {
     if (bad_ordinal(device)) return kInvalidDevice;
-    std::snprintf(name, static_cast<size_t>(length), "%s", devices()[static_cast<size_t>(device)]->name.c_str());
+    std::snprintf(name, static_cast<size_t>(length), "%s",
+                  devices()[static_cast<size_t>(device)]->name.c_str());
     return kSuccess;
 }
 int cuDeviceTotalMem_v2(size_t* bytes, int device) {
@@ -428,15 +505,20 @@ int cuDeviceGetAttribute(int* value, int attribute, int device) {
     return *value = device_attribute(*devices()[static_cast<size_t>(device)], attribute), kSuccess;
 }
 
-// ---- contexts ---------------------------------------------------------------------------------------------
+// ---- contexts
+// ---------------------------------------------------------------------------------------------
 
 int cuDevicePrimaryCtxRetain(void** context, int device) {
     if (!initialised) return kNotInitialized;
     if (bad_ordinal(device)) return kInvalidDevice;
     return *context = &primary_contexts()[static_cast<size_t>(device)], kSuccess;
 }
-int cuDevicePrimaryCtxRelease_v2(int device) { return bad_ordinal(device) ? kInvalidDevice : kSuccess; }
-int cuDevicePrimaryCtxReset_v2(int device) { return bad_ordinal(device) ? kInvalidDevice : kSuccess; }
+int cuDevicePrimaryCtxRelease_v2(int device) {
+    return bad_ordinal(device) ? kInvalidDevice : kSuccess;
+}
+int cuDevicePrimaryCtxReset_v2(int device) {
+    return bad_ordinal(device) ? kInvalidDevice : kSuccess;
+}
 int cuDevicePrimaryCtxGetState(int device, unsigned* flags, int* active) {
     if (bad_ordinal(device)) return kInvalidDevice;
     return *flags = 0, *active = 1, kSuccess;
@@ -472,18 +554,27 @@ int cuCtxGetDevice(int* device) {
     return *device = current()->ordinal, kSuccess;
 }
 int cuCtxSynchronize() { return current() ? kSuccess : kInvalidContext; }
-int cuCtxGetStreamPriorityRange(int* least, int* greatest) { return *least = 0, *greatest = -5, kSuccess; }
+int cuCtxGetStreamPriorityRange(int* least, int* greatest) {
+    return *least = 0, *greatest = -5, kSuccess;
+}
 
-// ---- modules ------------------------------------------------------------------------------------------------
+// ---- modules
+// ------------------------------------------------------------------------------------------------
 
 int cuModuleLoadData(void** module, const void* image) {
     if (!current()) return kInvalidContext;
     return load_image(module, image);
 }
-int cuModuleLoadDataEx(void** module, const void* image, unsigned, int*, void**) { return cuModuleLoadData(module, image); }
-int cuModuleLoadFatBinary(void** module, const void* image) { return cuModuleLoadData(module, image); }
+int cuModuleLoadDataEx(void** module, const void* image, unsigned, int*, void**) {
+    return cuModuleLoadData(module, image);
+}
+int cuModuleLoadFatBinary(void** module, const void* image) {
+    return cuModuleLoadData(module, image);
+}
 int cuModuleUnload(void* module) { return delete static_cast<Image*>(module), kSuccess; }
-int cuModuleGetFunction(void** function, void* module, const char* name) { return find_function(function, module, name); }
+int cuModuleGetFunction(void** function, void* module, const char* name) {
+    return find_function(function, module, name);
+}
 int cuModuleGetGlobal_v2(uint64_t* address, size_t* bytes, void* module, const char* name) {
     if (!current()) return kInvalidContext;
     const auto [at, size] = static_cast<Image*>(module)->on(current()->ordinal).variable(name);
@@ -492,12 +583,15 @@ int cuModuleGetGlobal_v2(uint64_t* address, size_t* bytes, void* module, const c
     if (bytes) *bytes = size;
     return kSuccess;
 }
-int cuLibraryLoadData(void** library, const void* code, int*, void**, unsigned, int*, void**, unsigned) {
+int cuLibraryLoadData(void** library, const void* code, int*, void**, unsigned, int*, void**,
+                      unsigned) {
     if (!initialised) return kNotInitialized;
     return load_image(library, code);
 }
 int cuLibraryUnload(void* library) { return delete static_cast<Image*>(library), kSuccess; }
-int cuLibraryGetKernel(void** kernel, void* library, const char* name) { return find_function(kernel, library, name); }
+int cuLibraryGetKernel(void** kernel, void* library, const char* name) {
+    return find_function(kernel, library, name);
+}
 int cuLibraryGetModule(void** module, void* library) { return *module = library, kSuccess; }
 int cuKernelGetFunction(void** function, void* kernel) { return *function = kernel, kSuccess; }
 
@@ -507,13 +601,30 @@ int cuFuncGetAttribute(int* value, int attribute, void* function) {
         const emu::Kernel& k = *resolve(function);
         const emu::Function& f = *k.program->entry;
         switch (attribute) {
-            case 0: *value = f.max_threads[0] ? static_cast<int>(f.max_threads[0] * f.max_threads[1] * f.max_threads[2]) : 1024; break;
-            case 1: *value = static_cast<int>(k.program->static_smem); break;
-            case 3: *value = static_cast<int>(k.program->local_bytes); break;
-            case 4: *value = 0; break;  // registers: unknown before ptxas
-            case 5: case 6: *value = k.module->device().capability; break;
-            case 8: *value = static_cast<int>(k.max_dynamic_smem); break;
-            default: *value = 0;
+            case 0:
+                *value =
+                    f.max_threads[0]
+                        ? static_cast<int>(f.max_threads[0] * f.max_threads[1] * f.max_threads[2])
+                        : 1024;
+                break;
+            case 1:
+                *value = static_cast<int>(k.program->static_smem);
+                break;
+            case 3:
+                *value = static_cast<int>(k.program->local_bytes);
+                break;
+            case 4:
+                *value = 0;
+                break;  // registers: unknown before ptxas
+            case 5:
+            case 6:
+                *value = k.module->device().capability;
+                break;
+            case 8:
+                *value = static_cast<int>(k.max_dynamic_smem);
+                break;
+            default:
+                *value = 0;
         }
         return kSuccess;
     });
@@ -522,30 +633,37 @@ int cuFuncSetAttribute(void* function, int attribute, int value) {
     if (!current()) return kInvalidContext;
     return guarded([&] {
         emu::Kernel& k = *resolve(function);
-        if (attribute != 8) return kSuccess;  // carve-outs and cluster permissions change nothing here
-        if (value < 0 || static_cast<uint32_t>(value) + k.program->static_smem > k.module->device().smem_per_cta)
+        if (attribute != 8)
+            return kSuccess;  // carve-outs and cluster permissions change nothing here
+        if (value < 0 ||
+            static_cast<uint32_t>(value) + k.program->static_smem > k.module->device().smem_per_cta)
             return kInvalidValue;
         k.max_dynamic_smem = static_cast<uint32_t>(value);
         return kSuccess;
     });
 }
-int cuKernelGetAttribute(int* value, int attribute, void* kernel, int) { return cuFuncGetAttribute(value, attribute, kernel); }
-int cuKernelSetAttribute(int attribute, int value, void* kernel, int) { return cuFuncSetAttribute(kernel, attribute, value); }
+int cuKernelGetAttribute(int* value, int attribute, void* kernel, int) {
+    return cuFuncGetAttribute(value, attribute, kernel);
+}
+int cuKernelSetAttribute(int attribute, int value, void* kernel, int) {
+    return cuFuncSetAttribute(kernel, attribute, value);
+}
 int cuFuncSetCacheConfig(void*, int) { return kSuccess; }
 int cuFuncGetName(const char** name, void* function) {
     return *name = static_cast<Function*>(function)->name.c_str(), kSuccess;
 }
 
-int cuLaunchKernel(void* f, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz, unsigned smem,
-                   void* stream, void** params, void** extra) {
+int cuLaunchKernel(void* f, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by,
+                   unsigned bz, unsigned smem, void* stream, void** params, void** extra) {
     emu::LaunchConfig config;
     config.grid = {gx, gy, gz};
     config.block = {bx, by, bz};
     config.dynamic_smem = smem;
     return launch_kernel(f, config, stream, params, extra);
 }
-int cuLaunchCooperativeKernel(void* f, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz,
-                              unsigned smem, void* stream, void** params) {
+int cuLaunchCooperativeKernel(void* f, unsigned gx, unsigned gy, unsigned gz, unsigned bx,
+                              unsigned by, unsigned bz, unsigned smem, void* stream,
+                              void** params) {
     return cuLaunchKernel(f, gx, gy, gz, bx, by, bz, smem, stream, params, nullptr);
 }
 int cuLaunchKernelEx(const KernelLaunchConfig* c, void* f, void** params, void** extra) {
@@ -560,31 +678,41 @@ int cuLaunchKernelEx(const KernelLaunchConfig* c, void* f, void** params, void**
     }
     return launch_kernel(f, config, c->stream, params, extra);
 }
-int cuOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, void* function, int threads, size_t smem) {
+int cuOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, void* function, int threads,
+                                                size_t smem) {
     if (!current()) return kInvalidContext;
     return guarded([&] {
         const emu::Kernel& k = *resolve(function);
         const Device& d = k.module->device();
         const int by_warps = d.max_warps_per_sm / std::max(1, (threads + 31) / 32);
-        const int by_smem = static_cast<int>(d.smem_per_sm / (k.program->static_smem + smem + 1024));
+        const int by_smem =
+            static_cast<int>(d.smem_per_sm / (k.program->static_smem + smem + 1024));
         *blocks = std::min({by_warps, by_smem, device_attribute(d, 106)});
         return kSuccess;
     });
 }
 
-// ---- memory ---------------------------------------------------------------------------------------------------
+// ---- memory
+// ---------------------------------------------------------------------------------------------------
 
-int cuMemAlloc_v2(uint64_t* address, size_t bytes) { return current() ? allocate(address, bytes) : kInvalidContext; }
-int cuMemAllocAsync(uint64_t* address, size_t bytes, void*) { return cuMemAlloc_v2(address, bytes); }
+int cuMemAlloc_v2(uint64_t* address, size_t bytes) {
+    return current() ? allocate(address, bytes) : kInvalidContext;
+}
+int cuMemAllocAsync(uint64_t* address, size_t bytes, void*) {
+    return cuMemAlloc_v2(address, bytes);
+}
 int cuMemFree_v2(uint64_t address) { return release(address); }
 int cuMemFreeAsync(uint64_t address, void*) { return release(address); }
 int cuMemAllocHost_v2(void** memory, size_t bytes) { return host_allocate(memory, bytes); }
 int cuMemHostAlloc(void** memory, size_t bytes, unsigned) { return host_allocate(memory, bytes); }
 int cuMemFreeHost(void* memory) {
-    if (!emu::RegionTable::instance().remove(reinterpret_cast<uint64_t>(memory))) return kInvalidValue;
+    if (!emu::RegionTable::instance().remove(reinterpret_cast<uint64_t>(memory)))
+        return kInvalidValue;
     return std::free(memory), kSuccess;
 }
-int cuMemGetInfo_v2(size_t* available, size_t* total) { return *available = *total = size_t{16} << 30, kSuccess; }
+int cuMemGetInfo_v2(size_t* available, size_t* total) {
+    return *available = *total = size_t{16} << 30, kSuccess;
+}
 int cuMemGetAddressRange_v2(uint64_t* base, size_t* bytes, uint64_t address) {
     auto region = emu::RegionTable::instance().at(address);
     if (!region) return kNotFound;
@@ -592,31 +720,53 @@ int cuMemGetAddressRange_v2(uint64_t* base, size_t* bytes, uint64_t address) {
     if (bytes) *bytes = region->bytes;
     return kSuccess;
 }
-int cuMemcpyAsync(uint64_t to, uint64_t from, size_t n, void* s) { return submit(s, [=] { return copy_memory(to, from, n); }); }
+int cuMemcpyAsync(uint64_t to, uint64_t from, size_t n, void* s) {
+    return submit(s, [=] { return copy_memory(to, from, n); });
+}
 int cuMemcpy(uint64_t to, uint64_t from, size_t n) { return copy_memory(to, from, n); }
-int cuMemcpyHtoD_v2(uint64_t to, const void* from, size_t n) { return copy_memory(to, reinterpret_cast<uint64_t>(from), n); }
-int cuMemcpyDtoH_v2(void* to, uint64_t from, size_t n) { return copy_memory(reinterpret_cast<uint64_t>(to), from, n); }
+int cuMemcpyHtoD_v2(uint64_t to, const void* from, size_t n) {
+    return copy_memory(to, reinterpret_cast<uint64_t>(from), n);
+}
+int cuMemcpyDtoH_v2(void* to, uint64_t from, size_t n) {
+    return copy_memory(reinterpret_cast<uint64_t>(to), from, n);
+}
 int cuMemcpyDtoD_v2(uint64_t to, uint64_t from, size_t n) { return copy_memory(to, from, n); }
-int cuMemcpyHtoDAsync_v2(uint64_t to, const void* from, size_t n, void* s) { return cuMemcpyAsync(to, reinterpret_cast<uint64_t>(from), n, s); }
-int cuMemcpyDtoHAsync_v2(void* to, uint64_t from, size_t n, void* s) { return cuMemcpyAsync(reinterpret_cast<uint64_t>(to), from, n, s); }
-int cuMemcpyDtoDAsync_v2(uint64_t to, uint64_t from, size_t n, void* s) { return cuMemcpyAsync(to, from, n, s); }
+int cuMemcpyHtoDAsync_v2(uint64_t to, const void* from, size_t n, void* s) {
+    return cuMemcpyAsync(to, reinterpret_cast<uint64_t>(from), n, s);
+}
+int cuMemcpyDtoHAsync_v2(void* to, uint64_t from, size_t n, void* s) {
+    return cuMemcpyAsync(reinterpret_cast<uint64_t>(to), from, n, s);
+}
+int cuMemcpyDtoDAsync_v2(uint64_t to, uint64_t from, size_t n, void* s) {
+    return cuMemcpyAsync(to, from, n, s);
+}
 int cuMemsetD8_v2(uint64_t to, uint8_t value, size_t n) { return set_memory(to, value, n); }
 int cuMemsetD16_v2(uint64_t to, uint16_t value, size_t n) { return set_memory(to, value, n); }
 int cuMemsetD32_v2(uint64_t to, uint32_t value, size_t n) { return set_memory(to, value, n); }
-int cuMemsetD8Async(uint64_t to, uint8_t value, size_t n, void* s) { return submit(s, [=] { return set_memory(to, value, n); }); }
-int cuMemsetD16Async(uint64_t to, uint16_t value, size_t n, void* s) { return submit(s, [=] { return set_memory(to, value, n); }); }
-int cuMemsetD32Async(uint64_t to, uint32_t value, size_t n, void* s) { return submit(s, [=] { return set_memory(to, value, n); }); }
+int cuMemsetD8Async(uint64_t to, uint8_t value, size_t n, void* s) {
+    return submit(s, [=] { return set_memory(to, value, n); });
+}
+int cuMemsetD16Async(uint64_t to, uint16_t value, size_t n, void* s) {
+    return submit(s, [=] { return set_memory(to, value, n); });
+}
+int cuMemsetD32Async(uint64_t to, uint32_t value, size_t n, void* s) {
+    return submit(s, [=] { return set_memory(to, value, n); });
+}
 
-// ---- streams, events, graphs --------------------------------------------------------------------------------------
+// ---- streams, events, graphs
+// --------------------------------------------------------------------------------------
 
 int cuStreamCreate(void** stream, unsigned) {
     if (!current()) return kInvalidContext;
     return *stream = new Stream, kSuccess;
 }
-int cuStreamCreateWithPriority(void** stream, unsigned flags, int) { return cuStreamCreate(stream, flags); }
+int cuStreamCreateWithPriority(void** stream, unsigned flags, int) {
+    return cuStreamCreate(stream, flags);
+}
 int cuStreamDestroy_v2(void* stream) { return delete static_cast<Stream*>(stream), kSuccess; }
 int cuStreamSynchronize(void* stream) {
-    if (reinterpret_cast<uintptr_t>(stream) > 2 && static_cast<Stream*>(stream)->capture) return kCaptureUnsupported;
+    if (reinterpret_cast<uintptr_t>(stream) > 2 && static_cast<Stream*>(stream)->capture)
+        return kCaptureUnsupported;
     return kSuccess;
 }
 int cuStreamQuery(void* stream) { return cuStreamSynchronize(stream); }
@@ -633,13 +783,17 @@ int cuStreamEndCapture(void* stream, void** graph) {
     return *graph = s->capture.release(), kSuccess;
 }
 int cuStreamIsCapturing(void* stream, int* status) {
-    return *status = reinterpret_cast<uintptr_t>(stream) > 2 && static_cast<Stream*>(stream)->capture, kSuccess;
+    return *status =
+               reinterpret_cast<uintptr_t>(stream) > 2 && static_cast<Stream*>(stream)->capture,
+           kSuccess;
 }
 int cuThreadExchangeStreamCaptureMode(int* mode) {
     thread_local int current_mode = 0;
     return std::swap(*mode, current_mode), kSuccess;
 }
-int cuGraphGetNodes(void* graph, void**, size_t* count) { return *count = static_cast<Graph*>(graph)->nodes.size(), kSuccess; }
+int cuGraphGetNodes(void* graph, void**, size_t* count) {
+    return *count = static_cast<Graph*>(graph)->nodes.size(), kSuccess;
+}
 int cuGraphInstantiateWithFlags(void** exec, void* graph, unsigned long long) {
     return *exec = new Graph(*static_cast<Graph*>(graph)), kSuccess;
 }
@@ -667,7 +821,8 @@ int cuEventElapsedTime(float* ms, void* from, void* to) {
     return *ms = std::chrono::duration<float, std::milli>(b->time - a->time).count(), kSuccess;
 }
 
-// ---- errors, entry points ------------------------------------------------------------------------------------------
+// ---- errors, entry points
+// ------------------------------------------------------------------------------------------
 
 int cuGetErrorName(int error, const char** text) {
     for (const ErrorText& e : kErrors)
@@ -682,7 +837,9 @@ int cuGetErrorString(int error, const char** text) {
 int cuGetProcAddress_v2(const char* symbol, void** function, int, uint64_t, int* status) {
     static void* self = [] {
         Dl_info info;
-        return dladdr(reinterpret_cast<void*>(&cuInit), &info) ? dlopen(info.dli_fname, RTLD_LAZY | RTLD_NOLOAD) : nullptr;
+        return dladdr(reinterpret_cast<void*>(&cuInit), &info)
+                   ? dlopen(info.dli_fname, RTLD_LAZY | RTLD_NOLOAD)
+                   : nullptr;
     }();
     *function = nullptr;
     for (const char* suffix : {"_v2", ""})

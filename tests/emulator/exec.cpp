@@ -220,8 +220,7 @@ void Warp::propagate(const Instr& in, Mask m) {
         const Mask bad = needed & ~defined[row];
         if (bad) {
             fault("uninitialised register",
-                  launch->program->row_names.at(row) + " was never written",
-                  std::countr_zero(bad));
+                  launch->program->row_names.at(row) + " was never written", std::countr_zero(bad));
         }
         good &= defined[row];
     }
@@ -401,6 +400,8 @@ void Cta::start(Launch& l, uint64_t linear_id, Counters& counters, InstrCount* c
           static_cast<uint32_t>(linear / (static_cast<uint64_t>(c.grid.x) * c.grid.y))};
     const auto threads = static_cast<uint32_t>(c.block.count());
     const auto num_warps = (threads + kLanes - 1) / kLanes;
+    for (const Warp& w : warps)  // of the CTA that ran here before
+        for (const AsyncCopy& c : w.copies) shared.land(w.index, c.lane, c.destination, c.bytes);
     shared.reset(std::max(p.static_smem, p.dynamic_smem_at + c.dynamic_smem), p.granule_shift,
                  static_cast<int>(num_warps), c.shared);
     rng.seed(static_cast<uint32_t>((c.seed + 1) * 2654435761u ^ (linear * 40503u + 17)));

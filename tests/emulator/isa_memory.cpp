@@ -20,8 +20,10 @@ uint8_t* host_address(Warp& w, Space space, uint64_t address, int lane) {
 
 // Shared memory is done by the caller.
 void check(Warp& w, Space space, const LaneAddresses& a, uint32_t bytes, bool write) {
-    if (space == Space::local) check_local(w, a, bytes);
-    else check_global(w, a, bytes, write);
+    if (space == Space::local)
+        check_local(w, a, bytes);
+    else
+        check_global(w, a, bytes, write);
 }
 
 // op[0]: address; list: in.b rows of elements of type T.
@@ -33,7 +35,8 @@ void load(Warp& w, const Instr& in, Mask m) {
     by_space(all, static_cast<Space>(in.c), [&](Space space, const LaneAddresses& a) {
         if (space == Space::shared)
             check_shared(w, a, bytes, in.a & kStrong ? Access::strong_read : Access::read);
-        else check(w, space, a, bytes, false);
+        else
+            check(w, space, a, bytes, false);
         const uint8_t* from[kLanes];
         for (int l = 0; l < kLanes; ++l) from[l] = host_address(w, space, a.at[l], l);
         for (uint32_t e = 0; e < in.b; ++e) {
@@ -54,15 +57,17 @@ void store(Warp& w, const Instr& in, Mask m) {
     const uint32_t bytes = sizeof(T) * in.b;
     const LaneAddresses all = lane_addresses(w, in.op[0], in.a & kWide, in.imm, m);
     by_space(all, static_cast<Space>(in.c), [&](Space space, const LaneAddresses& a) {
-        if (space == Space::shared) check_shared_bounds(w, a, bytes);
-        else check(w, space, a, bytes, true);
+        if (space == Space::shared)
+            check_shared_bounds(w, a, bytes);
+        else
+            check(w, space, a, bytes, true);
         for_each_lane(a.mask, [&](int l) {
             uint8_t value[32];
             for (uint32_t e = 0; e < in.b; ++e)
                 std::memcpy(value + e * sizeof(T), &w.row<S>(in.list[e])[l], sizeof(T));
             if (space == Space::shared)
-                w.cta->shared.access(in.a & kStrong ? Access::strong_write : Access::write, w.index, l,
-                                     static_cast<uint32_t>(a.at[l]), bytes, value);
+                w.cta->shared.access(in.a & kStrong ? Access::strong_write : Access::write, w.index,
+                                     l, static_cast<uint32_t>(a.at[l]), bytes, value);
             std::memcpy(host_address(w, space, a.at[l], l), value, bytes);
         });
     });

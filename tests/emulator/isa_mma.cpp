@@ -30,7 +30,7 @@ void mma(Warp& w, const Instr& in, Mask m) {
     if (!whole_warp(w, m)) return;
     const auto& code = *reinterpret_cast<const MmaCode*>(in.imm);
     const MmaTraits& t = code.traits;
-    uint32_t a[8][32], b[8][32], c[8][32];
+    uint32_t a[16][32], b[8][32], c[8][32];
     const uint32_t* list = in.list;
     auto gather = [&](uint32_t (*to)[32], int regs, bool wide) {
         for (int r = 0; r < regs; r += wide ? 2 : 1, ++list) {

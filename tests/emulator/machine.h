@@ -256,20 +256,21 @@ class SharedMemory {
   private:
     uint32_t& seen(int warp, int other) { return seen_[warp * warps_ + other]; }
     void slow_check(Access kind, int warp, int lane, uint32_t granule, const uint8_t* value);
-    void check_readers(int warp, int lane, uint32_t granule);
+    void check_readers(int warp, int lane, uint32_t first, uint32_t last);
 
     std::vector<uint8_t> data_;
     uint32_t size_ = 0;
     int shift_ = 2;
     int warps_ = 0;
     uint32_t granules_ = 0;
-    uint32_t time_ = 1;
+    uint32_t time_ = 0;
+    uint32_t start_ = 1;  // times before it are of earlier CTAs: never in this one
     Options options_;
     std::vector<uint32_t> seen_;
-    std::vector<uint32_t> write_time_;  // 0: never written
-    std::vector<uint16_t> writer_;      // warp << 5 | lane
-    std::vector<uint32_t> read_time_;   // [warp][granule]
-    std::map<uint32_t, Clock> flags_;   // clocks carried by atomics and strong accesses
+    std::vector<uint32_t> write_time_;
+    std::vector<uint16_t> writer_;     // warp << 5 | lane
+    std::vector<uint32_t> read_time_;  // [warp][granule]
+    std::map<uint32_t, Clock> flags_;  // clocks carried by atomics and strong accesses
 };
 
 // ---- execution --------------------------------------------------------------------------------

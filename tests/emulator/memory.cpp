@@ -46,19 +46,24 @@ void Counters::add(const Counters& o) {
 
 void SharedMemory::reset(uint32_t bytes, int granule_shift, int warps, Options options) {
     options_ = options;
+    const bool same = bytes == size_ && granule_shift == shift_ && warps == warps_;
     size_ = bytes;
     shift_ = granule_shift;
     warps_ = warps;
     granules_ = ((bytes + 15) & ~15u) >> shift_;
-    time_ = 1;
-    // Recognisable garbage: signalling patterns, so that an undetected read does not look like a
-    // zero.
-    data_.assign((bytes + 15) & ~15u, 0xcd);
-    seen_.assign(static_cast<size_t>(warps) * warps, 1);
-    write_time_.assign(granules_, 0);
-    writer_.assign(granules_, 0);
-    read_time_.assign(static_cast<size_t>(granules_) * warps, 0);
+    // Time goes on from one CTA to the next, so that the records need no clearing.
+    if (!same || time_ > 1u << 31) {
+        time_ = 0;
+        data_.assign((bytes + 15) & ~15u, 0);
+        write_time_.assign(granules_, 0);
+        writer_.assign(granules_, 0);
+        read_time_.assign(static_cast<size_t>(granules_) * warps, 0);
+    }
+    start_ = ++time_;
+    seen_.assign(static_cast<size_t>(warps) * warps, time_);
     flags_.clear();
+    // What is read uninitialised on purpose must not depend on earlier CTAs, nor look like a zero.
+    if (options.allow_uninitialised) std::fill(data_.begin(), data_.end(), 0xcd);
 }
 
 void SharedMemory::access(Access kind, int warp, int lane, uint32_t address, uint32_t bytes,
@@ -66,11 +71,28 @@ void SharedMemory::access(Access kind, int warp, int lane, uint32_t address, uin
     const uint32_t first = address >> shift_;
     const uint32_t last = (address + bytes - 1) >> shift_;
     const uint32_t* seen = &seen_[warp * warps_];
+    // Written in this CTA, and before what this warp has synchronised with: start <= t < seen.
+    auto ordered = [&](uint32_t g) {
+        return write_time_[g] - start_ < seen[(writer_[g] & ~kAtomic) >> 5] - start_;
+    };
     if (kind == Access::read) {
         uint32_t* reads = &read_time_[static_cast<size_t>(warp) * granules_];
-        for (uint32_t g = first; g <= last; ++g) {
-            const uint32_t t = write_time_[g];
-            if (t == 0 || t >= seen[(writer_[g] & ~kAtomic) >> 5]) [[unlikely]]
+        uint32_t g = first;
+        if (last - first == 3) {  // 16 bytes that one lane wrote, as a rule
+            uint64_t writers;
+            std::memcpy(&writers, &writer_[g], sizeof writers);
+            if (writers == (writers & 0xffff) * 0x0001000100010001ull) {
+                const uint32_t limit = seen[(writers & 0x7fff) >> 5] - start_;
+                uint32_t good = 1;
+                for (int i = 0; i < 4; ++i) good &= write_time_[g + i] - start_ < limit;
+                if (good) {
+                    for (int i = 0; i < 4; ++i) reads[g + i] = time_;
+                    return;
+                }
+            }
+        }
+        for (; g <= last; ++g) {
+            if (!ordered(g)) [[unlikely]]
                 slow_check(kind, warp, lane, g, nullptr);
             reads[g] = time_;
         }
@@ -79,15 +101,19 @@ void SharedMemory::access(Access kind, int warp, int lane, uint32_t address, uin
     const auto me = static_cast<uint16_t>(warp << 5 | lane);
     const bool strong =
         kind == Access::atomic || kind == Access::strong_read || kind == Access::strong_write;
+    const bool only_writes = kind == Access::write || kind == Access::async_write;
     for (uint32_t g = first; g <= last; ++g) {
-        const uint32_t t = write_time_[g];
-        if ((t == 0 && kind != Access::write && kind != Access::async_write) ||
-            t >= seen[(writer_[g] & ~kAtomic) >> 5])
+        const bool fine =
+            only_writes ? write_time_[g] < seen[(writer_[g] & ~kAtomic) >> 5] : ordered(g);
+        if (!fine)
             slow_check(kind, warp, lane, g, value ? value + ((g << shift_) - address) : nullptr);
-        if (kind == Access::strong_read) continue;
-        check_readers(warp, lane, g);
-        write_time_[g] = kind == Access::async_write ? kPending : time_;
-        writer_[g] = me | (strong ? kAtomic : 0);
+    }
+    if (kind != Access::strong_read) {
+        check_readers(warp, lane, first, last);
+        for (uint32_t g = first; g <= last; ++g) {
+            write_time_[g] = kind == Access::async_write ? kPending : time_;
+            writer_[g] = me | (strong ? kAtomic : 0);
+        }
     }
     if (!strong) return;
     // Whoever reads a flag that another warp set is ordered after what that warp did before.
@@ -103,16 +129,18 @@ void SharedMemory::land(int warp, int lane, uint32_t address, uint32_t bytes) {
     }
 }
 
-void SharedMemory::check_readers(int warp, int lane, uint32_t granule) {
+void SharedMemory::check_readers(int warp, int lane, uint32_t first, uint32_t last) {
     if (!options_.check_races) return;
     for (int v = 0; v < warps_; ++v) {
         if (v == warp) continue;
-        const uint32_t t = read_time_[static_cast<size_t>(v) * granules_ + granule];
-        if (t >= seen(warp, v))
-            fault("shared-memory race",
-                  "write to shared address " + hex(static_cast<uint64_t>(granule) << shift_) +
-                      ", which warp " + std::to_string(v) + " read with no barrier in between",
-                  lane);
+        const uint32_t* reads = &read_time_[static_cast<size_t>(v) * granules_];
+        const uint32_t limit = seen(warp, v);
+        for (uint32_t g = first; g <= last; ++g)
+            if (reads[g] >= limit) [[unlikely]]
+                fault("shared-memory race",
+                      "write to shared address " + hex(static_cast<uint64_t>(g) << shift_) +
+                          ", which warp " + std::to_string(v) + " read with no barrier in between",
+                      lane);
     }
 }
 
@@ -121,15 +149,16 @@ void SharedMemory::slow_check(Access kind, int warp, int lane, uint32_t granule,
     const uint32_t t = write_time_[granule];
     const uint16_t who = writer_[granule];
     const int writer = (who & ~kAtomic) >> 5;
-    const std::string at = "shared address " + hex(static_cast<uint64_t>(granule) << shift_);
+    auto at = [&] { return "shared address " + hex(static_cast<uint64_t>(granule) << shift_); };
     const bool reads =
         kind == Access::read || kind == Access::strong_read || kind == Access::atomic;
-    if (t == 0 && options_.allow_uninitialised) return;
-    if (t == 0)
-        fault("uninitialised shared memory", "read of " + at + ", which was never written", lane);
+    const bool written = t >= start_;
+    if (!written && (!reads || options_.allow_uninitialised)) return;
+    if (!written)
+        fault("uninitialised shared memory", "read of " + at() + ", which was never written", lane);
     if (t == kPending)
         fault("asynchronous copy not waited for",
-              std::string(reads ? "read of " : "write to ") + at +
+              std::string(reads ? "read of " : "write to ") + at() +
                   ", the target of an asynchronous copy by warp " + std::to_string(writer) +
                   " lane " + std::to_string(who & 31) + " that was not waited for",
               lane);
@@ -142,7 +171,7 @@ void SharedMemory::slow_check(Access kind, int warp, int lane, uint32_t granule,
                              size_t{1} << shift_) == 0)
         return;
     fault("shared-memory race",
-          std::string(reads ? "read of " : "write to ") + at + ", which warp " +
+          std::string(reads ? "read of " : "write to ") + at() + ", which warp " +
               std::to_string(writer) + " lane " + std::to_string(who & 31) + " wrote with no " +
               (writer == warp ? "__syncwarp" : "barrier") + " in between",
           lane);
