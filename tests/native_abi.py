@@ -63,11 +63,15 @@ OPS = ("rms_norm", "add_rms_norm", "apply_rope", "rope_append", "silu_and_mul", 
        "argmax", "sample")  # fmt: skip
 
 
-@functools.cache
-def library() -> ctypes.CDLL:
-    lib = ctypes.CDLL(native.get_library())
+def load(path: str | Path) -> ctypes.CDLL:
+    lib = ctypes.CDLL(str(path))
     lib.mk_last_error.restype = lib.mk_status_name.restype = ctypes.c_char_p
     return lib
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    return load(native.get_library())
 
 
 def params_type(op: str) -> type[ctypes.Structure]:
@@ -89,15 +93,16 @@ def device(arch: str) -> ctypes.Structure:
 class StatusError(Exception):
     """A status other than MK_OK: its name and mk_last_error()."""
 
-    def __init__(self, status: int) -> None:
-        self.status = library().mk_status_name(status).decode()
-        self.message = library().mk_last_error().decode()
+    def __init__(self, status: int, lib: ctypes.CDLL) -> None:
+        self.status = lib.mk_status_name(status).decode()
+        self.message = lib.mk_last_error().decode()
         super().__init__(f"{self.status}: {self.message}")
 
 
-def check(status: int) -> None:
+def check(status: int, lib: ctypes.CDLL | None = None) -> None:
+    """Raises StatusError for a status of `lib` (default: the installed library) but MK_OK."""
     if status:
-        raise StatusError(status)
+        raise StatusError(status, lib or library())
 
 
 def plan(op: str, params: ctypes.Structure, arch: str) -> ctypes.Structure:

@@ -1,18 +1,31 @@
-"""Runs ops of the C ABI on the emulator: the plan of the library, the kernel that ships."""
+"""Runs ops of the C ABI on the emulator, one device per architecture, and on a GPU if there is one.
+
+The emulator takes the driver's place under a second copy of the library (a process has one driver
+per copy), so that emulated and real launches can happen side by side.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 
 from minitron_kernels import native
+from tests import emulator
 from tests import native_abi as abi
-from tests.emulator import Counters, Emulator, Module
 
 ARCHS = tuple(abi.DEVICES)
+# What tests run on: every built architecture on the emulator, and the GPU.
+DEVICES = (*ARCHS, *(("gpu",) if torch.cuda.is_available() else ()))
+
 DTYPES = {torch.bfloat16: "MK_BF16", torch.float16: "MK_F16", torch.float32: "MK_F32"}
 DTYPES |= {torch.int32: "MK_I32", torch.int64: "MK_I64"}
 
@@ -21,32 +34,100 @@ def dtype_id(tensor: torch.Tensor) -> int:
     return abi.constants()[DTYPES[tensor.dtype]]
 
 
+def storage_of(x: torch.Tensor) -> torch.Tensor:
+    """All of the memory that x is a view of, as a vector."""
+    count = x.untyped_storage().nbytes() // x.element_size()
+    return torch.as_strided(x, (count,), (1,), 0)
+
+
+def kernel_file(arch: str) -> Path:
+    return Path(native.get_library()).parent / "kernels" / f"sm_{arch}.fatbin"
+
+
+def ptx_of(arch: str) -> list[str]:
+    """The PTX texts inside a kernel file, which are stored as they are and end with a 0."""
+    found = re.findall(rb"\.version \d+\.\d+\s+\.target[^\0]*", kernel_file(arch).read_bytes())
+    return [text.decode() for text in found]
+
+
+def copy_of_library(folder: Path, archs: Sequence[str] = ARCHS) -> Path:
+    """A copy of the library with the kernels of `archs` beside it."""
+    (folder / "kernels").mkdir(parents=True)
+    for arch in archs:
+        (folder / "kernels" / f"sm_{arch}.fatbin").symlink_to(kernel_file(arch))
+    return Path(shutil.copy2(native.get_library(), folder))
+
+
+def make_current(arch: str) -> None:
+    """Make the emulated device of an architecture current on this thread."""
+    driver = emulator.library()
+    context = ctypes.c_void_p()
+    assert driver.cuInit(0) == 0
+    assert driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), ARCHS.index(arch)) == 0
+    assert driver.cuCtxSetCurrent(context) == 0
+
+
 @functools.cache
-def module(arch: str) -> Module:
-    file = Path(native.get_library()).parent / "kernels" / f"sm_{arch}.fatbin"
-    return Emulator(f"sm_{arch.rstrip('a')}").load(file.read_bytes())
+def emulated_library() -> ctypes.CDLL:
+    with tempfile.TemporaryDirectory() as folder:
+        lib = abi.load(copy_of_library(Path(folder) / "package"))
+        previous = os.environ.get("MK_CUDA_DRIVER")
+        os.environ["MK_CUDA_DRIVER"] = str(emulator.build())
+        try:
+            for arch in ARCHS:
+                make_current(arch)
+                abi.check(lib.mk_load(), lib)
+        finally:
+            if previous is None:
+                del os.environ["MK_CUDA_DRIVER"]
+            else:
+                os.environ["MK_CUDA_DRIVER"] = previous
+    return lib
 
 
-def _frequencies(params: ctypes.Structure) -> bytes:
-    """What the rope kernels take after their parameters (csrc/rope/rope_tiles.h)."""
-    rope = params.rope
-    frequencies = torch.zeros(128, dtype=torch.float64)
-    if not rope.cos:
-        half = rope.rotary_dim // 2
-        exponents = torch.arange(half, dtype=torch.float64) * -2 / rope.rotary_dim
-        frequencies[:half] = float(rope.theta) ** exponents
-    return frequencies.float().numpy().tobytes()
+@contextlib.contextmanager
+def _on_gpu(params: ctypes.Structure, tensors: list[torch.Tensor]) -> Iterator[None]:
+    """Copies of the tensors on the GPU, with the pointers of `params` moved to them."""
+    copies = [t.cuda() for t in tensors]
+
+    def move(struct: ctypes.Structure) -> None:
+        for name, _ in struct._fields_:
+            value = getattr(struct, name)
+            if isinstance(value, ctypes.Structure):
+                move(value)
+            for host, copy in zip(tensors, copies, strict=True):
+                if struct._fields_ and dict(struct._fields_)[name] is ctypes.c_void_p and value:
+                    offset = value - host.data_ptr()
+                    if 0 <= offset < max(host.nbytes, 1):
+                        setattr(struct, name, copy.data_ptr() + offset)
+
+    move(params)
+    yield
+    torch.cuda.synchronize()
+    for host, copy in zip(tensors, copies, strict=True):
+        host.copy_(copy)
 
 
 def run(
-    op: str, arch: str, params: ctypes.Structure, tensors: list[torch.Tensor], seed: int = 0
-) -> Counters:
-    """One launch of an op. `tensors`: all memory that it may touch. Raises EmulatorError."""
-    plan = abi.plan(op, params, arch)
-    if 0 in plan.grid[:]:
-        return Counters()
-    args = bytes(params) + (_frequencies(params) if hasattr(params, "rope") else b"")
-    kernel = module(arch).kernel(plan.entry.decode())
-    return kernel.launch(
-        plan.grid[:], plan.block[:], [args], plan.smem_bytes, seed=seed, regions=tensors
-    )
+    op: str, device: str, params: ctypes.Structure, tensors: list[torch.Tensor], seed: int = 0
+) -> emulator.Counters | None:
+    """mk_<op> on one of DEVICES; counters of the launch on an emulated one.
+
+    `tensors`: all memory that it may touch. `seed`: the interleaving of warps on the emulator.
+    Raises StatusError, and on the emulator with what the kernel did wrong.
+    """
+    if device == "gpu":
+        moved = type(params).from_buffer_copy(params)
+        with _on_gpu(moved, [storage_of(t) for t in tensors]):
+            abi.check(getattr(abi.library(), f"mk_{op}")(ctypes.byref(moved), None))
+        return None
+    lib = emulated_library()
+    make_current(device)
+    emulator.set_seed(seed)
+    arrays = {f"tensor {i}": storage_of(t) for i, t in enumerate(tensors) if t.numel()}
+    with emulator.accessible(**arrays):
+        status = getattr(lib, f"mk_{op}")(ctypes.byref(params), None)
+        if status and emulator.last_report():
+            raise AssertionError(emulator.last_report())
+        abi.check(status, lib)
+    return emulator.last_counters()

@@ -1,4 +1,4 @@
-"""The memory-bound kernels, executed on the emulator, against the CPU ops and their definitions.
+"""The memory-bound kernels, on the emulator and a GPU, against the CPU ops and their definitions.
 
 Inputs carry outliers; outputs are poisoned with NaN and padded, and the padding is checked.
 """
@@ -15,12 +15,18 @@ from hypothesis import strategies as st
 
 from minitron_kernels import ops, reference, sampling
 from tests import native_abi as abi
-from tests.native_emulator import ARCHS, dtype_id, run
+from tests.native_emulator import ARCHS, DEVICES, dtype_id, run, storage_of
 
 Tensor = torch.Tensor
 HALVES = (torch.bfloat16, torch.float16)
 
-archs = pytest.mark.parametrize("arch", ARCHS)
+archs = pytest.mark.parametrize(
+    "arch",
+    [
+        pytest.param(d, marks=pytest.mark.gpu) if d == "gpu" else pytest.param(d, id=f"emu-sm_{d}")
+        for d in DEVICES
+    ],
+)
 dtypes = pytest.mark.parametrize("dtype", HALVES, ids=lambda d: str(d).removeprefix("torch."))
 
 
@@ -39,10 +45,6 @@ def strided(x: Tensor, padding: int, offset: int = 0) -> Tensor:
     view = storage[offset:].view(rows, size + padding)[:, :size]
     view.copy_(x.flatten(0, -2))
     return view.view(x.shape) if padding == 0 else view.unflatten(0, x.shape[:-1])
-
-
-def storage_of(x: Tensor) -> Tensor:
-    return torch.as_strided(x, (x.untyped_storage().nbytes() // x.element_size(),), (1,), 0)
 
 
 def poisoned(x: Tensor, padding: int = 0, offset: int = 0) -> Tensor:
@@ -128,7 +130,7 @@ def test_rms_norm(
 
 @settings(max_examples=25, deadline=None)
 @given(
-    arch=st.sampled_from(ARCHS),
+    arch=st.sampled_from(DEVICES),
     dtype=st.sampled_from(HALVES),
     rows=st.integers(0, 9),
     hidden=st.one_of(st.integers(1, 300), st.integers(1, 60).map(lambda n: 8 * n)),
@@ -163,7 +165,7 @@ def test_rms_norm_row_bits_depend_on_the_row_only(dtype: torch.dtype) -> None:
     x = values(600, hidden, dtype=dtype)
     weight = values(hidden, dtype=dtype, seed=1)
     results = []
-    for arch in ARCHS:
+    for arch in DEVICES:
         for seed, (rows, offset) in enumerate([(1, 0), (3, 0), (600, 0), (1, 1), (600, 0)]):
             batch = strided(x[:rows], 0, offset)
             out = poisoned(batch)
@@ -533,7 +535,7 @@ def test_sample_of_logits_that_are_not_finite() -> None:
 # --------------------------------------------------------------------------------- bytes moved
 
 
-@archs
+@pytest.mark.parametrize("arch", ARCHS)
 def test_each_op_moves_the_compulsory_bytes(arch: str) -> None:
     """Distinct 32-byte sectors read and written are those of the tensors, to the last one; what is
     requested on top of that is shared tables and weights, bounded here."""

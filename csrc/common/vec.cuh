@@ -43,7 +43,7 @@ __device__ __forceinline__ Vec8 load8(const void* row, int first, int size) {
     Vec8 v{};
     if constexpr (kAligned) {
         const uint4 u = kReuse == Reuse::kOnce ? ptx::ld_global_l1_no_allocate_v4(element)
-                                               : *reinterpret_cast<const uint4*>(element);
+                                               : ptx::ld_global_v4(element);
         v = {u.x, u.y, u.z, u.w};
     } else {
         MK_UNROLL
@@ -59,7 +59,7 @@ template <bool kAligned>
 __device__ __forceinline__ void store8(void* row, int first, int size, const Vec8& v) {
     auto* element = static_cast<uint16_t*>(row) + first;
     if constexpr (kAligned) {
-        *reinterpret_cast<uint4*>(element) = {v.pair[0], v.pair[1], v.pair[2], v.pair[3]};
+        ptx::st_global_v4(element, {v.pair[0], v.pair[1], v.pair[2], v.pair[3]});
     } else {
         MK_UNROLL
         for (int i = 0; i < kVec; ++i) {

@@ -17,6 +17,22 @@ __device__ __forceinline__ uint4 ld_global_l1_no_allocate_v4(const void* address
     return v;
 }
 
+__device__ __forceinline__ uint4 ld_global_v4(const void* address) {
+    uint4 v;
+    asm volatile("ld.global.v4.b32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "l"(address)
+                 : "memory");
+    return v;
+}
+
+// ISA#data-movement-and-conversion-instructions-st
+__device__ __forceinline__ void st_global_v4(void* address, uint4 v) {
+    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(address), "r"(v.x), "r"(v.y),
+                 "r"(v.z), "r"(v.w)
+                 : "memory");
+}
+
 // ISA#data-movement-and-conversion-instructions-cvt
 __device__ __forceinline__ uint32_t cvt_rn_bf16x2_f32(float hi, float lo) {
     uint32_t d;

@@ -1,0 +1,213 @@
+// The kernels of mk_cpu_linear over Vec, a vector of 16 floats that the including file defines.
+//
+// An output is 16 partial sums, lane l adding x[k] * w[k] for k = l, l + 16, ... by fused
+// multiply-add, then halved four times: s[l] += s[l + 8], += s[l + 4], += s[l + 2], += s[l + 1].
+// A register tile of kTileM x kTileN outputs takes 16 columns a step. Blocking by rows is free;
+// blocking by columns keeps all 16 partial sums of every output of the block in Scratch::partial.
+//
+//   stream  few rows of x: w is read once, from memory, six rows at a time
+//   block   w is converted to fp32 panels of kTileN rows x kBlockK columns, which stay in L1 while
+//           the tiles of x pass by from L2
+//
+// Vec: load(T*), load(T*, count), store(T*), store(T*, count), fma, +, -, *, /, and the few others
+// that silu takes; kTileM, kTileN (a divisor of kBlockN); reduce(). T is float, Bf16 or F16.
+#pragma once
+
+#include "cpu/linear.h"
+
+namespace mk::cpu {
+namespace {
+
+constexpr int kTileM = Vec::kTileM;
+constexpr int kTileN = Vec::kTileN;
+static_assert(kBlockM % kTileM == 0 && kBlockN % kTileN == 0 && kTileM >= kStreamMaxM / 2);
+
+template <class T>
+const T* row(const void* base, int64_t stride, int64_t index) {
+    return static_cast<const T*>(base) + stride * index;
+}
+
+// ---- the register tile ----
+
+// acc[i][j] += x[i] * w[j] for 16 columns; `load_w(j)` gives 16 columns of the tile's row j.
+template <int kM, class LoadW>
+MK_INLINE void step(Vec (&acc)[kM * kTileN], const float* x, const LoadW& load_w) {
+    Vec x_frag[kM];
+    MK_UNROLL
+    for (int i = 0; i < kM; ++i) x_frag[i] = Vec::load(x + i * kLanes);
+    MK_UNROLL
+    for (int j = 0; j < kTileN; ++j) {
+        const Vec w_frag = load_w(j);
+        MK_UNROLL
+        for (int i = 0; i < kM; ++i) {
+            acc[i * kTileN + j] = Vec::fma(x_frag[i], w_frag, acc[i * kTileN + j]);
+        }
+    }
+}
+
+// sums[i * stride + j] = the sum of the lanes of acc[i][j].
+template <int kM>
+MK_INLINE void reduce_tile(const Vec (&acc)[kM * kTileN], float* sums, int64_t stride) {
+    float flat[kM * kTileN];
+    Vec::reduce(acc, flat);
+    MK_UNROLL
+    for (int i = 0; i < kM; ++i) {
+        MK_UNROLL
+        for (int j = 0; j < kTileN; ++j) sums[i * stride + j] = flat[i * kTileN + j];
+    }
+}
+
+// The rows of w in a tile; past `end` the last one again, whose sums nobody reads.
+template <class T>
+struct Rows {
+    const T* at[kTileN];
+
+    Rows(const void* w, int64_t stride, int64_t n, int64_t end) {
+        for (int j = 0; j < kTileN; ++j) {
+            at[j] = row<T>(w, stride, n + j < end ? n + j : end - 1);
+        }
+    }
+};
+
+template <int kM, class T>
+void stream_tile(const float* x, const Rows<T>& w, int64_t k, float* sums, int64_t stride) {
+    Vec acc[kM * kTileN] = {};
+    const T* w_rows[kTileN];
+    for (int j = 0; j < kTileN; ++j) w_rows[j] = w.at[j];
+    int64_t i = 0;
+    for (; i + kLanes <= k; i += kLanes, x += kM * kLanes) {
+        step<kM>(acc, x, [&](int j) { return Vec::load(w_rows[j] + i); });
+    }
+    if (i < k) {
+        const int left = static_cast<int>(k - i);
+        step<kM>(acc, x, [&](int j) { return Vec::load(w_rows[j] + i, left); });
+    }
+    reduce_tile<kM>(acc, sums, stride);
+}
+
+// One tile of a block: x and w are panels of `steps` x 16 columns. `partial` takes the tile's
+// partial sums from one block of columns to the next.
+template <int kM>
+void panel_tile(const float* x, const float* w, int64_t steps, bool first, bool last,
+                float* partial, float* sums) {
+    Vec acc[kM * kTileN] = {};
+    if (!first) {
+        MK_UNROLL
+        for (int a = 0; a < kM * kTileN; ++a) acc[a] = Vec::load(partial + a * kLanes);
+    }
+    for (; steps > 0; --steps, x += kM * kLanes, w += kTileN * kLanes) {
+        step<kM>(acc, x, [&](int j) { return Vec::load(w + j * kLanes); });
+    }
+    if (last) {
+        reduce_tile<kM>(acc, sums, kBlockN);
+    } else {
+        MK_UNROLL
+        for (int a = 0; a < kM * kTileN; ++a) acc[a].store(partial + a * kLanes);
+    }
+}
+
+// ---- packing ----
+
+// Columns k ... k_end-1 of `count` rows as a panel: 16 columns of each row, then the next 16.
+template <class T>
+void pack(const T* const* rows, int count, int64_t k, int64_t k_end, float* panel) {
+    for (; k + kLanes <= k_end; k += kLanes) {
+        for (int r = 0; r < count; ++r, panel += kLanes) Vec::load(rows[r] + k).store(panel);
+    }
+    if (k < k_end) {
+        const int left = static_cast<int>(k_end - k);
+        for (int r = 0; r < count; ++r, panel += kLanes) Vec::load(rows[r] + k, left).store(panel);
+    }
+}
+
+template <class T>
+void pack_x_rows(const LinearTask& task, int64_t m, int64_t m_end) {
+    for (; m < m_end; m += kTileM) {
+        const int count = static_cast<int>(m_end - m < kTileM ? m_end - m : kTileM);
+        const T* rows[kTileM];
+        for (int i = 0; i < count; ++i) rows[i] = row<T>(task.p.x, task.p.x_stride, m + i);
+        pack(rows, count, 0, task.p.k, task.packed_x + m * task.packed_k);
+    }
+}
+
+// ---- the epilogue ----
+
+// exp(x) for x <= 89, and exp(-86) below -86: 2^n * e^r, |r| <= ln(2)/2, by a polynomial of degree
+// 6 in r (minimax, relative error 2^-26). Within 1 unit in the last place.
+MK_INLINE Vec exp_clamped(Vec x) {
+    x = Vec::min(Vec::set(89.f), Vec::max(Vec::set(-86.f), x));  // a NaN passes
+    const Vec n = (x * Vec::set(1.44269504f)).round();
+    Vec r = Vec::fma(n, Vec::set(-0.693359375f), x);
+    r = Vec::fma(n, Vec::set(2.12194440e-4f), r);
+    Vec p = Vec::set(1.3981999507e-3f);
+    p = Vec::fma(p, r, Vec::set(8.3334519073e-3f));
+    p = Vec::fma(p, r, Vec::set(4.1665795894e-2f));
+    p = Vec::fma(p, r, Vec::set(1.6666665459e-1f));
+    p = Vec::fma(p, r, Vec::set(0.5f));
+    p = Vec::fma(p, r * r, r) + Vec::set(1.f);
+    return p.scale(n);
+}
+
+MK_INLINE Vec silu(Vec y) { return y / (Vec::set(1.f) + exp_clamped(Vec::set(0.f) - y)); }
+
+// out = epilogue(sums), for `count` outputs of one row.
+template <class T>
+void finish_row(int32_t epilogue, const float* sums, const float* sums_up, const T* other, T* out,
+                int64_t count) {
+    for (int64_t i = 0; i < count; i += kLanes) {
+        const int left = static_cast<int>(count - i < kLanes ? count - i : kLanes);
+        Vec y = Vec::load(sums + i, left);
+        if (epilogue == MK_EPILOGUE_SILU) {
+            y = silu(y);
+        } else if (epilogue == MK_EPILOGUE_SWIGLU) {
+            y = silu(y) * Vec::load(sums_up + i, left);
+        } else if (epilogue == MK_EPILOGUE_MUL) {
+            y = y * Vec::load(other + i, left);
+        } else if (epilogue == MK_EPILOGUE_ADD) {
+            y = y + Vec::load(other + i, left);
+        }
+        y.store(out + i, left);
+    }
+}
+
+// Outputs [m ... m_end-1, n ... n_end-1] from scratch.sums, whose rows are `stride` apart.
+template <class T>
+void finish(const LinearTask& task, int64_t m, int64_t m_end, int64_t n, int64_t n_end,
+            const Scratch& scratch, int64_t stride) {
+    const mk_cpu_linear_params& p = task.p;
+    const bool has_other = p.epilogue == MK_EPILOGUE_MUL || p.epilogue == MK_EPILOGUE_ADD;
+    for (int64_t i = 0; m + i < m_end; ++i) {
+        finish_row<T>(p.epilogue, scratch.sums[0] + i * stride, scratch.sums[1] + i * stride,
+                      has_other ? row<T>(p.other, p.other_stride, m + i) + n : nullptr,
+                      static_cast<T*>(p.out) + p.out_stride * (m + i) + n, n_end - n);
+    }
+}
+
+// ---- few rows ----
+
+template <int kM, class T>
+void stream_rows(const LinearTask& task, const void* w, int64_t w_stride, int64_t n, int64_t n_end,
+                 float* sums) {
+    for (int64_t j = n; j < n_end; j += kTileN) {
+        const Rows<T> w_rows(w, w_stride, j, n_end);
+        stream_tile<kM, T>(task.packed_x, w_rows, task.p.k, sums + (j - n), kStreamMaxN);
+    }
+}
+
+template <class T>
+void stream_sums(const LinearTask& task, const void* w, int64_t w_stride, int64_t n, int64_t n_end,
+                 float* sums) {
+    int64_t m = 0;
+    // The tiles of x, as pack_x_rows made them.
+    for (; m + kTileM <= task.p.m; m += kTileM)
+        ;
+    switch (task.p.m) {
+        case 1:
+            return stream_rows<1, T>(task, w, w_stride, n, n_end, sums);
+        case 2:
+            return stream_rows<2, T>(task, w, w_stride, n, n_end, sums);
+    }
+}
+
+}  // namespace
+}  // namespace mk::cpu
