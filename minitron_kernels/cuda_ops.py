@@ -75,6 +75,11 @@ def serves(x: Tensor) -> bool:
     return _native() is not None
 
 
+def serves_logits(logits: Tensor) -> bool:
+    """As `serves`, for argmax and sample, which take float32 too."""
+    return (logits.is_cuda and _native() is not None) or emulate
+
+
 def _rows(x: Tensor) -> Tensor:
     """x [..., H] as [rows, H] with adjoining elements, copied only if it must be."""
     x = x.reshape(-1, x.shape[-1])

@@ -35,6 +35,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from minitron_kernels import cuda_ops
+
 WEIGHT_ONE = 2**40  # w of the most likely token; a sum of 2**22 of them still fits int64
 MIN_TEMPERATURE = 1e-5  # below, logit / temperature may overflow fp32
 
@@ -280,7 +282,9 @@ def _sample(logits: Tensor, states: Sequence[SamplingState]) -> list[Sampled]:
     if len(drawn) == len(states):
         tokens = _draw(scores.float(), states)
     else:
-        tokens = scores.argmax(-1)  # the first of several equal ones; NaN counts as largest
+        # The first of several equal ones; NaN counts as largest.
+        on_gpu = cuda_ops.serves_logits(scores)
+        tokens = cuda_ops.argmax(scores) if on_gpu else scores.argmax(-1)
         best = scores.gather(-1, tokens[:, None])[:, 0]
         tokens = torch.where(best.isfinite(), tokens, -1)
         if drawn:
@@ -361,6 +365,8 @@ def _process(row: Tensor, state: SamplingState) -> None:
 
 def _draw(logits: Tensor, states: Sequence[SamplingState]) -> Tensor:
     """Token ids [R] int64 for fp32 logits [R, V]; -1 where the largest logit is not finite."""
+    if cuda_ops.serves_logits(logits):
+        return cuda_ops.sample(logits, states)
     if logits.device.type == "cpu" and len(states) > 1:
         # One row's intermediates stay in the L2 cache: up to twice as fast as all rows at once.
         return torch.cat([_draw(logits[i : i + 1], [state]) for i, state in enumerate(states)])
