@@ -24,6 +24,10 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+ALL_CAPABILITIES = (80, 89, 90, 100)
+# On 90 and 100 Triton's tl.dot becomes wgmma and tcgen05, which the emulator does not have yet.
+MMA_SYNC_CAPABILITIES = (80, 89)
+
 # --------------------------------------------------------------------------------------------------
 # Device code
 
@@ -77,6 +81,7 @@ def layer_norm(x_ptr, weight_ptr, bias_ptr, out_ptr, stride, cols, eps, BLOCK: t
 def matmul(
     a_ptr, b_ptr, out_ptr, m, n, k,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -87,7 +92,7 @@ def matmul(
         b_mask = (ks[:, None] < k) & (cols[None, :] < n)
         a = tl.load(a_ptr + rows[:, None] * k + ks[None, :], mask=a_mask, other=0.0)
         b = tl.load(b_ptr + ks[:, None] * n + cols[None, :], mask=b_mask, other=0.0)
-        acc = tl.dot(a, b, acc, out_dtype=ACC)
+        acc = tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=ACC)
     out_mask = (rows[:, None] < m) & (cols[None, :] < n)
     out_offs = rows[:, None] * n + cols[None, :]
     tl.store(out_ptr + out_offs, acc.to(out_ptr.dtype.element_ty), mask=out_mask)
@@ -190,6 +195,95 @@ def histogram(x_ptr, out_ptr, n, BINS: tl.constexpr, BLOCK: tl.constexpr):
     tl.atomic_add(out_ptr + tl.arange(0, BINS), counts)
 
 
+@triton.jit
+def row_sort(x_ptr, sorted_ptr, BLOCK: tl.constexpr):
+    """Bitonic sort: exchanges within lanes, warps and the whole CTA."""
+    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(sorted_ptr + offs, tl.sort(tl.load(x_ptr + offs)))
+
+
+@triton.jit
+def philox(out_ptr, seed, BLOCK: tl.constexpr):
+    offs = tl.arange(0, BLOCK)
+    a, b, c, d = tl.randint4x(seed, tl.program_id(0) * BLOCK + offs)
+    base = out_ptr + tl.program_id(0) * 4 * BLOCK + offs
+    tl.store(base, a)
+    tl.store(base + BLOCK, b)
+    tl.store(base + 2 * BLOCK, c)
+    tl.store(base + 3 * BLOCK, d)
+
+
+@triton.jit
+def elementary_functions(x_ptr, out_ptr, n, BLOCK: tl.constexpr):
+    """out[f, i] = f(x[i]) for positive x."""
+    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = offs < n
+    x = tl.load(x_ptr + offs, mask=mask, other=1.0).to(tl.float32)
+    y = out_ptr + offs
+    tl.store(y, tl.exp(-x), mask=mask)
+    tl.store(y + n, tl.log(x), mask=mask)
+    tl.store(y + 2 * n, tl.sin(x), mask=mask)
+    tl.store(y + 3 * n, tl.cos(x), mask=mask)
+    tl.store(y + 4 * n, tl.sqrt(x), mask=mask)
+    tl.store(y + 5 * n, tl.rsqrt(x), mask=mask)
+    tl.store(y + 6 * n, tl.erf(x), mask=mask)
+    tl.store(y + 7 * n, tl.sigmoid(x), mask=mask)
+
+
+@triton.jit
+def fp8_round_trip(x_ptr, e4m3_ptr, out_ptr, BLOCK: tl.constexpr):
+    """fp32 to e4m3 in memory and back."""
+    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    small = tl.load(x_ptr + offs).to(tl.float8e4nv)
+    tl.store(e4m3_ptr + offs, small)
+    tl.store(out_ptr + offs, small.to(tl.float32))
+
+
+@triton.jit
+def integer_division(x_ptr, y_ptr, out_ptr, BLOCK: tl.constexpr):
+    """64-bit quotient, then remainder, of signed numbers; no machine instruction divides them."""
+    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    x, y = tl.load(x_ptr + offs), tl.load(y_ptr + offs)
+    base = out_ptr + tl.program_id(0) * BLOCK + offs
+    tl.store(base, x // y)
+    tl.store(base + BLOCK, x % y)
+
+
+@triton.jit
+def atomics(index_ptr, x_ptr, out_ptr, bins, BLOCK: tl.constexpr):
+    """Many lanes on few addresses: out[op, bin] over add, max, min, and, or, xor."""
+    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    y = out_ptr + tl.load(index_ptr + offs)
+    x = tl.load(x_ptr + offs)
+    tl.atomic_add(y, x)
+    tl.atomic_max(y + bins, x)
+    tl.atomic_min(y + 2 * bins, x)
+    tl.atomic_and(y + 3 * bins, x)
+    tl.atomic_or(y + 4 * bins, x)
+    tl.atomic_xor(y + 5 * bins, x)
+
+
+@triton.jit
+def locked_sum(x_ptr, lock_ptr, sum_ptr, BLOCK: tl.constexpr):
+    """Programs add to one row in turn, each while it holds a spin lock."""
+    offs = tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + tl.program_id(0) * BLOCK + offs)
+    while tl.atomic_cas(lock_ptr, 0, 1) == 1:
+        pass
+    tl.store(sum_ptr + offs, tl.load(sum_ptr + offs) + x)
+    tl.debug_barrier()
+    tl.atomic_xchg(lock_ptr, 0)
+
+
+@triton.jit
+def row_argmax(x_ptr, out_ptr, stride, cols, BLOCK: tl.constexpr):
+    """Index of the first largest element."""
+    offs = tl.arange(0, BLOCK)
+    mask = offs < cols
+    x = tl.load(x_ptr + tl.program_id(0) * stride + offs, mask=mask, other=float("-inf"))
+    tl.store(out_ptr + tl.program_id(0), tl.argmax(x, axis=0, tie_break_left=True))
+
+
 # --------------------------------------------------------------------------------------------------
 # Problems: inputs, grid, reference
 
@@ -280,24 +374,32 @@ def _matmul(
     gen: torch.Generator,
     mnk: tuple[int, int, int],
     block: tuple[int, int, int],
-    dtype: torch.dtype,
-    out_dtype: torch.dtype,
+    kind: _MatmulType,
 ) -> Problem:
     m, n, k = mnk
+    dtype, out_dtype = kind.dtype, kind.out_dtype
     grid = (_cdiv(m, block[0]), _cdiv(n, block[1]), 1)
     out = _poisoned(m, n, dtype=out_dtype)
     baseline = None
     if dtype == torch.int8:
         a = torch.randint(-128, 128, (m, k), generator=gen, dtype=dtype)
         b = torch.randint(-128, 128, (k, n), generator=gen, dtype=dtype)
+    elif dtype == torch.float64:
+        # Integers, so that the reference is exact.
+        a, b = _random(gen, m, k, dtype=dtype).round(), _random(gen, k, n, dtype=dtype).round()
     else:
         a, b = _random(gen, m, k, dtype=dtype), _random(gen, k, n, dtype=dtype)
-        if dtype == torch.float32:
+        if dtype == torch.float32 and kind.mma:
             # The tensor core reads the upper 19 bits of each tf32 operand.
             baseline = _truncate_tf32(a) @ _truncate_tf32(b)
         elif dtype.itemsize == 1:
             # PyTorch has no fp8 product on the CPU; values and products are exact in fp32.
             baseline = (a.float() @ b.float()).to(out_dtype)
+        elif kind.acc == tl.float16:
+            baseline = torch.zeros(m, n, dtype=out_dtype)
+            for start in range(0, k, 16):  # as the instruction has it
+                ks = slice(start, start + 16)
+                baseline = (baseline.float() + a[:, ks].float() @ b[ks].float()).to(out_dtype)
         else:
             baseline = (a @ b).to(out_dtype)
     return Problem([a, b, out, m, n, k], grid, out, a.double() @ b.double(), baseline)
@@ -366,12 +468,94 @@ def _histogram(gen: torch.Generator, n: int, bins: int, block: int) -> Problem:
     return Problem([x, out, n], (_cdiv(n, block), 1, 1), out, expected)
 
 
+def _row_sort(gen: torch.Generator, rows: int, cols: int) -> Problem:
+    x = _random(gen, rows, cols, dtype=torch.float32)
+    out = _poisoned(rows, cols, dtype=torch.float32)
+    return Problem([x, out], (rows, 1, 1), out, x.double().sort(dim=1).values)
+
+
+def _philox(gen: torch.Generator, programs: int, block: int) -> Problem:
+    """Philox 4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011)."""
+    seed = int(torch.randint(1 << 20, 1 << 30, (), generator=gen))
+    out = _poisoned(programs, 4, block, dtype=torch.int32)
+    low = (1 << 32) - 1
+
+    def one(counter: int) -> list[int]:
+        c, key = [counter, 0, 0, 0], [seed, 0]
+        for _ in range(10):
+            p, q = 0xD2511F53 * c[0], 0xCD9E8D57 * c[2]
+            c = [q >> 32 ^ c[1] ^ key[0], q & low, p >> 32 ^ c[3] ^ key[1], p & low]
+            key = [key[0] + 0x9E3779B9 & low, key[1] + 0xBB67AE85 & low]
+        return c
+
+    words = torch.tensor([one(i) for i in range(programs * block)], dtype=torch.int64)
+    signed = torch.where(words >= 1 << 31, words - (1 << 32), words)
+    expected = signed.view(programs, block, 4).transpose(1, 2).double()
+    return Problem([out, seed], (programs, 1, 1), out, expected)
+
+
+def _elementary_functions(gen: torch.Generator, n: int, block: int, dtype: torch.dtype) -> Problem:
+    x = _random(gen, n, dtype=dtype).abs() + 0.01
+    functions = [torch.log, torch.sin, torch.cos, torch.sqrt, torch.rsqrt, torch.erf, torch.sigmoid]
+
+    def rows(x: torch.Tensor) -> torch.Tensor:
+        return torch.stack([torch.exp(-x), *(f(x) for f in functions)])
+
+    out = _poisoned(8, n, dtype=dtype)
+    return Problem([x, out, n], (_cdiv(n, block), 1, 1), out, rows(x.double()), rows(x))
+
+
+def _fp8_round_trip(gen: torch.Generator, programs: int, block: int) -> Problem:
+    n = programs * block
+    x = torch.randn(n, generator=gen) * 2.0 ** torch.randint(-12, 7, (n,), generator=gen)
+    x = x.clamp(-448, 448)
+    small = torch.zeros(n, dtype=torch.float8_e4m3fn)
+    out = _poisoned(n, dtype=torch.float32)
+    expected = x.to(torch.float8_e4m3fn).double()
+    return Problem([x, small, out], (programs, 1, 1), out, expected)
+
+
+def _integer_division(gen: torch.Generator, programs: int, block: int) -> Problem:
+    n = programs * block
+    bits = torch.randint(1, 52, (2, n), generator=gen)  # exact in float64
+    x, y = torch.randint(-(1 << 60), 1 << 60, (2, n), generator=gen) >> (60 - bits)
+    y = torch.where(y == 0, 7, y)
+    out = _poisoned(programs, 2, block, dtype=torch.int64)
+    expected = [torch.div(x, y, rounding_mode="trunc"), torch.fmod(x, y)]
+    rows = torch.stack([e.view(programs, block) for e in expected], dim=1).double()
+    return Problem([x, y, out], (programs, 1, 1), out, rows)
+
+
+def _atomics(gen: torch.Generator, programs: int, block: int, bins: int) -> Problem:
+    n = programs * block
+    index = torch.randint(0, bins, (n,), generator=gen, dtype=torch.int32)
+    x = torch.randint(-(1 << 20), 1 << 20, (n,), generator=gen, dtype=torch.int32)
+    start = torch.randint(-(1 << 20), 1 << 20, (6, bins), generator=gen, dtype=torch.int32)
+    rules = [int.__add__, max, min, int.__and__, int.__or__, int.__xor__]
+    rows = start.tolist()
+    for i, value in zip(index.tolist(), x.tolist(), strict=True):
+        for row, rule in zip(rows, rules, strict=True):
+            row[i] = rule(row[i], value)
+    out, expected = start.clone(), torch.tensor(rows).double()
+    return Problem([index, x, out, bins], (programs, 1, 1), out, expected)
+
+
+def _locked_sum(gen: torch.Generator, programs: int, block: int) -> Problem:
+    # Small integers: the sum is exact in whatever order the programs come.
+    x = torch.randint(-8, 9, (programs, block), generator=gen).float()
+    lock, out = torch.zeros(1, dtype=torch.int32), torch.ones(block)
+    return Problem([x, lock, out], (programs, 1, 1), out, x.double().sum(0) + 1)
+
+
+def _row_argmax(gen: torch.Generator, rows: int, cols: int) -> Problem:
+    x = torch.randint(-50, 51, (rows, cols), generator=gen).float()  # with ties
+    out = _poisoned(rows, dtype=torch.int32)
+    first = [row.index(max(row)) for row in x.tolist()]
+    return Problem([x, out, cols, cols], (rows, 1, 1), out, torch.tensor(first).double())
+
+
 # --------------------------------------------------------------------------------------------------
 # Cases
-
-ALL_CAPABILITIES = (80, 89, 90, 100)
-# On 90 and 100 Triton's tl.dot becomes wgmma and tcgen05, which the emulator does not have yet.
-MMA_SYNC_CAPABILITIES = (80, 89)
 
 
 @dataclass(frozen=True, eq=False)
@@ -389,25 +573,47 @@ class Case:
     num_warps: int = 4
     num_stages: int = 3
     mma: str | None = None
-    slow: bool = False
 
     @property
     def table_row(self) -> str:
-        """The kernel, for products with their type: "matmul bf16"."""
-        return " ".join(self.id.split("-")[:2]) if self.mma else self.kernel.__name__
+        """The kernel, products with their type: "matmul bf16"."""
+        is_product = self.kernel in (matmul, int4_matmul, flash_attention)
+        return " ".join(self.id.split("-")[:2]) if is_product else self.kernel.__name__
 
     def problem(self, seed: int) -> Problem:
         return self.build(torch.Generator().manual_seed(seed))
 
 
+@dataclass(frozen=True)
+class _MatmulType:
+    dtype: torch.dtype
+    out_dtype: torch.dtype
+    mma: str | None  # None: fp32 without tensor cores
+    acc: Any = tl.float32
+    precision: str = "tf32"
+    capabilities: Sequence[int] = MMA_SYNC_CAPABILITIES
+
+
 _MATMUL_TYPES = {
-    # name: (input, output, accumulator, instruction, capabilities)
-    "bf16": (torch.bfloat16, torch.bfloat16, tl.float32, r"mma\.\S*m16n8k16\S*bf16", (80, 89)),
-    "f16": (torch.float16, torch.float16, tl.float32, r"mma\.\S*m16n8k16\S*f16", (80, 89)),
-    "tf32": (torch.float32, torch.float32, tl.float32, r"mma\.\S*m16n8k8\S*tf32", (80, 89)),
-    "s8": (torch.int8, torch.int32, tl.int32, r"mma\.\S*m16n8k32\S*s8", (80, 89)),
-    "e4m3": (torch.float8_e4m3fn, torch.float32, tl.float32, r"mma\.\S*m16n8k32\S*e4m3", (89,)),
-    "e5m2": (torch.float8_e5m2, torch.float32, tl.float32, r"mma\.\S*m16n8k32\S*e5m2", (89,)),
+    "bf16": _MatmulType(torch.bfloat16, torch.bfloat16, r"mma\.\S*m16n8k16\S*bf16"),
+    "f16": _MatmulType(torch.float16, torch.float16, r"mma\.\S*m16n8k16\S*f32\.f16"),
+    "f16_acc": _MatmulType(
+        torch.float16, torch.float16, r"mma\.\S*m16n8k16\S*col\.f16\.f16", tl.float16
+    ),
+    "tf32": _MatmulType(torch.float32, torch.float32, r"mma\.\S*m16n8k8\S*tf32"),
+    "s8": _MatmulType(torch.int8, torch.int32, r"mma\.\S*m16n8k32\S*s8", tl.int32),
+    "e4m3": _MatmulType(
+        torch.float8_e4m3fn, torch.float32, r"mma\.\S*m16n8k32\S*e4m3", capabilities=(89,)
+    ),
+    "e5m2": _MatmulType(
+        torch.float8_e5m2, torch.float32, r"mma\.\S*m16n8k32\S*e5m2", capabilities=(89,)
+    ),
+    "f64": _MatmulType(
+        torch.float64, torch.float64, r"mma\.\S*f64", tl.float64, capabilities=(80,)
+    ),
+    "f32": _MatmulType(
+        torch.float32, torch.float32, None, precision="ieee", capabilities=ALL_CAPABILITIES
+    ),
 }
 
 
@@ -417,20 +623,19 @@ def _matmul_case(
     mnk: tuple[int, int, int],
     num_warps: int,
     num_stages: int,
-    slow: bool = False,
 ) -> Case:
-    dtype, out_dtype, acc, mma, capabilities = _MATMUL_TYPES[name]
+    kind = _MATMUL_TYPES[name]
     tile = "x".join(map(str, block))
+    constexprs = {"ACC": kind.acc, "PRECISION": kind.precision}
     return Case(
         f"matmul-{name}-{tile}-w{num_warps}-s{num_stages}",
         matmul,
-        {"BLOCK_M": block[0], "BLOCK_N": block[1], "BLOCK_K": block[2], "ACC": acc},
-        partial(_matmul, mnk=mnk, block=block, dtype=dtype, out_dtype=out_dtype),
-        capabilities,
+        dict(zip(("BLOCK_M", "BLOCK_N", "BLOCK_K"), block, strict=True)) | constexprs,
+        partial(_matmul, mnk=mnk, block=block, kind=kind),
+        kind.capabilities,
         num_warps,
         num_stages,
-        mma,
-        slow,
+        kind.mma,
     )
 
 
@@ -442,7 +647,6 @@ def _flash_case(
     seq: int,
     num_warps: int,
     num_stages: int,
-    slow: bool = False,
 ) -> Case:
     name = {torch.bfloat16: "bf16", torch.float16: "f16"}[dtype]
     mask = "causal" if causal else "full"
@@ -463,7 +667,6 @@ def _flash_case(
         num_warps,
         num_stages,
         r"mma\.\S*m16n8k16",
-        slow,
     )
 
 
@@ -522,6 +725,49 @@ def _cases() -> list[Case]:
         )
         for bins, warps in [(128, 4), (256, 8)]
     ]
+    cases += [
+        Case(
+            f"row_sort-{cols}-w{warps}",
+            row_sort,
+            {"BLOCK": cols},
+            partial(_row_sort, rows=2, cols=cols),
+            num_warps=warps,
+        )
+        for cols, warps in [(512, 4), (64, 1)]
+    ]
+    cases += [
+        Case("philox", philox, {"BLOCK": 256}, partial(_philox, programs=2, block=256)),
+        Case(
+            "fp8_round_trip",
+            fp8_round_trip,
+            {"BLOCK": 1024},
+            partial(_fp8_round_trip, programs=2, block=1024),
+            (89, 90, 100),
+        ),
+        Case(
+            "integer_division",
+            integer_division,
+            {"BLOCK": 256},
+            partial(_integer_division, programs=2, block=256),
+        ),
+        Case("atomics", atomics, {"BLOCK": 512}, partial(_atomics, programs=3, block=512, bins=16)),
+        Case("locked_sum", locked_sum, {"BLOCK": 256}, partial(_locked_sum, programs=6, block=256)),
+        Case(
+            "row_argmax",
+            row_argmax,
+            {"BLOCK": 1024},
+            partial(_row_argmax, rows=4, cols=1000),
+        ),
+    ]
+    cases += [
+        Case(
+            f"elementary_functions-{name}",
+            elementary_functions,
+            {"BLOCK": 512},
+            partial(_elementary_functions, n=1000, block=512, dtype=dtype),
+        )
+        for name, dtype in [("bf16", bf16), ("f16", f16)]
+    ]
     small, ragged = (128, 128, 256), (100, 80, 208)
     cases += [
         _matmul_case("bf16", (64, 64, 32), small, 4, 3),
@@ -536,27 +782,30 @@ def _cases() -> list[Case]:
         _matmul_case("e4m3", (64, 64, 64), small, 4, 3),
         _matmul_case("e4m3", (32, 64, 32), ragged, 4, 4),
         _matmul_case("e5m2", (64, 64, 64), small, 4, 3),
+        _matmul_case("f16_acc", (64, 64, 32), small, 4, 3),
+        _matmul_case("f64", (32, 32, 16), (48, 40, 64), 4, 3),
+        _matmul_case("f32", (32, 32, 16), (48, 40, 64), 4, 3),
     ]
     large = (256, 256, 512)
     cases += [
-        _matmul_case("bf16", (128, 128, 32), large, 4, 3, slow=True),
-        _matmul_case("bf16", (128, 256, 64), large, 8, 3, slow=True),
-        _matmul_case("f16", (256, 64, 32), large, 4, 4, slow=True),
-        _matmul_case("tf32", (128, 128, 32), large, 8, 3, slow=True),
-        _matmul_case("s8", (128, 128, 64), large, 8, 4, slow=True),
-        _matmul_case("e4m3", (128, 128, 64), large, 8, 4, slow=True),
-        _matmul_case("e5m2", (128, 64, 64), large, 4, 4, slow=True),
+        _matmul_case("bf16", (128, 128, 32), large, 4, 3),
+        _matmul_case("bf16", (128, 256, 64), large, 8, 3),
+        _matmul_case("f16", (256, 64, 32), large, 4, 4),
+        _matmul_case("tf32", (128, 128, 32), large, 8, 3),
+        _matmul_case("s8", (128, 128, 64), large, 8, 4),
+        _matmul_case("e4m3", (128, 128, 64), large, 8, 4),
+        _matmul_case("e5m2", (128, 64, 64), large, 4, 4),
     ]
     cases += [
         _flash_case(bf16, False, dim=64, block=(64, 32), seq=160, num_warps=4, num_stages=3),
         _flash_case(bf16, True, dim=64, block=(64, 64), seq=160, num_warps=4, num_stages=2),
         _flash_case(f16, True, dim=128, block=(64, 32), seq=100, num_warps=4, num_stages=2),
-        _flash_case(f16, False, 128, (128, 64), seq=512, num_warps=8, num_stages=3, slow=True),
-        _flash_case(bf16, True, 128, (128, 64), seq=500, num_warps=8, num_stages=2, slow=True),
+        _flash_case(f16, False, 128, (128, 64), seq=512, num_warps=8, num_stages=3),
+        _flash_case(bf16, True, 128, (128, 64), seq=500, num_warps=8, num_stages=2),
     ]
     cases += [
         Case(
-            f"int4_matmul-{'x'.join(map(str, block))}-s{stages}",
+            f"int4_matmul-f16-{'x'.join(map(str, block))}-s{stages}",
             int4_matmul,
             {"GROUP": 32, "BLOCK_M": block[0], "BLOCK_N": block[1], "BLOCK_K": block[2]},
             partial(_int4_matmul, mnk=mnk, block=block, group=32),
@@ -599,11 +848,13 @@ class CompiledCase:
 
 
 _TRITON_DTYPES = {
+    torch.float64: "fp64",
     torch.float32: "fp32",
     torch.float16: "fp16",
     torch.bfloat16: "bf16",
     torch.float8_e4m3fn: "fp8e4nv",
     torch.float8_e5m2: "fp8e5",
+    torch.int64: "i64",
     torch.int32: "i32",
     torch.int8: "i8",
     torch.uint8: "u8",
