@@ -82,12 +82,21 @@ def serves_logits(logits: Tensor) -> bool:
 
 def _rows(x: Tensor) -> Tensor:
     """x [..., H] as [rows, H] with adjoining elements, copied only if it must be."""
+    if x.ndim == 2 and x.stride(1) == 1:
+        return x
     x = x.reshape(-1, x.shape[-1])
     return x if x.stride(1) == 1 or x.shape[1] <= 1 else x.contiguous()
 
 
+def _empty(x: Tensor) -> Tensor:
+    """A contiguous output of x's shape (empty_like, the cheaper call, keeps a transposition)."""
+    if x.is_contiguous():
+        return torch.empty_like(x)
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    rows, out = _rows(x), torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    rows, out = _rows(x), _empty(x)
     _call(
         "rms_norm",
         x,
@@ -107,7 +116,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Also updates residual, which may have any strides: one it cannot view is copied back."""
     rows, total = _rows(x), _rows(residual)
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    out = _empty(x)
     _call(
         "add_rms_norm",
         x,
@@ -152,7 +161,7 @@ def apply_rope(
 ) -> tuple[Tensor, Tensor]:
     q, k = _features_adjoin(q), _features_adjoin(k)
     cos, sin, positions = cos.contiguous(), sin.contiguous(), positions.contiguous()
-    q_out, k_out = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k))
+    q_out, k_out = _empty(q), _empty(k)
     _call(
         "apply_rope",
         q,

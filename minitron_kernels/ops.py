@@ -88,79 +88,70 @@ def _op(
 # ---------------------------------------------------------------------------------------- checks
 
 
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
-
-
 def _shape(t: Tensor) -> str:
     return "x".join(map(str, t.shape)) or "scalar"
 
 
 def _check_float(**tensors: Tensor) -> None:
     """All arguments are tensors of one floating dtype, on one device."""
-    first_name, first = next(iter(tensors.items()))
-    for name, t in tensors.items():
+    first = dtype = device = None
+    for name, t in tensors.items():  # part of every call: nothing is computed twice
         if not isinstance(t, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
-        if t.dtype not in DTYPES:
-            raise TypeError(f"{name} must be bfloat16, float16 or float32, got {t.dtype}")
-        if t.dtype != first.dtype:
-            raise TypeError(f"{name} is {t.dtype} but {first_name} is {first.dtype}")
-        _require(
-            t.device == first.device,
-            f"{name} is on {t.device} but {first_name} is on {first.device}",
-        )
+        if first is None:
+            first, dtype, device = name, t.dtype, t.device
+            if dtype not in DTYPES:
+                raise TypeError(f"{name} must be bfloat16, float16 or float32, got {dtype}")
+        elif t.dtype is not dtype:
+            raise TypeError(f"{name} is {t.dtype} but {first} is {dtype}")
+        elif t.device != device:
+            raise ValueError(f"{name} is on {t.device} but {first} is on {device}")
 
 
 def _check_index(name: str, t: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
     if not isinstance(t, Tensor) or t.dtype not in (torch.int32, torch.int64):
         got = t.dtype if isinstance(t, Tensor) else type(t).__name__
         raise TypeError(f"{name} must be an int32 or int64 tensor, got {got}")
-    _require(t.device == device, f"{name} is on {t.device}, expected {device}")
-    _require(
-        tuple(t.shape) == shape,
-        f"{name} must have shape {'x'.join(map(str, shape))}, got {_shape(t)}",
-    )
+    if t.device != device:
+        raise ValueError(f"{name} is on {t.device}, expected {device}")
+    if tuple(t.shape) != shape:
+        raise ValueError(f"{name} must have shape {'x'.join(map(str, shape))}, got {_shape(t)}")
 
 
 def _check_rope(rope: Rope, head_dim: int) -> None:
     for name, t in (("rope.cos", rope.cos), ("rope.sin", rope.sin)):
         if t.dtype != torch.float32:
             raise TypeError(f"{name} must be float32, got {t.dtype}")
-        _require(
-            t.ndim == 2 and 0 < 2 * t.shape[1] <= head_dim,
-            f"{name} must be [max_position, R/2] with R <= head_dim {head_dim}, got {_shape(t)}",
+        if t.ndim != 2 or not (0 < 2 * t.shape[1] <= head_dim):
+            raise ValueError(
+                f"{name} must be [max_position, R/2] with R <= head_dim {head_dim}, got {_shape(t)}"
+            )
+    if rope.cos.shape != rope.sin.shape:
+        raise ValueError(
+            f"rope.cos {_shape(rope.cos)} and rope.sin {_shape(rope.sin)} differ in shape"
         )
-    _require(
-        rope.cos.shape == rope.sin.shape,
-        f"rope.cos {_shape(rope.cos)} and rope.sin {_shape(rope.sin)} differ in shape",
-    )
 
 
 def _check_range(name: str, t: Tensor, low: int, high: int) -> None:
     """Every element lies in low..high-1 (on the host: an index error names the argument)."""
     if t.numel() and t.device.type == "cpu":
         smallest, largest = (int(v) for v in torch.aminmax(t))
-        _require(
-            low <= smallest and largest < high,
-            f"{name} must lie in {low}..{high - 1}, got {smallest}..{largest}",
-        )
+        if low > smallest or largest >= high:
+            raise ValueError(f"{name} must lie in {low}..{high - 1}, got {smallest}..{largest}")
 
 
 def _starts(name: str, cu_seqlens: Tensor, total: int, what: str) -> list[int]:
     """Cumulative lengths as a list, checked: 0, ascending, ending at ``total``."""
     if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{name} must be an int32 or int64 tensor")
-    _require(
-        cu_seqlens.ndim == 1 and cu_seqlens.numel() >= 1,
-        f"{name} must have shape [batch + 1], got {_shape(cu_seqlens)}",
-    )
+    if cu_seqlens.ndim != 1 or cu_seqlens.numel() < 1:
+        raise ValueError(f"{name} must have shape [batch + 1], got {_shape(cu_seqlens)}")
     starts: list[int] = cu_seqlens.tolist()
-    _require(
-        starts[0] == 0 and starts[-1] == total and all(a <= b for a, b in pairwise(starts)),
-        f"{name} must ascend from 0 to the {total} rows of {what}, got {starts[:4]}..{starts[-1]}",
-    )
+    if starts[0] != 0 or starts[-1] != total or not all(a <= b for a, b in pairwise(starts)):
+        raise ValueError(
+            f"{name} must ascend from 0 to the {total} rows of {what}, "
+            f"got {starts[:4]}..{starts[-1]}"
+        )
     return starts
 
 
@@ -169,31 +160,33 @@ def _lengths(starts: list[int]) -> list[int]:
 
 
 def _check_heads(q: Tensor, k: Tensor, v: Tensor, kv_ndim: int = 3) -> None:
-    _require(q.ndim == 3, f"q must be [T, Hq, D], got {_shape(q)}")
-    _require(k.ndim == kv_ndim and k.shape == v.shape, f"k is {_shape(k)} and v is {_shape(v)}")
-    _require(
-        q.shape[2] == k.shape[-1],
-        f"head_dim of q ({q.shape[2]}) and of k ({k.shape[-1]}) must be equal",
-    )
-    _require(
-        k.shape[-2] > 0 and q.shape[1] % k.shape[-2] == 0,
-        f"query heads ({q.shape[1]}) must be a multiple of key/value heads ({k.shape[-2]})",
-    )
+    if q.ndim != 3:
+        raise ValueError(f"q must be [T, Hq, D], got {_shape(q)}")
+    if k.ndim != kv_ndim or k.shape != v.shape:
+        raise ValueError(f"k is {_shape(k)} and v is {_shape(v)}")
+    if q.shape[2] != k.shape[-1]:
+        raise ValueError(f"head_dim of q ({q.shape[2]}) and of k ({k.shape[-1]}) must be equal")
+    if k.shape[-2] <= 0 or q.shape[1] % k.shape[-2] != 0:
+        raise ValueError(
+            f"query heads ({q.shape[1]}) must be a multiple of key/value heads ({k.shape[-2]})"
+        )
 
 
 def _check_window(window: int | None) -> None:
-    _require(window is None or window > 0, f"window must be positive or None, got {window}")
+    if window is not None and window <= 0:
+        raise ValueError(f"window must be positive or None, got {window}")
 
 
 # ------------------------------------------------------------------------------- norm, rope, act
 
 
 def _check_norm(x: Tensor, weight: Tensor) -> None:
-    _require(x.ndim >= 1, "x must have at least one dimension")
-    _require(
-        weight.shape == x.shape[-1:],
-        f"weight must have shape {x.shape[-1]} (the last of x), got {_shape(weight)}",
-    )
+    if x.ndim == 0:
+        raise ValueError("x must have at least one dimension")
+    if weight.ndim != 1 or weight.shape[0] != x.shape[-1]:
+        raise ValueError(
+            f"weight must have shape {x.shape[-1]} (the last of x), got {_shape(weight)}"
+        )
 
 
 @_op(
@@ -223,10 +216,8 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Ten
     x and residual [..., H] of one dtype; the sum is rounded to it before it is normalised.
     """
     _check_float(x=x, residual=residual, weight=weight)
-    _require(
-        x.shape == residual.shape,
-        f"residual must have x's shape {_shape(x)}, got {_shape(residual)}",
-    )
+    if x.shape != residual.shape:
+        raise ValueError(f"residual must have x's shape {_shape(x)}, got {_shape(residual)}")
     _check_norm(x, weight)
     if cuda_ops.serves(x):
         return cuda_ops.add_rms_norm(x, residual, weight, eps)
@@ -265,11 +256,10 @@ def apply_rope(
     """
     _check_float(q=q, k=k)
     for name, t in (("q", q), ("k", k)):
-        _require(t.ndim == 3, f"{name} must be [T, H, D], got {_shape(t)}")
-    _require(
-        q.shape[0] == k.shape[0] and q.shape[2] == k.shape[2],
-        f"q {_shape(q)} and k {_shape(k)} must agree in tokens and head_dim",
-    )
+        if t.ndim != 3:
+            raise ValueError(f"{name} must be [T, H, D], got {_shape(t)}")
+    if q.shape[0] != k.shape[0] or q.shape[2] != k.shape[2]:
+        raise ValueError(f"q {_shape(q)} and k {_shape(k)} must agree in tokens and head_dim")
     rope = Rope(cos, sin, positions, interleaved)
     _check_rope(rope, q.shape[2])
     _check_positions(rope, q.shape[0], q.device)
@@ -286,10 +276,8 @@ def apply_rope(
 def silu_and_mul(gate_up: Tensor) -> Tensor:
     """silu(gate) * up of [..., 2I] (gate first) -> [..., I] (Shazeer 2020)."""
     _check_float(gate_up=gate_up)
-    _require(
-        gate_up.ndim >= 1 and gate_up.shape[-1] % 2 == 0,
-        f"gate_up must have an even last dimension, got {_shape(gate_up)}",
-    )
+    if gate_up.ndim < 1 or gate_up.shape[-1] % 2 != 0:
+        raise ValueError(f"gate_up must have an even last dimension, got {_shape(gate_up)}")
     if cuda_ops.serves(gate_up):
         return cuda_ops.silu_and_mul(gate_up)
     gate, up = gate_up.chunk(2, dim=-1)
@@ -306,18 +294,17 @@ def silu_and_mul(gate_up: Tensor) -> Tensor:
 def linear(x: Tensor, w: Tensor, residual: Tensor | None = None) -> Tensor:
     """x [..., K] @ w [N, K]^T (+ residual [..., N]) -> [..., N], in x's dtype."""
     _check_float(x=x, w=w)
-    _require(w.ndim == 2, f"w must be [N, K], got {_shape(w)}")
-    _require(
-        x.ndim >= 1 and x.shape[-1] == w.shape[1],
-        f"the last dimension of x ({_shape(x)}) must be w's K = {w.shape[1]}",
-    )
+    if w.ndim != 2:
+        raise ValueError(f"w must be [N, K], got {_shape(w)}")
+    if x.ndim < 1 or x.shape[-1] != w.shape[1]:
+        raise ValueError(f"the last dimension of x ({_shape(x)}) must be w's K = {w.shape[1]}")
     if residual is not None:
         _check_float(x=x, residual=residual)
-        _require(
-            residual.shape == (*x.shape[:-1], w.shape[0]),
-            f"residual must be {'x'.join(map(str, (*x.shape[:-1], w.shape[0])))}, "
-            f"got {_shape(residual)}",
-        )
+        if residual.shape != (*x.shape[:-1], w.shape[0]):
+            raise ValueError(
+                f"residual must be {'x'.join(map(str, (*x.shape[:-1], w.shape[0])))}, "
+                f"got {_shape(residual)}"
+            )
     rows = x.reshape(-1, x.shape[-1])
     add = None if residual is None else residual.reshape(-1, w.shape[0])
     return torch_ops.matmul(rows, w, add=add).view(*x.shape[:-1], w.shape[0])
@@ -358,19 +345,14 @@ def _swiglu_mlp(
 ) -> Tensor:
     tensors = {"x": x, "gate": gate, "up": up, "w_down": w_down}
     _check_float(**tensors if residual is None else {**tensors, "residual": residual})
-    _require(x.ndim == 2, f"x must be [T, H], got {_shape(x)}")
-    _require(
-        gate.ndim == 2 and gate.shape == up.shape and gate.shape[1] == x.shape[1],
-        f"gate {_shape(gate)} and up {_shape(up)} must both be [I, {x.shape[1]}]",
-    )
-    _require(
-        w_down.ndim == 2 and w_down.shape[1] == gate.shape[0],
-        f"w_down must be [H, {gate.shape[0]}], got {_shape(w_down)}",
-    )
-    _require(
-        residual is None or residual.shape == (x.shape[0], w_down.shape[0]),
-        f"residual must be {x.shape[0]}x{w_down.shape[0]}",
-    )
+    if x.ndim != 2:
+        raise ValueError(f"x must be [T, H], got {_shape(x)}")
+    if gate.ndim != 2 or gate.shape != up.shape or gate.shape[1] != x.shape[1]:
+        raise ValueError(f"gate {_shape(gate)} and up {_shape(up)} must both be [I, {x.shape[1]}]")
+    if w_down.ndim != 2 or w_down.shape[1] != gate.shape[0]:
+        raise ValueError(f"w_down must be [H, {gate.shape[0]}], got {_shape(w_down)}")
+    if residual is not None and residual.shape != (x.shape[0], w_down.shape[0]):
+        raise ValueError(f"residual must be {x.shape[0]}x{w_down.shape[0]}")
     if norm_weight is not None:
         x = rms_norm(x, norm_weight, eps)
     x = x.contiguous()
@@ -450,18 +432,18 @@ def _attention(
     _check_window(window)
     starts_q = _starts("cu_seqlens_q", cu_seqlens_q, q.shape[0], "q")
     starts_k = _starts("cu_seqlens_k", cu_seqlens_k, k.shape[0], "k")
-    _require(
-        len(starts_q) == len(starts_k),
-        f"cu_seqlens_q has {len(starts_q) - 1} sequences, cu_seqlens_k {len(starts_k) - 1}",
-    )
+    if len(starts_q) != len(starts_k):
+        raise ValueError(
+            f"cu_seqlens_q has {len(starts_q) - 1} sequences, cu_seqlens_k {len(starts_k) - 1}"
+        )
     scale = 1 / math.sqrt(q.shape[2]) if softmax_scale is None else softmax_scale
     if cos is not None and sin is not None:
         lengths = list(zip(_lengths(starts_q), _lengths(starts_k), strict=True))
         _check_rope(Rope(cos, sin), q.shape[2])
-        _require(
-            all(lq <= lk <= cos.shape[0] for lq, lk in lengths),
-            f"with rope every sequence needs queries <= keys <= max_position {cos.shape[0]}",
-        )
+        if not all(lq <= lk <= cos.shape[0] for lq, lk in lengths):
+            raise ValueError(
+                f"with rope every sequence needs queries <= keys <= max_position {cos.shape[0]}"
+            )
         for_q = [p for lq, lk in lengths for p in range(lk - lq, lk)]
         for_k = [p for _, lk in lengths for p in range(lk)]
         q = torch_ops.rotate(q, cos[for_q][:, None], sin[for_q][:, None], interleaved)
@@ -480,12 +462,12 @@ def _attention(
 
 def _check_cache(k_cache: Tensor, v_cache: Tensor) -> None:
     for name, t in (("k_cache", k_cache), ("v_cache", v_cache)):
-        _require(t.ndim == 4, f"{name} must be [pages, page, Hk, D], got {_shape(t)}")
-        _require(t.is_contiguous(), f"{name} must be contiguous")
-    _require(
-        k_cache.shape == v_cache.shape,
-        f"k_cache {_shape(k_cache)} and v_cache {_shape(v_cache)} differ in shape",
-    )
+        if t.ndim != 4:
+            raise ValueError(f"{name} must be [pages, page, Hk, D], got {_shape(t)}")
+        if not t.is_contiguous():
+            raise ValueError(f"{name} must be contiguous")
+    if k_cache.shape != v_cache.shape:
+        raise ValueError(f"k_cache {_shape(k_cache)} and v_cache {_shape(v_cache)} differ in shape")
 
 
 def rope_append(
@@ -521,10 +503,8 @@ def _rope_append(
     _check_cache(k_cache, v_cache)
     num_pages, page, hk, d = k_cache.shape
     for name, t in (("k", k), ("v", v)):
-        _require(
-            t.ndim == 3 and t.shape[1:] == (hk, d) and t.shape[0] == k.shape[0],
-            f"{name} must be {k.shape[0]}x{hk}x{d}, got {_shape(t)}",
-        )
+        if t.ndim != 3 or t.shape[1:] != (hk, d) or t.shape[0] != k.shape[0]:
+            raise ValueError(f"{name} must be {k.shape[0]}x{hk}x{d}, got {_shape(t)}")
     rope = Rope(cos, sin, positions, interleaved)
     _check_rope(rope, d)
     _check_positions(rope, k.shape[0], k.device)
@@ -596,14 +576,14 @@ def _qkv_rope_append(
     rope = Rope(cos, sin, positions, interleaved)
     _check_float(x=x, wq=wq, wk=wk, wv=wv, k_cache=k_cache, v_cache=v_cache)
     _check_cache(k_cache, v_cache)
-    _require(x.ndim == 2, f"x must be [T, H], got {_shape(x)}")
+    if x.ndim != 2:
+        raise ValueError(f"x must be [T, H], got {_shape(x)}")
     num_pages, page, hk, d = k_cache.shape
     for name, w in (("wk", wk), ("wv", wv)):
-        _require(w.shape[0] == hk * d, f"{name} must have Hk*D = {hk * d} rows, got {_shape(w)}")
-    _require(
-        wq.shape[0] > 0 and wq.shape[0] % (hk * d) == 0,
-        f"wq must have a multiple of Hk*D = {hk * d} rows, got {_shape(wq)}",
-    )
+        if w.shape[0] != hk * d:
+            raise ValueError(f"{name} must have Hk*D = {hk * d} rows, got {_shape(w)}")
+    if wq.shape[0] <= 0 or wq.shape[0] % (hk * d) != 0:
+        raise ValueError(f"wq must have a multiple of Hk*D = {hk * d} rows, got {_shape(wq)}")
     _check_rope(rope, d)
     _check_positions(rope, x.shape[0], x.device)
     _check_index("slots", slots, (x.shape[0],), x.device)
@@ -698,34 +678,33 @@ def _attention_kvcache(
     _check_heads(q, k_cache, v_cache, kv_ndim=4)
     _check_window(window)
     num_pages, page, hk, d = k_cache.shape
-    _require(block_table.ndim == 2, f"block_table must be [B, pages], got {_shape(block_table)}")
+    if block_table.ndim != 2:
+        raise ValueError(f"block_table must be [B, pages], got {_shape(block_table)}")
     batch, max_pages = block_table.shape
     _check_index("block_table", block_table, (batch, max_pages), q.device)
     _check_index("cache_seqlens", cache_seqlens, (batch,), q.device)
     if cu_seqlens_q is None:
-        _require(q.shape[0] == batch, f"q has {q.shape[0]} rows for {batch} sequences")
+        if q.shape[0] != batch:
+            raise ValueError(f"q has {q.shape[0]} rows for {batch} sequences")
         starts = list(range(batch + 1))
     else:
         starts = _starts("cu_seqlens_q", cu_seqlens_q, q.shape[0], "q")
-        _require(
-            len(starts) == batch + 1,
-            f"cu_seqlens_q must have {batch + 1} entries, got {len(starts)}",
-        )
-    _require((k_new is None) == (v_new is None), "k_new and v_new must be given together")
+        if len(starts) != batch + 1:
+            raise ValueError(f"cu_seqlens_q must have {batch + 1} entries, got {len(starts)}")
+    if (k_new is None) != (v_new is None):
+        raise ValueError("k_new and v_new must be given together")
     before: list[int] = cache_seqlens.tolist()
     tables: list[list[int]] = block_table.tolist()
     counts = _lengths(starts)
     added = counts if k_new is not None else [0] * batch
     for i in range(batch):
         length = before[i] + added[i]
-        _require(
-            before[i] >= 0 and length <= max_pages * page,
-            f"cache_seqlens[{i}]: {length} tokens do not fit block_table's {max_pages} x {page}",
-        )
-        _require(
-            all(0 <= p < num_pages for p in tables[i][: -(-length // page)]),
-            f"block_table[{i}] names a page outside 0..{num_pages - 1}",
-        )
+        if before[i] < 0 or length > max_pages * page:
+            raise ValueError(
+                f"cache_seqlens[{i}]: {length} tokens do not fit block_table's {max_pages} x {page}"
+            )
+        if not all(0 <= p < num_pages for p in tables[i][: -(-length // page)]):
+            raise ValueError(f"block_table[{i}] names a page outside 0..{num_pages - 1}")
     if rope is not None:
         _check_rope(rope, d)
         if rope.positions is None:
@@ -737,10 +716,8 @@ def _attention_kvcache(
     if k_new is not None and v_new is not None:
         _check_float(q=q, k_new=k_new, v_new=v_new)
         for name, t in (("k_new", k_new), ("v_new", v_new)):
-            _require(
-                tuple(t.shape) == (q.shape[0], hk, d),
-                f"{name} must be {q.shape[0]}x{hk}x{d}, got {_shape(t)}",
-            )
+            if tuple(t.shape) != (q.shape[0], hk, d):
+                raise ValueError(f"{name} must be {q.shape[0]}x{hk}x{d}, got {_shape(t)}")
         slots = [
             tables[i][p // page] * page + p % page
             for i in range(batch)

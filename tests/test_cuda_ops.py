@@ -38,18 +38,20 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
     assert driver.cuInit(0) == 0
     assert driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), ORDINALS[request.param]) == 0
     assert driver.cuCtxSetCurrent(context) == 0
-    empty, made = torch.empty, []
 
-    def known_empty(*args: Any, **kwargs: Any) -> Tensor:
-        tensor = empty(*args, **kwargs)
-        tensor.fill_(float("nan") if tensor.is_floating_point() else -77)
-        made.append(on(tensor, "cpu"))
-        return tensor
+    def known(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def make(*args: Any, **kwargs: Any) -> Tensor:
+            tensor = function(*args, **kwargs)
+            tensor.fill_(float("nan") if tensor.is_floating_point() else -77)
+            return on(tensor, "cpu")
 
-    monkeypatch.setattr(torch, "empty", known_empty)
+        return make
+
+    for name in ("empty", "empty_like"):
+        monkeypatch.setattr(torch, name, known(getattr(torch, name)))
     monkeypatch.setattr(cuda_ops, "emulate", True)
     yield "cpu"
-    for tensor in [*made, *_known]:
+    for tensor in _known:
         driver.emu_region_remove(tensor.untyped_storage().data_ptr())
     _known.clear()
 
