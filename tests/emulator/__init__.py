@@ -254,7 +254,7 @@ class Kernel:
         args: numpy arrays and torch CPU tensors (passed as pointers, accessible up to their last
         element), None (a null pointer), numpy scalars, Python numbers (converted to the parameter's
         size; floats of 4 or 8 bytes), bytes or ctypes structures. `regions`: further arrays the
-        kernel may touch. `uninitialised`: arrays among these whose contents must not be read before
+        kernel may touch. `uninitialised`: those of either whose contents must not be read before
         the kernel has written them. `seed` picks an interleaving of warps and CTAs; `threads` is
         the number of host threads (0: all). Raises EmulatorError.
         """
@@ -265,7 +265,7 @@ class Kernel:
             self._pack(a, n, i) for i, (a, n) in enumerate(zip(args, self.param_bytes, strict=True))
         ]
         arrays = {f"argument {i}": a for i, a in enumerate(args) if _is_array(a)}
-        arrays |= {f"region {i}": a for i, a in enumerate([*regions, *uninitialised])}
+        arrays |= {f"region {i}": a for i, a in enumerate(regions)}
         table = (_Region * max(1, len(arrays)))()
         for row, (name, array) in zip(table, arrays.items(), strict=False):
             base, size = _extent(array)

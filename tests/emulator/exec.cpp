@@ -463,7 +463,8 @@ bool Cta::run(uint64_t slice) {
         std::shuffle(ready.begin(), ready.end(), rng);
         for (size_t i : ready) {
             Warp& w = warps[i];
-            const uint32_t quantum = 16 + rng() % 112;
+            // From single steps to long runs.
+            const uint32_t quantum = 1 + rng() % (1u << rng() % 8);
             w.run(quantum);
             instructions += quantum - w.budget;
         }

@@ -255,6 +255,14 @@ class SharedMemory {
 
   private:
     uint32_t& seen(int warp, int other) { return seen_[warp * warps_ + other]; }
+    // When `warp` read granule g and, if g is a multiple of 4, the three after it: [g / 4][warp][g
+    // % 4].
+    uint32_t* reads_of(int warp, uint32_t g) {
+        return &read_time_[((g >> 2) * static_cast<uint32_t>(warps_) +
+                            static_cast<uint32_t>(warp)) *
+                               4 +
+                           (g & 3)];
+    }
     void slow_check(Access kind, int warp, int lane, uint32_t granule, const uint8_t* value);
     void check_readers(int warp, int lane, uint32_t first, uint32_t last);
 
@@ -269,7 +277,7 @@ class SharedMemory {
     std::vector<uint32_t> seen_;
     std::vector<uint32_t> write_time_;
     std::vector<uint16_t> writer_;     // warp << 5 | lane
-    std::vector<uint32_t> read_time_;  // [warp][granule]
+    std::vector<uint32_t> read_time_;  // see reads_of
     std::map<uint32_t, Clock> flags_;  // clocks carried by atomics and strong accesses
 };
 

@@ -57,7 +57,7 @@ void SharedMemory::reset(uint32_t bytes, int granule_shift, int warps, Options o
         data_.assign((bytes + 15) & ~15u, 0);
         write_time_.assign(granules_, 0);
         writer_.assign(granules_, 0);
-        read_time_.assign(static_cast<size_t>(granules_) * warps, 0);
+        read_time_.assign(static_cast<size_t>(granules_ + 4) * warps, 0);
     }
     start_ = ++time_;
     seen_.assign(static_cast<size_t>(warps) * warps, time_);
@@ -76,9 +76,8 @@ void SharedMemory::access(Access kind, int warp, int lane, uint32_t address, uin
         return write_time_[g] - start_ < seen[(writer_[g] & ~kAtomic) >> 5] - start_;
     };
     if (kind == Access::read) {
-        uint32_t* reads = &read_time_[static_cast<size_t>(warp) * granules_];
         uint32_t g = first;
-        if (last - first == 3) {  // 16 bytes that one lane wrote, as a rule
+        if (last - first == 3 && (g & 3) == 0) {  // 16 bytes that one lane wrote, as a rule
             uint64_t writers;
             std::memcpy(&writers, &writer_[g], sizeof writers);
             if (writers == (writers & 0xffff) * 0x0001000100010001ull) {
@@ -86,7 +85,8 @@ void SharedMemory::access(Access kind, int warp, int lane, uint32_t address, uin
                 uint32_t good = 1;
                 for (int i = 0; i < 4; ++i) good &= write_time_[g + i] - start_ < limit;
                 if (good) {
-                    for (int i = 0; i < 4; ++i) reads[g + i] = time_;
+                    uint32_t* reads = reads_of(warp, g);
+                    for (int i = 0; i < 4; ++i) reads[i] = time_;
                     return;
                 }
             }
@@ -94,7 +94,7 @@ void SharedMemory::access(Access kind, int warp, int lane, uint32_t address, uin
         for (; g <= last; ++g) {
             if (!ordered(g)) [[unlikely]]
                 slow_check(kind, warp, lane, g, nullptr);
-            reads[g] = time_;
+            *reads_of(warp, g) = time_;
         }
         return;
     }
@@ -131,17 +131,23 @@ void SharedMemory::land(int warp, int lane, uint32_t address, uint32_t bytes) {
 
 void SharedMemory::check_readers(int warp, int lane, uint32_t first, uint32_t last) {
     if (!options_.check_races) return;
-    for (int v = 0; v < warps_; ++v) {
-        if (v == warp) continue;
-        const uint32_t* reads = &read_time_[static_cast<size_t>(v) * granules_];
-        const uint32_t limit = seen(warp, v);
+    const uint32_t* limits = &seen_[warp * warps_];
+    if (last - first == 3 && (first & 3) == 0) {
+        const uint32_t* reads = reads_of(0, first);
+        uint32_t late = 0;
+        for (int v = 0; v < warps_; ++v) {
+            const uint32_t limit = v == warp ? ~0u : limits[v];
+            for (int i = 0; i < 4; ++i) late |= reads[4 * v + i] >= limit;
+        }
+        if (!late) return;
+    }
+    for (int v = 0; v < warps_; ++v)
         for (uint32_t g = first; g <= last; ++g)
-            if (reads[g] >= limit) [[unlikely]]
+            if (v != warp && *reads_of(v, g) >= limits[v]) [[unlikely]]
                 fault("shared-memory race",
                       "write to shared address " + hex(static_cast<uint64_t>(g) << shift_) +
                           ", which warp " + std::to_string(v) + " read with no barrier in between",
                       lane);
-    }
 }
 
 void SharedMemory::slow_check(Access kind, int warp, int lane, uint32_t granule,
