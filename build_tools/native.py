@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -32,6 +33,12 @@ ENTRY_FILES: dict[str, tuple[str, ...]] = {
     "rope/entries/rope.cu": cuda.ARCHS,
     "sampling/entries/sampling.cu": cuda.ARCHS,
     "silu_and_mul/entries/silu_and_mul.cu": cuda.ARCHS,
+}
+
+# Instruction set, as the names of files below csrc/cpu end -> the flags of x86-64 compilers.
+_CPU_ISA_FLAGS = {
+    "avx2": "-mavx2 -mfma -mf16c",
+    "avx512": "-mavx512f -mavx512bw -mavx512vl -mfma",
 }
 
 HEADER = "minitron_kernels.h"
@@ -71,6 +78,13 @@ def _fatbin(source: str, arch: str) -> Path:
     return BUILD / f"sm_{arch}" / f"{Path(source).stem}.fatbin"
 
 
+def _cpu_flags(stem: str) -> str:
+    """Flags of a file below csrc/cpu: its name ends in the instruction set it is compiled for."""
+    x86 = platform.machine().lower() in ("x86_64", "amd64")
+    isa = _CPU_ISA_FLAGS.get(stem.rpartition("_")[2], "") if x86 else ""
+    return f"-O3 -ffp-contract=off {isa}".rstrip()
+
+
 def _ninja_file(archs: tuple[str, ...], nvcc_version: str) -> str:
     """The build graph. Paths that change from build to build come by the environment instead:
     ninja rebuilds whatever has a new command line."""
@@ -81,6 +95,8 @@ def _ninja_file(archs: tuple[str, ...], nvcc_version: str) -> str:
             continue
         objects.append(BUILD / "host" / f"{'_'.join(source.parts[1:])}.o")
         lines.append(f"build {objects[-1]}: cxx {source}")
+        if source.parts[1] == "cpu":
+            lines.append(f"  extra = {_cpu_flags(source.stem)}")
     library, extension = BUILD / LIBRARY, BUILD / EXTENSION
     inputs = " ".join(map(str, objects))
     lines.append(f"build {library}: library {inputs} | csrc/launch/exports.map")

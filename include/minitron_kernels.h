@@ -41,7 +41,8 @@ typedef enum mk_status {
     MK_ERR_ALIGNMENT = 5,   /* a pointer that is not aligned to its element */
     MK_ERR_VALUE = 6,       /* any other argument out of range */
     MK_ERR_UNSUPPORTED = 7, /* no kernel for this device, or not in this build */
-    MK_ERR_DRIVER = 8       /* the CUDA driver is missing or reported an error */
+    MK_ERR_DRIVER = 8,      /* the CUDA driver is missing or reported an error */
+    MK_ERR_MEMORY = 9       /* no host memory for scratch */
 } mk_status;
 
 typedef enum mk_dtype { MK_BF16 = 1, MK_F16 = 2, MK_F32 = 3, MK_I32 = 4, MK_I64 = 5 } mk_dtype;
@@ -105,8 +106,8 @@ typedef struct mk_rms_norm_params {
     int64_t x_stride;        /* between rows */
     int64_t residual_stride; /* between rows */
     int64_t out_stride;      /* between rows */
-    int32_t rows;
-    int32_t hidden; /* 1 ... 16384 */
+    int32_t rows;            /* 0 ... 2^30 */
+    int32_t hidden;          /* 1 ... 16384 */
     float eps;
     int32_t dtype; /* MK_BF16, MK_F16: of all tensors */
 } mk_rms_norm_params;
@@ -276,6 +277,54 @@ typedef struct mk_sample_params {
 MK_API mk_status mk_sample(const mk_sample_params* params, void* stream);
 MK_API mk_status mk_sample_plan(const mk_sample_params* params, const mk_device* device,
                                 mk_plan* plan);
+
+/* ---- Matrix product on the CPU ------------------------------------------------------------------
+ * out[m, n] = epilogue(sum over k of x[m, k] * w[n, k]) for tensors in host memory; it returns when
+ * it is done. The sum is 16 partial sums in fp32 from +0, lane l adding by fused multiply-add the
+ * products of k = l, l + 16, ... ascending (zeros past the last k, up to a multiple of 16), which
+ * are then halved four times: s[l] += s[l + 8], += s[l + 4], += s[l + 2], += s[l + 1]. The epilogue
+ * works in fp32 on it, and the result is rounded once, to nearest even; every NaN is stored as the
+ * positive quiet NaN. So an output's bits depend on its row of x and of w only: not on m, n, the
+ * strides, the threads, the processor, nor the rounding mode and flush-to-zero of the caller.
+ * No byte outside the rows is read. May be called by several threads at once (one of them then has
+ * the worker threads, the others work alone) and in a forked child. A calling thread keeps up to
+ * 33 MiB of scratch (more when m * k of 128 rows is more), each worker 1 MiB.
+ */
+typedef enum mk_epilogue {
+    MK_EPILOGUE_NONE = 0,
+    MK_EPILOGUE_SILU = 1,  /* silu(y) = y / (1 + exp(-y)), exp within 1 unit in the last place */
+    MK_EPILOGUE_MUL = 2,   /* y * other */
+    MK_EPILOGUE_ADD = 3,   /* y + other */
+    MK_EPILOGUE_SWIGLU = 4 /* silu(y) * (the same sum with w_up) */
+} mk_epilogue;
+
+/* Instruction sets. The results are the same. */
+typedef enum mk_cpu_isa {
+    MK_CPU_AUTO = 0,     /* that of the environment variable MK_CPU_ISA (baseline, avx2, avx512),
+                          * else the best that the processor has */
+    MK_CPU_BASELINE = 1, /* plain C++ */
+    MK_CPU_AVX2 = 2,     /* and FMA, F16C */
+    MK_CPU_AVX512 = 3    /* F, BW, VL */
+} mk_cpu_isa;
+
+typedef struct mk_cpu_linear_params {
+    const void* x;     /* [m, k] */
+    const void* w;     /* [n, k] */
+    const void* w_up;  /* [n, k] for MK_EPILOGUE_SWIGLU, else NULL */
+    const void* other; /* [m, n] for MK_EPILOGUE_MUL and _ADD, else NULL; may be out */
+    void* out;         /* [m, n] */
+    int64_t x_stride, w_stride, w_up_stride, other_stride, out_stride; /* between rows */
+    int32_t m, n, k;
+    int32_t dtype;       /* MK_BF16, MK_F16, MK_F32: of all tensors */
+    int32_t epilogue;    /* mk_epilogue */
+    int32_t num_threads; /* 1 ... 256, the caller's among them */
+    int32_t isa;         /* mk_cpu_isa */
+} mk_cpu_linear_params;
+
+MK_API mk_status mk_cpu_linear(const mk_cpu_linear_params* params);
+
+/* The instruction set of MK_CPU_AUTO: "baseline", "avx2", "avx512". */
+MK_API mk_status mk_cpu_isa_name(const char** name);
 
 #ifdef __cplusplus
 } /* extern "C" */

@@ -11,19 +11,30 @@
 
 namespace mk::cpu {
 
-constexpr int kLanes = 16;    // partial sums of an output
-constexpr int kBlockM = 128;  // rows of x,
-constexpr int kBlockN = 48;   // rows of w,
-constexpr int kBlockK = 1024; // and columns of both, that a thread works on at a time
+#define MK_INLINE inline __attribute__((always_inline))
+#define MK_UNROLL _Pragma("GCC unroll 32")
+
+// 16-bit floats as stored.
+struct Bf16 {
+    uint16_t bits;
+};
+struct F16 {
+    uint16_t bits;
+};
+
+constexpr int kLanes = 16;     // partial sums of an output
+constexpr int kBlockM = 128;   // rows of x,
+constexpr int kBlockN = 48;    // rows of w,
+constexpr int kBlockK = 1024;  // and columns of both, that a thread works on at a time
 constexpr int kStreamMaxM = 4;
 constexpr int kSumsSize = kBlockM * kBlockN;
 constexpr int kStreamMaxN = kSumsSize / kStreamMaxM;
 
 // What a thread works in: 720 KiB, meant for its L2 cache.
 struct alignas(64) Scratch {
-    float w[kBlockN * kBlockK];            // a block of w in fp32, in panels
-    float partial[kSumsSize * kLanes];     // partial sums between two blocks of columns
-    float sums[2][kSumsSize];              // of w, and of w_up
+    float w[kBlockN * kBlockK];         // a block of w in fp32, in panels
+    float partial[kSumsSize * kLanes];  // partial sums between two blocks of columns
+    float sums[2][kSumsSize];           // of w, and of w_up
 };
 
 // A problem whose x has been packed: in fp32, zeros after column k, in tiles of tile_m rows (the

@@ -20,7 +20,8 @@ namespace {
 
 constexpr int kTileM = Vec::kTileM;
 constexpr int kTileN = Vec::kTileN;
-static_assert(kBlockM % kTileM == 0 && kBlockN % kTileN == 0 && kTileM >= kStreamMaxM / 2);
+static_assert(kTileM == 2 || kTileM == 4);
+static_assert(kBlockM % kTileM == 0 && kBlockN % kTileN == 0 && kStreamMaxN % kTileN == 0);
 
 template <class T>
 const T* row(const void* base, int64_t stride, int64_t index) {
@@ -57,32 +58,37 @@ MK_INLINE void reduce_tile(const Vec (&acc)[kM * kTileN], float* sums, int64_t s
     }
 }
 
-// The rows of w in a tile; past `end` the last one again, whose sums nobody reads.
-template <class T>
-struct Rows {
-    const T* at[kTileN];
-
-    Rows(const void* w, int64_t stride, int64_t n, int64_t end) {
-        for (int j = 0; j < kTileN; ++j) {
-            at[j] = row<T>(w, stride, n + j < end ? n + j : end - 1);
-        }
-    }
+// f(Int<rows>{}) for rows = 1 ... kTileM.
+template <int kValue>
+struct Int {
+    static constexpr int value = kValue;
 };
 
+template <class F>
+MK_INLINE void with_tile_rows(int64_t rows, const F& f) {
+    if constexpr (kTileM == 4) {
+        if (rows == 4) return f(Int<4>{});
+        if (rows == 3) return f(Int<3>{});
+    }
+    if (rows == 2) return f(Int<2>{});
+    return f(Int<1>{});
+}
+
 template <int kM, class T>
-void stream_tile(const float* x, const Rows<T>& w, int64_t k, float* sums, int64_t stride) {
+void stream_tile(const float* x, const T* const* rows, int64_t k, float* sums) {
     Vec acc[kM * kTileN] = {};
-    const T* w_rows[kTileN];
-    for (int j = 0; j < kTileN; ++j) w_rows[j] = w.at[j];
+    const T* w[kTileN];
+    MK_UNROLL
+    for (int j = 0; j < kTileN; ++j) w[j] = rows[j];
     int64_t i = 0;
     for (; i + kLanes <= k; i += kLanes, x += kM * kLanes) {
-        step<kM>(acc, x, [&](int j) { return Vec::load(w_rows[j] + i); });
+        step<kM>(acc, x, [&](int j) { return Vec::load(w[j] + i); });
     }
     if (i < k) {
         const int left = static_cast<int>(k - i);
-        step<kM>(acc, x, [&](int j) { return Vec::load(w_rows[j] + i, left); });
+        step<kM>(acc, x, [&](int j) { return Vec::load(w[j] + i, left); });
     }
-    reduce_tile<kM>(acc, sums, stride);
+    reduce_tile<kM>(acc, sums, kStreamMaxN);
 }
 
 // One tile of a block: x and w are panels of `steps` x 16 columns. `partial` takes the tile's
@@ -132,20 +138,18 @@ void pack_x_rows(const LinearTask& task, int64_t m, int64_t m_end) {
 
 // ---- the epilogue ----
 
-// exp(x) for x <= 89, and exp(-86) below -86: 2^n * e^r, |r| <= ln(2)/2, by a polynomial of degree
-// 6 in r (minimax, relative error 2^-26). Within 1 unit in the last place.
+// exp(x) for x <= 89, and exp(-86) for x < -86: 2^n * e^r with |r| <= ln(2)/2 and e^r = 1 + r +
+// r^2 * q(r), q of degree 4 fitted for the least relative error of e^r (2^-28; 2^-24 when rounded).
 MK_INLINE Vec exp_clamped(Vec x) {
     x = Vec::min(Vec::set(89.f), Vec::max(Vec::set(-86.f), x));  // a NaN passes
-    const Vec n = (x * Vec::set(1.44269504f)).round();
-    Vec r = Vec::fma(n, Vec::set(-0.693359375f), x);
-    r = Vec::fma(n, Vec::set(2.12194440e-4f), r);
-    Vec p = Vec::set(1.3981999507e-3f);
-    p = Vec::fma(p, r, Vec::set(8.3334519073e-3f));
-    p = Vec::fma(p, r, Vec::set(4.1665795894e-2f));
-    p = Vec::fma(p, r, Vec::set(1.6666665459e-1f));
-    p = Vec::fma(p, r, Vec::set(0.5f));
-    p = Vec::fma(p, r * r, r) + Vec::set(1.f);
-    return p.scale(n);
+    const Vec n = (x * Vec::set(0x1.715476p0f)).round();
+    const Vec r = Vec::fma(n, Vec::set(0x1.05c610p-29f), Vec::fma(n, Vec::set(-0x1.62e430p-1f), x));
+    Vec q = Vec::set(0x1.6a2256p-10f);
+    q = Vec::fma(q, r, Vec::set(0x1.123b02p-7f));
+    q = Vec::fma(q, r, Vec::set(0x1.5558f8p-5f));
+    q = Vec::fma(q, r, Vec::set(0x1.555490p-3f));
+    q = Vec::fma(q, r, Vec::set(0x1.fffffcp-2f));
+    return (Vec::fma(q, r * r, r) + Vec::set(1.f)).scale(n);
 }
 
 MK_INLINE Vec silu(Vec y) { return y / (Vec::set(1.f) + exp_clamped(Vec::set(0.f) - y)); }
@@ -185,29 +189,102 @@ void finish(const LinearTask& task, int64_t m, int64_t m_end, int64_t n, int64_t
 
 // ---- few rows ----
 
-template <int kM, class T>
-void stream_rows(const LinearTask& task, const void* w, int64_t w_stride, int64_t n, int64_t n_end,
+// The rows n ... n + kTileN-1 of w; past `end` the last one again, whose sums nobody reads.
+template <class T>
+void tile_rows(const void* w, int64_t stride, int64_t n, int64_t end, const T* (&rows)[kTileN]) {
+    for (int j = 0; j < kTileN; ++j) rows[j] = row<T>(w, stride, n + j < end ? n + j : end - 1);
+}
+
+template <class T>
+void stream_sums(const LinearTask& task, const void* w, int64_t stride, int64_t n, int64_t n_end,
                  float* sums) {
     for (int64_t j = n; j < n_end; j += kTileN) {
-        const Rows<T> w_rows(w, w_stride, j, n_end);
-        stream_tile<kM, T>(task.packed_x, w_rows, task.p.k, sums + (j - n), kStreamMaxN);
+        const T* rows[kTileN];
+        tile_rows(w, stride, j, n_end, rows);
+        for (int64_t m = 0; m < task.p.m; m += kTileM) {
+            const float* x = task.packed_x + m * task.packed_k;
+            float* tile_sums = sums + m * kStreamMaxN + (j - n);
+            with_tile_rows(task.p.m - m, [&](auto count) {
+                stream_tile<decltype(count)::value, T>(x, rows, task.p.k, tile_sums);
+            });
+        }
     }
 }
 
 template <class T>
-void stream_sums(const LinearTask& task, const void* w, int64_t w_stride, int64_t n, int64_t n_end,
-                 float* sums) {
-    int64_t m = 0;
-    // The tiles of x, as pack_x_rows made them.
-    for (; m + kTileM <= task.p.m; m += kTileM)
-        ;
-    switch (task.p.m) {
-        case 1:
-            return stream_rows<1, T>(task, w, w_stride, n, n_end, sums);
-        case 2:
-            return stream_rows<2, T>(task, w, w_stride, n, n_end, sums);
+void stream(const LinearTask& task, int64_t n, int64_t n_end, Scratch& scratch) {
+    const mk_cpu_linear_params& p = task.p;
+    stream_sums<T>(task, p.w, p.w_stride, n, n_end, scratch.sums[0]);
+    if (p.epilogue == MK_EPILOGUE_SWIGLU) {
+        stream_sums<T>(task, p.w_up, p.w_up_stride, n, n_end, scratch.sums[1]);
     }
+    finish<T>(task, 0, p.m, n, n_end, scratch, kStreamMaxN);
 }
+
+// ---- many rows ----
+
+template <class T>
+void block_sums(const LinearTask& task, const void* w, int64_t stride, int64_t m, int64_t m_end,
+                int64_t n, int64_t n_end, Scratch& scratch, float* sums) {
+    int64_t k = 0;
+    do {
+        const int64_t k_end = k + kBlockK < task.p.k ? k + kBlockK : task.p.k;
+        const int64_t steps = (k_end - k + kLanes - 1) / kLanes;
+        const bool first = k == 0, last = k_end == task.p.k;
+        float* partial = scratch.partial;
+        for (int64_t j = n; j < n_end; j += kTileN) {
+            float* panel = scratch.w + (j - n) * kBlockK;
+            const T* rows[kTileN];
+            tile_rows(w, stride, j, n_end, rows);
+            pack(rows, kTileN, k, k_end, panel);
+            for (int64_t i = m; i < m_end; i += kTileM, partial += kTileM * kTileN * kLanes) {
+                const int64_t count = m_end - i < kTileM ? m_end - i : kTileM;
+                const float* x = task.packed_x + i * task.packed_k + k * count;
+                float* tile_sums = sums + (i - m) * kBlockN + (j - n);
+                with_tile_rows(count, [&](auto rows_of_x) {
+                    panel_tile<decltype(rows_of_x)::value>(x, panel, steps, first, last, partial,
+                                                           tile_sums);
+                });
+            }
+        }
+        k += kBlockK;
+    } while (k < task.p.k);
+}
+
+template <class T>
+void block(const LinearTask& task, int64_t m, int64_t m_end, int64_t n, int64_t n_end,
+           Scratch& scratch) {
+    const mk_cpu_linear_params& p = task.p;
+    block_sums<T>(task, p.w, p.w_stride, m, m_end, n, n_end, scratch, scratch.sums[0]);
+    if (p.epilogue == MK_EPILOGUE_SWIGLU) {
+        block_sums<T>(task, p.w_up, p.w_up_stride, m, m_end, n, n_end, scratch, scratch.sums[1]);
+    }
+    finish<T>(task, m, m_end, n, n_end, scratch, kBlockN);
+}
+
+// ---- dtypes ----
+
+template <class F>
+void with_dtype(int32_t dtype, const F& f) {
+    if (dtype == MK_F32) return f(float{});
+    if (dtype == MK_BF16) return f(Bf16{});
+    return f(F16{});
+}
+
+constexpr LinearKernels kKernels = {
+    kTileM,
+    [](const LinearTask& task, int64_t m, int64_t m_end) {
+        with_dtype(task.p.dtype, [&](auto t) { pack_x_rows<decltype(t)>(task, m, m_end); });
+    },
+    [](const LinearTask& task, int64_t n, int64_t n_end, Scratch& scratch) {
+        with_dtype(task.p.dtype, [&](auto t) { stream<decltype(t)>(task, n, n_end, scratch); });
+    },
+    [](const LinearTask& task, int64_t m, int64_t m_end, int64_t n, int64_t n_end,
+       Scratch& scratch) {
+        with_dtype(task.p.dtype,
+                   [&](auto t) { block<decltype(t)>(task, m, m_end, n, n_end, scratch); });
+    },
+};
 
 }  // namespace
 }  // namespace mk::cpu

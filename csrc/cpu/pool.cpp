@@ -49,7 +49,9 @@ class Pool {
         open_.store(true);
         round_.fetch_add(1);
         if (asleep_.load() > 0) {
-            { const std::lock_guard<std::mutex> lock(sleep_); }
+            {
+                const std::lock_guard<std::mutex> lock(sleep_);
+            }
             wake_.notify_all();
         }
         job(context, chunks);

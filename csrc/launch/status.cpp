@@ -44,6 +44,8 @@ extern "C" const char* mk_status_name(mk_status status) {
             return "MK_ERR_UNSUPPORTED";
         case MK_ERR_DRIVER:
             return "MK_ERR_DRIVER";
+        case MK_ERR_MEMORY:
+            return "MK_ERR_MEMORY";
     }
     return "unknown mk_status";
 }

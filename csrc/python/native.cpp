@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "minitron_kernels.h"
+#include "python/cpu_linear.h"
 
 namespace py = pybind11;
 using namespace py::literals;
@@ -33,6 +34,9 @@ void check(mk_status status) {
             throw py::error_already_set();
         case MK_ERR_DRIVER:
             throw std::runtime_error(mk_last_error());
+        case MK_ERR_MEMORY:
+            PyErr_SetString(PyExc_MemoryError, mk_last_error());
+            throw py::error_already_set();
         default:
             throw py::value_error(mk_last_error());
     }
@@ -236,4 +240,5 @@ PYBIND11_MODULE(_native, m) {
            "logits_stride", "rows", "vocab", "dtype");
     def_op(m, "sample", &sample_params, &mk_sample, &mk_sample_plan, "logits", "sampling", "out",
            "logits_stride", "rows", "vocab", "dtype");
+    def_cpu_linear(m, &check);
 }

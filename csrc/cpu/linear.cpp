@@ -1,0 +1,233 @@
+// mk_cpu_linear: checks, choice of the instruction set, and division of the work among threads.
+#include "cpu/linear.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+
+#include "cpu/pool.h"
+#include "launch/op.h"
+
+namespace mk::cpu {
+namespace {
+
+// Below this many multiply-adds, waking a thread takes longer than the work.
+constexpr int64_t kMinParallelMacs = 20000;
+// Multiply-adds of a chunk (per row of x): a few microseconds.
+constexpr int64_t kStreamChunkMacs = 64 << 10;
+// Floats of packed x at a time (32 MiB); more rows than that are done in several passes over w.
+constexpr int64_t kMaxPackedX = 8 << 20;
+
+// ---- instruction sets ----
+
+struct Isa {
+    const char* name;
+    const LinearKernels* kernels;
+    bool available;
+};
+
+const Isa* isas() {  // in the order of mk_cpu_isa, which begins at 1
+#if defined(__x86_64__)
+    static const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                             __builtin_cpu_supports("f16c");
+    static const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
+                               __builtin_cpu_supports("avx512bw") &&
+                               __builtin_cpu_supports("avx512vl");
+    static const Isa all[] = {{"baseline", &kLinearBaseline, true},
+                              {"avx2", &kLinearAvx2, avx2},
+                              {"avx512", &kLinearAvx512, avx512}};
+#else
+    static const Isa all[] = {
+        {"baseline", &kLinearBaseline, true}, {"avx2", nullptr, false}, {"avx512", nullptr, false}};
+#endif
+    return all;
+}
+
+// The level of MK_CPU_ISA, or the best; 0 when MK_CPU_ISA names none.
+int default_isa() {
+    const char* const wanted = std::getenv("MK_CPU_ISA");
+    for (int level = MK_CPU_AVX512; level >= MK_CPU_BASELINE; --level) {
+        const Isa& isa = isas()[level - 1];
+        if (wanted && *wanted ? !std::strcmp(wanted, isa.name) : isa.available) return level;
+    }
+    return 0;
+}
+
+mk_status find_isa(int32_t level, const Isa** isa) {
+    static const int best = default_isa();
+    MK_REQUIRE(MK_CPU_AUTO <= level && level <= MK_CPU_AVX512, MK_ERR_VALUE,
+               "isa must be MK_CPU_AUTO (0) ... MK_CPU_AVX512 (3), got %d", level);
+    if (level == MK_CPU_AUTO) {
+        level = best;
+        MK_REQUIRE(level, MK_ERR_VALUE, "MK_CPU_ISA must be baseline, avx2 or avx512");
+    }
+    *isa = &isas()[level - 1];
+    MK_REQUIRE((*isa)->available, MK_ERR_UNSUPPORTED, "this processor has no %s", (*isa)->name);
+    return MK_OK;
+}
+
+// ---- memory ----
+
+// 64-byte aligned memory of a thread, kept from call to call.
+class Buffer {
+  public:
+    ~Buffer() { std::free(data_); }
+
+    // Room for `bytes`, contents undefined; NULL when there is no memory.
+    void* reserve(size_t bytes) {
+        if (bytes > size_) {
+            std::free(data_);
+            size_ = (bytes + 63) / 64 * 64;
+            data_ = std::aligned_alloc(64, size_);
+            if (!data_) size_ = 0;
+        }
+        return data_;
+    }
+
+  private:
+    void* data_ = nullptr;
+    size_t size_ = 0;
+};
+
+Scratch* thread_scratch() {
+    thread_local Buffer buffer;
+    return static_cast<Scratch*>(buffer.reserve(sizeof(Scratch)));
+}
+
+float* thread_packed_x(int64_t floats) {
+    thread_local Buffer buffer;
+    return static_cast<float*>(buffer.reserve(std::max<int64_t>(floats, 1) * sizeof(float)));
+}
+
+// Default rounding, and subnormals as numbers, whatever the calling thread has set.
+class DefaultFloatMode {
+  public:
+#if defined(__x86_64__)
+    DefaultFloatMode() : before_(__builtin_ia32_stmxcsr()) { __builtin_ia32_ldmxcsr(0x1f80); }
+    ~DefaultFloatMode() { __builtin_ia32_ldmxcsr(before_); }
+
+  private:
+    const unsigned before_;
+#endif
+};
+
+// ---- division of the work ----
+
+// Runs f(chunk, scratch) for every chunk. The caller's scratch is there already.
+template <class F>
+void for_chunks(int num_threads, int64_t num_chunks, const F& f) {
+    parallel(
+        num_threads, num_chunks,
+        [](void* context, Chunks& chunks) {
+            Scratch* const scratch = thread_scratch();
+            if (!scratch) return;  // a worker without memory: the others do its share
+            const DefaultFloatMode mode;
+            for (int64_t c; (c = chunks.next()) >= 0;)
+                (*static_cast<const F*>(context))(c, *scratch);
+        },
+        const_cast<F*>(&f));
+}
+
+// At most kBlockM rows that all fit into packed x.
+void run_stream(const LinearKernels& kernels, const LinearTask& task, int num_threads) {
+    const int64_t n = task.p.n;
+    kernels.pack_x(task, 0, task.p.m);
+    constexpr int64_t kGrain = 12;  // a multiple of every tile_n
+    static_assert(kStreamMaxN % kGrain == 0);
+    const int64_t wanted =
+        std::min(kStreamChunkMacs / std::max(task.p.k, 1), ceil_div<int64_t>(n, 8 * num_threads));
+    const int64_t rows =
+        std::min<int64_t>(ceil_div(std::max<int64_t>(wanted, 1), kGrain) * kGrain, kStreamMaxN);
+    for_chunks(num_threads, ceil_div(n, rows), [&](int64_t chunk, Scratch& scratch) {
+        kernels.stream(task, chunk * rows, std::min(n, (chunk + 1) * rows), scratch);
+    });
+}
+
+void run_blocks(const LinearKernels& kernels, const LinearTask& task, int num_threads) {
+    const int64_t m = task.p.m, n = task.p.n;
+    const int64_t m_blocks = ceil_div<int64_t>(m, kBlockM),
+                  n_blocks = ceil_div<int64_t>(n, kBlockN);
+    constexpr int64_t kPackRows = 16;  // a multiple of every tile_m
+    for_chunks(num_threads, ceil_div(m, kPackRows), [&](int64_t chunk, Scratch&) {
+        kernels.pack_x(task, chunk * kPackRows, std::min(m, (chunk + 1) * kPackRows));
+    });
+    for_chunks(num_threads, n_blocks * m_blocks, [&](int64_t chunk, Scratch& scratch) {
+        const int64_t i = chunk % m_blocks * kBlockM, j = chunk / m_blocks * kBlockN;
+        kernels.block(task, i, std::min(m, i + kBlockM), j, std::min(n, j + kBlockN), scratch);
+    });
+}
+
+mk_status run(const mk_cpu_linear_params& p, const LinearKernels& kernels) {
+    LinearTask task{p, nullptr, ceil_div<int64_t>(p.k, kLanes) * kLanes};
+    const int64_t most = kMaxPackedX / std::max<int64_t>(task.packed_k, 1) / kBlockM * kBlockM;
+    const int64_t slab = std::min<int64_t>(p.m, std::max<int64_t>(most, kBlockM));
+    task.packed_x = thread_packed_x(slab * task.packed_k);
+    MK_REQUIRE(task.packed_x && thread_scratch(), MK_ERR_MEMORY,
+               "no memory for %lld x %lld floats of packed x", static_cast<long long>(slab),
+               static_cast<long long>(task.packed_k));
+    const DefaultFloatMode mode;
+    const int32_t bytes = dtype_bytes(p.dtype);
+    const auto skip_rows = [&](const void* base, int64_t stride, int64_t rows) {
+        return base ? static_cast<const char*>(base) + rows * stride * bytes : nullptr;
+    };
+    for (int64_t i = 0; i < p.m; i += slab) {
+        task.p.x = skip_rows(p.x, p.x_stride, i);
+        task.p.other = skip_rows(p.other, p.other_stride, i);
+        task.p.out = const_cast<char*>(skip_rows(p.out, p.out_stride, i));
+        task.p.m = static_cast<int32_t>(std::min(slab, p.m - i));
+        const double macs = static_cast<double>(task.p.m) * p.n * p.k;
+        const int threads = macs < kMinParallelMacs ? 1 : p.num_threads;
+        if (task.p.m <= kStreamMaxM) {
+            run_stream(kernels, task, threads);
+        } else {
+            run_blocks(kernels, task, threads);
+        }
+    }
+    return MK_OK;
+}
+
+mk_status check(const mk_cpu_linear_params& p) {
+    MK_REQUIRE(p.dtype == MK_BF16 || p.dtype == MK_F16 || p.dtype == MK_F32, MK_ERR_DTYPE,
+               "dtype must be MK_BF16 (1), MK_F16 (2) or MK_F32 (3), got %d", p.dtype);
+    MK_TRY(check_size("m", p.m, 0, INT32_MAX));
+    MK_TRY(check_size("n", p.n, 0, INT32_MAX));
+    MK_TRY(check_size("k", p.k, 0, INT32_MAX));
+    MK_REQUIRE(MK_EPILOGUE_NONE <= p.epilogue && p.epilogue <= MK_EPILOGUE_SWIGLU, MK_ERR_VALUE,
+               "epilogue must be MK_EPILOGUE_NONE (0) ... MK_EPILOGUE_SWIGLU (4), got %d",
+               p.epilogue);
+    MK_REQUIRE(1 <= p.num_threads && p.num_threads <= 256, MK_ERR_VALUE,
+               "num_threads must be 1 ... 256, got %d", p.num_threads);
+    const bool has_up = p.epilogue == MK_EPILOGUE_SWIGLU;
+    const bool has_other = p.epilogue == MK_EPILOGUE_MUL || p.epilogue == MK_EPILOGUE_ADD;
+    MK_REQUIRE(has_up || !p.w_up, MK_ERR_VALUE, "w_up must be NULL for epilogue %d", p.epilogue);
+    MK_REQUIRE(has_other || !p.other, MK_ERR_VALUE, "other must be NULL for epilogue %d",
+               p.epilogue);
+    if (p.m == 0 || p.n == 0) return MK_OK;
+    if (p.k > 0) {
+        MK_TRY(check_rows("x", p.x, p.x_stride, p.m, p.k, p.dtype));
+        MK_TRY(check_rows("w", p.w, p.w_stride, p.n, p.k, p.dtype));
+        if (has_up) MK_TRY(check_rows("w_up", p.w_up, p.w_up_stride, p.n, p.k, p.dtype));
+    }
+    if (has_other) MK_TRY(check_rows("other", p.other, p.other_stride, p.m, p.n, p.dtype));
+    return check_rows("out", p.out, p.out_stride, p.m, p.n, p.dtype);
+}
+
+}  // namespace
+}  // namespace mk::cpu
+
+extern "C" mk_status mk_cpu_linear(const mk_cpu_linear_params* params) {
+    MK_REQUIRE(params, MK_ERR_NULL, "params is NULL");
+    MK_TRY(mk::cpu::check(*params));
+    const mk::cpu::Isa* isa = nullptr;
+    MK_TRY(mk::cpu::find_isa(params->isa, &isa));
+    if (params->m == 0 || params->n == 0) return MK_OK;
+    return mk::cpu::run(*params, *isa->kernels);
+}
+
+extern "C" mk_status mk_cpu_isa_name(const char** name) {
+    MK_REQUIRE(name, MK_ERR_NULL, "name is NULL");
+    const mk::cpu::Isa* isa = nullptr;
+    MK_TRY(mk::cpu::find_isa(MK_CPU_AUTO, &isa));
+    *name = isa->name;
+    return MK_OK;
+}
