@@ -21,7 +21,6 @@ FLAGS = [
     "-std=c++20",
     "-O3",
     "-lineinfo",
-    "-Werror=all-warnings",
     "-Xptxas=-v",
     "-Icsrc",
     "-Iinclude",
@@ -63,12 +62,14 @@ def main() -> int:
     parser.add_argument("--src", required=True)
     parser.add_argument("--out", required=True, type=Path)
     parser.add_argument("--nvcc-version", help="only makes ninja rebuild when it changes")
+    parser.add_argument("--werror", action="store_true")
     args = parser.parse_args()
     depfile = Path(f"{args.out}.d")
     what = f"{args.src} for sm_{args.arch}"
     command = [
         os.environ["MK_NVCC"],
         *FLAGS,
+        *(["-Werror=all-warnings"] if args.werror else []),
         f"-gencode=arch=compute_{args.arch},code=[sm_{args.arch},compute_{args.arch}]",
         f"-DMK_SM={args.arch.rstrip('af')}",
         *("-MMD", "-MF", str(depfile)),

@@ -53,7 +53,7 @@ mk_status plan(const typename Op::Params* params, const mk_device* device, mk_pl
 
 template <class T>
 constexpr T ceil_div(T a, T b) {
-    return (a + b - 1) / b;
+    return a / b + (a % b != 0);  // a + b - 1 could overflow
 }
 
 // ---- checks that ops share; `name` is the field ----

@@ -13,7 +13,7 @@ struct RmsNorm {
 
     static mk_status check(const Params& p) {
         MK_TRY(check_activation_dtype(p.dtype));
-        MK_TRY(check_size("rows", p.rows, 0, INT32_MAX));
+        MK_TRY(check_size("rows", p.rows, 0, 1 << 30));
         MK_TRY(check_size("hidden", p.hidden, 1, kRmsNormMaxHidden));
         MK_REQUIRE(p.eps >= 0 && std::isfinite(p.eps), MK_ERR_VALUE,
                    "eps must be finite and not negative, got %g", static_cast<double>(p.eps));

@@ -22,9 +22,10 @@ mk_status check_rope(const mk_rope& rope, int32_t tokens, int32_t head_dim) {
                    static_cast<double>(rope.theta));
         return MK_OK;
     }
-    const int32_t pairs = rope.rotary_dim / 2;
-    MK_TRY(check_rows("rope.cos", rope.cos, rope.table_stride, rope.max_position, pairs, MK_F32));
-    return check_rows("rope.sin", rope.sin, rope.table_stride, rope.max_position, pairs, MK_F32);
+    if (tokens == 0) return MK_OK;
+    MK_TRY(check_pointer("rope.cos", rope.cos, MK_F32));
+    MK_TRY(check_pointer("rope.sin", rope.sin, MK_F32));
+    return check_stride("rope.table", rope.table_stride, rope.max_position, rope.rotary_dim / 2);
 }
 
 // A tensor [tokens, heads, head_dim].

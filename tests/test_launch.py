@@ -1,0 +1,525 @@
+"""The C ABI around the kernels: validation, plans, the choice of architecture, launching."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from minitron_kernels import _native, native
+from tests import emulator
+from tests import native_abi as abi
+from tests.native_emulator import ARCHS, copy_of_library, emulated_library, make_current
+
+C = abi.constants()
+BUFFER = torch.zeros(1 << 16, dtype=torch.int64)  # what pointers of valid parameters point to
+POINTER = BUFFER.data_ptr()
+
+ROPE = {
+    "cos": POINTER, "sin": POINTER, "table_stride": 64, "positions": POINTER,
+    "positions_dtype": C["MK_I64"], "max_position": 8192, "rotary_dim": 128,
+}  # fmt: skip
+VALID: dict[str, dict[str, Any]] = {
+    "rms_norm": {
+        "x": POINTER, "weight": POINTER, "out": POINTER, "x_stride": 4096, "out_stride": 4096,
+        "rows": 3, "hidden": 4096, "eps": 1e-5, "dtype": C["MK_BF16"],
+    },
+    "apply_rope": {
+        **dict.fromkeys(("q", "k", "q_out", "k_out"), POINTER),
+        **dict.fromkeys(("q_stride", "q_out_stride"), 4096),
+        **dict.fromkeys(("k_stride", "k_out_stride"), 1024),
+        **dict.fromkeys(
+            ("q_head_stride", "k_head_stride", "q_out_head_stride", "k_out_head_stride"), 128
+        ),
+        "tokens": 3, "num_q_heads": 32, "num_k_heads": 8, "head_dim": 128, "dtype": C["MK_BF16"],
+        "rope": ROPE,
+    },
+    "rope_append": {
+        **dict.fromkeys(("k", "v", "k_cache", "v_cache", "slots"), POINTER),
+        "k_stride": 1024, "k_head_stride": 128, "v_stride": 1024, "v_head_stride": 128,
+        "cache_page_stride": 16384, "cache_stride": 1024, "cache_head_stride": 128, "tokens": 3,
+        "num_heads": 8, "head_dim": 128, "num_pages": 4, "page_size": 16,
+        "slots_dtype": C["MK_I64"], "dtype": C["MK_F16"], "rope": ROPE,
+    },
+    "silu_and_mul": {
+        "gate_up": POINTER, "out": POINTER, "gate_up_stride": 23040, "out_stride": 11520,
+        "rows": 3, "size": 11520, "dtype": C["MK_BF16"],
+    },
+    "embedding": {
+        "ids": POINTER, "table": POINTER, "out": POINTER, "table_stride": 4096, "out_stride": 4096,
+        "tokens": 3, "vocab": 1000, "hidden": 4096, "ids_dtype": C["MK_I32"],
+        "dtype": C["MK_BF16"],
+    },
+    "argmax": {
+        "logits": POINTER, "out": POINTER, "logits_stride": 1000, "rows": 3, "vocab": 1000,
+        "dtype": C["MK_F32"],
+    },
+}  # fmt: skip
+VALID["add_rms_norm"] = {**VALID["rms_norm"], "residual": POINTER, "residual_stride": 4096}
+VALID["sample"] = {**VALID["argmax"], "sampling": POINTER}
+
+
+def make_params(op: str, **changes: Any) -> ctypes.Structure:
+    """Valid parameters of an op with fields changed; "rope.x" changes a field of its rope."""
+    fields = {**VALID[op], **{k: v for k, v in changes.items() if "." not in k}}
+    if "rope" in fields:
+        inner = {k.removeprefix("rope."): v for k, v in changes.items() if "." in k}
+        fields["rope"] = abi.structs()["mk_rope"](**{**fields["rope"], **inner})
+    return abi.params_type(op)(**fields)
+
+
+# ----------------------------------------------------------------------------------- validation
+
+# op, changed field, value, status; the message must name the field
+BAD: list[tuple[str, str, Any, str]] = [
+    ("rms_norm", "x", None, "NULL"),
+    ("rms_norm", "weight", None, "NULL"),
+    ("rms_norm", "out", POINTER + 1, "ALIGNMENT"),
+    ("rms_norm", "residual", POINTER, "VALUE"),
+    ("rms_norm", "x_stride", 4095, "STRIDE"),
+    ("rms_norm", "out_stride", -4096, "STRIDE"),
+    ("rms_norm", "rows", -1, "SHAPE"),
+    ("rms_norm", "rows", (1 << 30) + 1, "SHAPE"),
+    ("rms_norm", "hidden", 0, "SHAPE"),
+    ("rms_norm", "hidden", 16385, "SHAPE"),
+    ("rms_norm", "eps", -1e-5, "VALUE"),
+    ("rms_norm", "eps", float("nan"), "VALUE"),
+    ("rms_norm", "dtype", 0, "DTYPE"),
+    ("rms_norm", "dtype", C["MK_F32"], "DTYPE"),
+    ("add_rms_norm", "residual", None, "NULL"),
+    ("add_rms_norm", "residual_stride", 1, "STRIDE"),
+    ("apply_rope", "q", None, "NULL"),
+    ("apply_rope", "k_out", None, "NULL"),
+    ("apply_rope", "q_stride", 127, "STRIDE"),
+    ("apply_rope", "k_head_stride", 64, "STRIDE"),
+    ("apply_rope", "num_q_heads", 1025, "SHAPE"),
+    ("apply_rope", "head_dim", 257, "SHAPE"),
+    ("apply_rope", "tokens", -1, "SHAPE"),
+    ("apply_rope", "dtype", C["MK_I32"], "DTYPE"),
+    ("apply_rope", "rope.cos", None, "NULL"),
+    ("apply_rope", "rope.sin", POINTER + 2, "ALIGNMENT"),
+    ("apply_rope", "rope.table_stride", 63, "STRIDE"),
+    ("apply_rope", "rope.positions", None, "NULL"),
+    ("apply_rope", "rope.positions_dtype", C["MK_F32"], "DTYPE"),
+    ("apply_rope", "rope.max_position", 0, "SHAPE"),
+    ("apply_rope", "rope.rotary_dim", 3, "SHAPE"),
+    ("apply_rope", "rope.rotary_dim", 130, "SHAPE"),
+    ("apply_rope", "rope.interleaved", 2, "VALUE"),
+    ("rope_append", "v", None, "NULL"),
+    ("rope_append", "k_cache", None, "NULL"),
+    ("rope_append", "v_cache", POINTER + 1, "ALIGNMENT"),
+    ("rope_append", "slots", None, "NULL"),
+    ("rope_append", "slots_dtype", 0, "DTYPE"),
+    ("rope_append", "cache_page_stride", 0, "STRIDE"),
+    ("rope_append", "cache_stride", 1, "STRIDE"),
+    ("rope_append", "cache_head_stride", 127, "STRIDE"),
+    ("rope_append", "num_heads", 0, "SHAPE"),
+    ("rope_append", "page_size", 0, "SHAPE"),
+    ("silu_and_mul", "gate_up", None, "NULL"),
+    ("silu_and_mul", "gate_up_stride", 23039, "STRIDE"),
+    ("silu_and_mul", "size", 0, "SHAPE"),
+    ("silu_and_mul", "size", (1 << 20) + 1, "SHAPE"),
+    ("embedding", "ids", None, "NULL"),
+    ("embedding", "table", None, "NULL"),
+    ("embedding", "ids_dtype", C["MK_BF16"], "DTYPE"),
+    ("embedding", "vocab", 0, "SHAPE"),
+    ("embedding", "table_stride", 4095, "STRIDE"),
+    ("argmax", "logits", None, "NULL"),
+    ("argmax", "out", POINTER + 4, "ALIGNMENT"),
+    ("argmax", "vocab", (1 << 19) + 1, "SHAPE"),
+    ("argmax", "dtype", C["MK_I64"], "DTYPE"),
+    ("sample", "sampling", None, "NULL"),
+    ("sample", "logits_stride", 999, "STRIDE"),
+]
+
+
+@pytest.mark.parametrize("op, field, value, status", BAD)
+def test_bad_parameter_is_named(op: str, field: str, value: Any, status: str) -> None:
+    """By the plan and by the launch alike, and before a driver is looked for."""
+    params = make_params(op, **{field: value})
+    launch = getattr(abi.library(), f"mk_{op}")
+    for call in (
+        lambda: abi.plan(op, params, "80"),
+        lambda: abi.check(launch(ctypes.byref(params), None)),
+    ):
+        with pytest.raises(abi.StatusError) as caught:
+            call()
+        assert caught.value.status == f"MK_ERR_{status}"
+        assert field in caught.value.message
+
+
+def test_theta_is_checked_without_tables() -> None:
+    params = make_params("apply_rope", **{"rope.cos": None, "rope.sin": None, "rope.theta": 1.0})
+    with pytest.raises(abi.StatusError, match=r"rope\.theta"):
+        abi.plan("apply_rope", params, "80")
+
+
+@pytest.mark.parametrize("op", abi.OPS)
+def test_null_arguments(op: str) -> None:
+    launch, plan = (getattr(abi.library(), f"mk_{op}{suffix}") for suffix in ("", "_plan"))
+    params, device, result = make_params(op), abi.device("80"), abi.structs()["mk_plan"]()
+    arguments = [ctypes.byref(x) for x in (params, device, result)]
+    assert launch(None, None) == C["MK_ERR_NULL"]
+    for i in range(3):
+        with_null = [None if i == j else a for j, a in enumerate(arguments)]
+        assert plan(*with_null) == C["MK_ERR_NULL"]
+    assert plan(*arguments) == C["MK_OK"]
+
+
+def test_errors_are_per_thread() -> None:
+    launch = abi.library().mk_rms_norm
+    assert launch(None, None) == C["MK_ERR_NULL"]
+    seen = []
+    thread = threading.Thread(target=lambda: seen.append(abi.library().mk_last_error()))
+    thread.start()
+    thread.join()
+    assert seen == [b""] and b"params" in abi.library().mk_last_error()
+
+
+def test_python_exceptions() -> None:
+    arguments = {
+        "x": POINTER, "weight": POINTER, "out": POINTER, "x_stride": 8, "out_stride": 8,
+        "rows": 2, "hidden": 8, "eps": 1e-5, "dtype": _native.BF16,
+    }  # fmt: skip
+    for change, error in (
+        ({"hidden": 0}, ValueError),
+        ({"dtype": _native.I32}, TypeError),
+        ({"x": 0}, ValueError),
+        ({"x": -1}, TypeError),
+        ({"rows": 1 << 31}, TypeError),
+    ):
+        with pytest.raises(error):
+            _native.rms_norm(**{**arguments, **change}, stream=0)
+    with pytest.raises(NotImplementedError, match=r"device\.sm"):
+        _native.rms_norm_plan(**arguments, sm=70, num_sms=80, smem_per_block=1 << 16)
+
+
+def test_abi_version_and_status_names() -> None:
+    assert abi.library().mk_abi_version() == C["MK_ABI_VERSION"] == _native.ABI_VERSION
+    for name, value in C.items():
+        if name == "MK_OK" or name.startswith("MK_ERR"):
+            assert abi.library().mk_status_name(value).decode() == name
+
+
+# ---------------------------------------------------------------------------------------- plans
+
+PLANNED: dict[str, set[str]] = {arch: set() for arch in ARCHS}
+
+
+def check_plan(op: str, params: ctypes.Structure, arch: str) -> ctypes.Structure:
+    plan = abi.plan(op, params, arch)
+    assert 1 <= plan.block[0] * plan.block[1] * plan.block[2] <= 1024
+    assert 0 <= plan.grid[0] < 1 << 31 and all(1 <= n < 1 << 16 for n in plan.grid[1:])
+    assert plan.smem_bytes == 0 and plan.cluster[:] == [1, 1, 1]
+    assert plan.pdl == (arch in ("90a", "100a"))
+    entry = plan.entry.decode()
+    assert entry in native.build_info()["entries"][arch]
+    use = native.build_info()["entries"][arch][entry]
+    threads = plan.block[0] * plan.block[1]
+    assert -(-threads // 32) * 32 * use["registers"] <= 65536, "does not fit the register file"
+    PLANNED[arch].add(entry)
+    return plan
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_plan_and_entries_match(arch: str) -> None:
+    """Every plan names an entry that exists; every entry is the plan of some parameters."""
+    if arch not in native.build_info()["archs"]:
+        pytest.skip(f"sm_{arch} is not in this build")
+    reached = set()
+    for op in abi.OPS:
+        halves = [C["MK_BF16"], C["MK_F16"]]
+        for dtype in [*halves, C["MK_F32"]] if op in ("argmax", "sample") else halves:
+            first = next(f for f in ("x", "q", "k", "gate_up", "table", "logits") if f in VALID[op])
+            for offset in (0, 4):
+                change = {"dtype": dtype, first: POINTER + offset}
+                plan = check_plan(op, make_params(op, **change), arch)
+                reached.add(plan.entry.decode())
+    assert reached == set(native.build_info()["entries"][arch])
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    arch=st.sampled_from(native.build_info()["archs"] or ["80"]),
+    op=st.sampled_from(["rms_norm", "add_rms_norm", "silu_and_mul", "embedding"]),
+    rows=st.one_of(st.integers(0, 300), st.integers(0, 2**30)),
+    size=st.one_of(st.integers(1, 16384), st.just(4096), st.just(11520)),
+)
+def test_row_plans_cover_every_vector(arch: str, op: str, rows: int, size: int) -> None:
+    name = {"silu_and_mul": "size"}.get(op, "hidden")
+    strides = {f: 2 * size for f in VALID[op] if f.endswith("stride")}
+    row_field = "tokens" if op == "embedding" else "rows"
+    plan = check_plan(op, make_params(op, **{name: size, row_field: rows}, **strides), arch)
+    vectors = -(-size // 8)
+    if op.endswith("rms_norm"):
+        assert plan.block[0] % 32 == 0 and 4 * plan.block[0] >= vectors
+        assert plan.grid[0] * plan.block[1] >= min(rows, 1) and plan.grid[0] <= max(rows, 0)
+    else:
+        assert plan.grid[0] == rows and 4 * plan.grid[1] * plan.block[0] >= vectors
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    arch=st.sampled_from(native.build_info()["archs"] or ["80"]),
+    tokens=st.integers(0, 10**6),
+    heads=st.tuples(st.integers(0, 128), st.integers(0, 128)),
+    head_dim=st.integers(1, 128).map(lambda n: 2 * n),
+    data=st.data(),
+)
+def test_rope_plans(
+    arch: str, tokens: int, heads: tuple[int, int], head_dim: int, data: st.DataObject
+) -> None:
+    rotary_dim = 2 * data.draw(st.integers(1, head_dim // 2))
+    strides = {f: 1024 * head_dim for f in VALID["apply_rope"] if f.endswith("stride")}
+    params = make_params(
+        "apply_rope", tokens=tokens, num_q_heads=heads[0], num_k_heads=heads[1],
+        head_dim=head_dim, **strides, **{"rope.rotary_dim": rotary_dim, "rope.table_stride": 128},
+    )  # fmt: skip
+    plan = check_plan("apply_rope", params, arch)
+    assert plan.block[0] * 16 >= head_dim
+    assert plan.grid[0] == (tokens if sum(heads) else 0)
+    assert plan.grid[1] * plan.block[1] * 4 >= sum(heads)
+
+
+def test_few_rows_get_more_threads() -> None:
+    few, many = (abi.plan("rms_norm", make_params("rms_norm", rows=n), "90a") for n in (1, 8192))
+    assert few.block[0] == 512 and many.block[0] == 128
+    assert many.grid[0] <= 132 * 5 < 8192, "persistent blocks"
+
+
+@pytest.mark.parametrize("op", abi.OPS)
+def test_empty_input_launches_nothing(op: str) -> None:
+    rows = "tokens" if "tokens" in VALID[op] else "rows"
+    pointers = {f: None for f, v in VALID[op].items() if v == POINTER}
+    params = make_params(op, **{rows: 0}, **pointers)
+    assert abi.plan(op, params, "80").grid[0] == 0
+    make_current("80")
+    abi.check(getattr(emulated_library(), f"mk_{op}")(ctypes.byref(params), None))
+
+
+def test_plan_format() -> None:
+    plan = abi.plan("rms_norm", make_params("rms_norm"), "90a")
+    text = ctypes.create_string_buffer(200)
+    length = abi.library().mk_plan_format(ctypes.byref(plan), text, ctypes.c_size_t(200))
+    expected = "mk_rms_norm_sm90_bf16 grid 3x1x1 block 512x1x1 smem 0 pdl"
+    assert text.value.decode() == expected and length == len(expected)
+    assert abi.library().mk_plan_format(ctypes.byref(plan), text, ctypes.c_size_t(8)) == length
+    assert text.value == b"mk_rms_"
+
+
+# -------------------------------------------------------------------------------- architectures
+
+
+def kernels_for(lib: ctypes.CDLL, major: int, minor: int) -> str:
+    arch = ctypes.c_char_p()
+    abi.check(lib.mk_kernels_for(major, minor, ctypes.byref(arch)), lib)
+    return arch.value.decode()
+
+
+@pytest.mark.parametrize(
+    "archs, capabilities",
+    [
+        (
+            ARCHS,
+            {(8, 0): "80", (8, 6): "80", (8, 7): "80", (8, 9): "89", (9, 0): "90a", (10, 0): "100a",
+             (10, 3): "80", (11, 0): "80", (12, 0): "80", (12, 1): "80"},
+        ),
+        (("80",), {(8, 0): "80", (8, 9): "80", (9, 0): "80", (10, 0): "80"}),
+        (("90a",), {(9, 0): "90a"}),
+    ],
+)  # fmt: skip
+def test_choice_of_architecture(
+    tmp_path: Path, archs: tuple[str, ...], capabilities: dict[tuple[int, int], str]
+) -> None:
+    lib = abi.load(copy_of_library(tmp_path / "package", archs))
+    for (major, minor), expected in capabilities.items():
+        assert kernels_for(lib, major, minor) == expected
+    unsupported = [(7, 5), *([] if "80" in archs else [(8, 0), (8, 9), (10, 0), (12, 0)])]
+    for major, minor in unsupported:
+        with pytest.raises(abi.StatusError, match=f"{major}.{minor}.*{' '.join(archs)}") as caught:
+            kernels_for(lib, major, minor)
+        assert caught.value.status == "MK_ERR_UNSUPPORTED"
+
+
+def in_new_process(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run Python code with the emulator as the driver, unless the environment says otherwise."""
+    env = {**os.environ, "MK_CUDA_DRIVER": str(emulator.build()), **environment}
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=env, timeout=120
+    )
+
+
+# Defines launch(lib): rms_norm of 2 x 64 ones, whose result is ones.
+PRELUDE = """
+import ctypes, torch
+from tests import emulator, native_abi as abi
+from tests.native_emulator import make_current
+x = torch.ones(2, 64, dtype=torch.bfloat16)
+out = torch.zeros_like(x)
+params = abi.params_type("rms_norm")(
+    x=x.data_ptr(), weight=x.data_ptr(), out=out.data_ptr(), x_stride=64, out_stride=64,
+    rows=2, hidden=64, eps=0.0, dtype=1)
+def launch(lib):
+    with emulator.accessible(x=x, out=out):
+        abi.check(lib.mk_rms_norm(ctypes.byref(params), None), lib)
+    assert torch.equal(out, x)
+"""
+
+
+def test_fallback_is_noted_once(tmp_path: Path) -> None:
+    path = copy_of_library(tmp_path / "package", ["80"])
+    code = (
+        f"{PRELUDE}\nlib = abi.load({str(path)!r})\nmake_current('90a')\nlaunch(lib)\nlaunch(lib)"
+    )
+    done = in_new_process(code)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("no kernels of its own") == 1
+    assert "9.0" in done.stderr and "sm_80, compiled from PTX" in done.stderr
+
+
+def test_device_without_kernels_is_an_error(tmp_path: Path) -> None:
+    path = copy_of_library(tmp_path / "package", ["100a"])
+    done = in_new_process(f"{PRELUDE}\nmake_current('90a')\nlaunch(abi.load({str(path)!r}))")
+    assert "MK_ERR_UNSUPPORTED" in done.stderr and "9.0" in done.stderr and "100a" in done.stderr
+
+
+@pytest.mark.parametrize("damage", ["truncated", "other"])
+def test_damaged_kernel_file(tmp_path: Path, damage: str) -> None:
+    path = copy_of_library(tmp_path / "package", ["80"])
+    file = path.parent / "kernels" / "sm_80.fatbin"
+    data = file.read_bytes()
+    file.unlink()
+    file.write_bytes(data[:-1000] if damage == "truncated" else b"x" * 1000)
+    done = in_new_process(f"{PRELUDE}\nmake_current('80')\nlaunch(abi.load({str(path)!r}))")
+    assert "sm_80.fatbin is damaged at byte" in done.stderr
+
+
+# -------------------------------------------------------------------------- driver and launches
+
+NATIVE_CALL = """
+from minitron_kernels import _native
+try:
+    _native.load()
+except RuntimeError as error:
+    print(error)
+"""
+
+
+def test_import_without_a_driver_and_clear_error() -> None:
+    done = in_new_process(NATIVE_CALL, MK_CUDA_DRIVER="/nonexistent/libcuda.so")
+    assert done.returncode == 0 and "/nonexistent/libcuda.so" in done.stdout
+
+
+def test_driver_that_is_none() -> None:
+    done = in_new_process(NATIVE_CALL, MK_CUDA_DRIVER="libm.so.6")
+    assert "libm.so.6 has no cu" in done.stdout and "CUDA 12" in done.stdout
+
+
+def test_no_current_context() -> None:
+    assert "no CUDA context is current" in in_new_process(NATIVE_CALL).stdout
+
+
+def test_native_module_on_every_architecture() -> None:
+    """From Python to the kernel and back, with one process using all devices in turn."""
+    code = """
+import torch
+from minitron_kernels import _native, ops
+from tests import emulator
+from tests.native_emulator import ARCHS, make_current
+x, w = torch.randn(3, 576).bfloat16(), torch.randn(576).bfloat16()
+for arch in ARCHS * 2:
+    make_current(arch)
+    device = _native.current_device()
+    assert device["sm"] == int(arch.rstrip("a"))
+    out = torch.full_like(x, float("nan"))
+    with emulator.accessible(x=x, w=w, out=out):
+        _native.rms_norm(x=x.data_ptr(), weight=w.data_ptr(), out=out.data_ptr(), x_stride=576,
+                         out_stride=576, rows=3, hidden=576, eps=1e-5, dtype=_native.BF16, stream=0)
+    torch.testing.assert_close(out, ops.rms_norm(x, w, 1e-5), atol=0, rtol=2**-7)
+    print(arch, device)
+"""
+    done = in_new_process(code)
+    assert done.returncode == 0, done.stderr
+    assert [line.split()[0] for line in done.stdout.splitlines()] == [*ARCHS, *ARCHS]
+
+
+def test_print_plan_once_per_shape() -> None:
+    code = f"{PRELUDE}\nlib = abi.library()\nmake_current('90a')\n" + "launch(lib)\n" * 3
+    assert in_new_process(code).stderr == ""
+    lines = in_new_process(code, MK_PRINT_PLAN="1").stderr.splitlines()
+    plan = "mk_rms_norm_sm90_bf16 grid 2x1x1 block 32x1x1 smem 0 pdl"
+    assert lines == [f"rms_norm bf16 rows 2 hidden 64 -> {plan}"]
+
+
+def test_first_launches_from_many_threads() -> None:
+    code = f"""{PRELUDE}
+import threading
+lib, errors = abi.library(), []
+def work(arch):
+    try:
+        make_current(arch)
+        for _ in range(20):
+            abi.check(lib.mk_rms_norm(ctypes.byref(params), None), lib)
+    except Exception as error:
+        errors.append(error)
+threads = [threading.Thread(target=work, args=(a,)) for a in ("80", "89", "90a", "100a") * 2]
+with emulator.accessible(x=x, out=out):
+    for t in threads: t.start()
+    for t in threads: t.join()
+assert not errors, errors
+assert torch.equal(out, x)
+"""
+    done = in_new_process(code)
+    assert done.returncode == 0, done.stderr
+
+
+def test_first_launch_under_graph_capture() -> None:
+    """Nothing runs while capturing; each replay of the graph computes."""
+    code = f"""{PRELUDE}
+lib, driver = abi.library(), emulator.library()
+make_current("90a")
+stream, graph, executable = ctypes.c_void_p(), ctypes.c_void_p(), ctypes.c_void_p()
+assert driver.cuStreamCreate(ctypes.byref(stream), 0) == 0
+assert driver.cuStreamBeginCapture_v2(stream, 0) == 0
+abi.check(lib.mk_rms_norm(ctypes.byref(params), stream), lib)
+assert driver.cuStreamEndCapture(stream, ctypes.byref(graph)) == 0
+assert not out.any()
+flags = ctypes.c_ulonglong(0)
+assert driver.cuGraphInstantiateWithFlags(ctypes.byref(executable), graph, flags) == 0
+for _ in range(2):
+    out.zero_()
+    with emulator.accessible(x=x, out=out):
+        assert driver.cuGraphLaunch(executable, stream) == 0
+    assert torch.equal(out, x)
+"""
+    done = in_new_process(code)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_fault_in_a_kernel_is_a_driver_error() -> None:
+    """The output is not accessible: the launch fails and the report names the kernel."""
+    x = torch.ones(2, 64, dtype=torch.bfloat16)
+    out = torch.zeros_like(x)
+    params = abi.params_type("rms_norm")(
+        x=x.data_ptr(), weight=x.data_ptr(), out=out.data_ptr(), x_stride=64, out_stride=64,
+        rows=2, hidden=64, eps=1e-5, dtype=C["MK_BF16"],
+    )  # fmt: skip
+    lib = emulated_library()
+    make_current("80")
+    with emulator.accessible(x=x), pytest.raises(abi.StatusError, match="cuLaunchKernelEx"):
+        abi.check(lib.mk_rms_norm(ctypes.byref(params), None), lib)
+    assert "mk_rms_norm_sm80_bf16" in emulator.last_report() and not out.any()
+
+
+def test_library_paths() -> None:
+    assert (Path(native.get_include()) / "minitron_kernels.h").is_file()
+    assert Path(native.get_library()).name == "libminitron_kernels.so"
