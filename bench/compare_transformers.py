@@ -41,15 +41,19 @@ def ours(path: Path, dtype: str) -> Callable[[list[int], int], Timing]:
 
 
 def theirs(path: Path, dtype: str) -> Callable[[list[int], int], Timing]:
-    from transformers import AutoModelForCausalLM
+    """transformers' plain model with the same weights (its GGUF loader would keep them packed)."""
+    from transformers import MistralConfig, MistralForCausalLM
 
-    if path.suffix == ".gguf":
-        model = AutoModelForCausalLM.from_pretrained(
-            path.parent, gguf_file=path.name, dtype=getattr(torch, dtype)
-        )
-    else:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype))
-    model.eval()
+    loaded = MinitronForCausalLM.from_pretrained(path, dtype=dtype, device="cpu")
+    with torch.device("meta"):
+        model = MistralForCausalLM(MistralConfig(**loaded.config.to_hf()))
+    model = model.to(getattr(torch, dtype)).to_empty(device="cpu").eval()
+    model.model.rotary_emb = type(model.model.rotary_emb)(
+        model.config
+    )  # its buffers are no weights
+    missing, unexpected = model.load_state_dict(loaded.state_dict(), strict=False)
+    assert not unexpected and set(missing) <= {"lm_head.weight"}
+    model.tie_weights()
 
     @torch.inference_mode()
     def run(prompt: list[int], new_tokens: int) -> Timing:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from minitron_kernels.generate import GenerationResult, TokenEvent
     from minitron_kernels.loaders.tokenizer import AutoTokenizer, Tokenizer
     from minitron_kernels.model import MinitronForCausalLM
+    from minitron_kernels.native import build_info, get_include, get_library
     from minitron_kernels.sampling import SamplingParams
 
     LlamaForCausalLM = MistralForCausalLM = AutoModelForCausalLM = MinitronForCausalLM
@@ -26,6 +27,9 @@ _HOME = {
     "Tokenizer": "loaders.tokenizer",
     "MinitronForCausalLM": "model",
     "SamplingParams": "sampling",
+    "build_info": "native",
+    "get_include": "native",
+    "get_library": "native",
 }
 # Names under which code written for transformers asks for the model.
 _ALIASES = dict.fromkeys(
@@ -43,6 +47,9 @@ __all__ = [
     "SamplingParams",
     "TokenEvent",
     "Tokenizer",
+    "build_info",
+    "get_include",
+    "get_library",
 ]
 
 

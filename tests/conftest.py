@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -67,3 +69,16 @@ def make_hf_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tup
         return model, folder
 
     return make
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """How many cases ran compiled kernels, per architecture."""
+    counts: Counter[str] = Counter()
+    for report in terminalreporter.stats.get("passed", []):
+        if found := re.search(r"emu-(sm_\d+)a?\b", report.nodeid):
+            counts[found[1]] += 1
+        elif "[gpu" in report.nodeid or "-gpu" in report.nodeid:
+            counts["gpu"] += 1
+    if counts:
+        told = ", ".join(f"{arch} {counts[arch]}" for arch in sorted(counts, key=len))
+        terminalreporter.write_line(f"kernel cases executed (sm_*: on the emulator): {told}")
