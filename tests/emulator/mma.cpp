@@ -153,18 +153,16 @@ inline Words to_f32_bits(Doubles values) {
 }
 
 // A sum of products is far below 2^31, so one step is enough to wrap around.
-inline double to_s32_range(double value, bool satfinite) {
+inline Octet to_s32_range(Octet values, bool satfinite) {
     constexpr double kMin = -0x1p31, kMax = 0x1p31 - 1, kModulus = 0x1p32;
-    if (value < kMin) return satfinite ? kMin : value + kModulus;
-    if (value > kMax) return satfinite ? kMax : value - kModulus;
-    return value;
+    const Octet from_below = satfinite ? Octet{} + kMin : values + kModulus;
+    const Octet from_above = satfinite ? Octet{} + kMax : values - kModulus;
+    return values < kMin ? from_below : values > kMax ? from_above : values;
 }
 
 inline void pack_acc(const MmaOp& op, Octet* rows, uint32_t (*d)[32]) {
     if (op.acc == MmaType::s32)
-        for (int g = 0; g < kGroups; ++g)
-            for (int col = 0; col < kCols; ++col)
-                rows[g][col] = to_s32_range(rows[g][col], op.satfinite);
+        for (int g = 0; g < kGroups; ++g) rows[g] = to_s32_range(rows[g], op.satfinite);
     for (int g = 0; g < kGroups; g += 2) {
         const auto values = load<Doubles>(&rows[g]);
         Words words;
@@ -193,6 +191,35 @@ inline Octet truncate_to_f32(Octet values) {
     return std::bit_cast<Octet>(std::bit_cast<OctetBits>(values) & ~kDropped);
 }
 
+// The elements of one register of A or B.
+using Block = Octet[kMaxBlockElements];
+
+// a[kRowBlocks * i + j]: rows 8j .. 8j + 7 of block i of k; b[i]: its columns.
+template <int kRowBlocks>
+inline void multiply_add(const MmaOp& op, const Block* a, const Block* b, const uint32_t (*c)[32],
+                         uint32_t (*d)[32]) {
+    constexpr int kRows = kGroups * kRowBlocks;
+    const int elements = block_elements(op.a);
+    const int acc_regs = op.acc == MmaType::f16 ? 1 : 2;  // of eight rows
+    Octet rows[kRows];
+    for (int j = 0; j < kRowBlocks; ++j) unpack_acc(op.acc, c + acc_regs * j, rows + kGroups * j);
+    for (int i = 0; i < op.k / elements; ++i, a += kRowBlocks, ++b) {
+        // Sixteen sums at once hide the latency of the additions; unrolled, they stay in registers.
+        Octet sums[kRows];
+#pragma GCC unroll 16
+        for (int row = 0; row < kRows; ++row) sums[row] = rows[row];
+        for (int e = 0; e < elements; ++e) {
+#pragma GCC unroll 16
+            for (int row = 0; row < kRows; ++row)
+                sums[row] += a[row / kGroups][e][row % kGroups] * (*b)[e];
+        }
+#pragma GCC unroll 16
+        for (int row = 0; row < kRows; ++row)
+            rows[row] = op.acc == MmaType::s32 ? sums[row] : truncate_to_f32(sums[row]);
+    }
+    for (int j = 0; j < kRowBlocks; ++j) pack_acc(op, rows + kGroups * j, d + acc_regs * j);
+}
+
 // All types but f64 and b1, through exact products in double.
 //
 // Compiled three times, so that a portable build still uses what the machine has. Results do not
@@ -201,30 +228,16 @@ inline Octet truncate_to_f32(Octet values) {
 __attribute__((flatten, target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default"))) void
 mma_blocks(const MmaOp& op, const uint32_t (*a)[32], const uint32_t (*b)[32],
            const uint32_t (*c)[32], uint32_t (*d)[32]) {
-    const int row_blocks = op.m / kGroups;
-    const int elements = block_elements(op.a);
-    const int acc_regs = op.acc == MmaType::f16 ? 1 : 2;  // of eight rows
-    Octet a_block[kMaxBlockElements], b_block[2][kMaxBlockElements];
-    for (int block = 0; block < op.k / elements; ++block) unpack(op.b, b[block], b_block[block]);
-    for (int row_block = 0; row_block < row_blocks; ++row_block) {
-        Octet rows[kGroups];
-        unpack_acc(op.acc, c + acc_regs * row_block, rows);
-        for (int block = 0; block < op.k / elements; ++block) {
-            unpack(op.a, a[row_blocks * block + row_block], a_block);
-            Octet sums[kGroups];
-#pragma GCC unroll 8
-            for (int g = 0; g < kGroups; ++g) sums[g] = rows[g];
-            for (int e = 0; e < elements; ++e) {
-                const Octet b_row = b_block[block][e];
-#pragma GCC unroll 8
-                for (int g = 0; g < kGroups; ++g) sums[g] += a_block[e][g] * b_row;
-            }
-#pragma GCC unroll 8
-            for (int g = 0; g < kGroups; ++g)
-                rows[g] = op.acc == MmaType::s32 ? sums[g] : truncate_to_f32(sums[g]);
-        }
-        pack_acc(op, rows, d + acc_regs * row_block);
+    const int b_regs = op.k / block_elements(op.a);
+    const int a_regs = op.m / kGroups * b_regs;
+    Block blocks[6];
+    for (int i = 0; i < a_regs + b_regs; ++i) {
+        const bool is_a = i < a_regs;
+        unpack(is_a ? op.a : op.b, is_a ? a[i] : b[i - a_regs], blocks[i]);
     }
+    const Block* b_blocks = blocks + a_regs;
+    op.m == 16 ? multiply_add<2>(op, blocks, b_blocks, c, d)
+               : multiply_add<1>(op, blocks, b_blocks, c, d);
 }
 
 // Element (row, col) of C or D sits in lane 4 * (row % 8) + col / 2, in register `slot`.
