@@ -59,7 +59,8 @@ mk_status find_isa(int32_t level, const Isa** isa) {
                "isa must be MK_CPU_AUTO (0) ... MK_CPU_AVX512 (3), got %d", level);
     if (level == MK_CPU_AUTO) {
         level = best;
-        MK_REQUIRE(level, MK_ERR_VALUE, "MK_CPU_ISA must be baseline, avx2 or avx512");
+        MK_REQUIRE(level, MK_ERR_VALUE, "MK_CPU_ISA must be baseline, avx2 or avx512, got %s",
+                   std::getenv("MK_CPU_ISA"));
     }
     *isa = &isas()[level - 1];
     MK_REQUIRE((*isa)->available, MK_ERR_UNSUPPORTED, "this processor has no %s", (*isa)->name);

@@ -58,7 +58,7 @@ MK_INLINE void reduce_tile(const Vec (&acc)[kM * kTileN], float* sums, int64_t s
     }
 }
 
-// f(Int<rows>{}) for rows = 1 ... kTileM.
+// f(Int<rows of the next tile>{}), when `rows` >= 1 are left.
 template <int kValue>
 struct Int {
     static constexpr int value = kValue;
@@ -67,10 +67,10 @@ struct Int {
 template <class F>
 MK_INLINE void with_tile_rows(int64_t rows, const F& f) {
     if constexpr (kTileM == 4) {
-        if (rows == 4) return f(Int<4>{});
+        if (rows >= 4) return f(Int<4>{});
         if (rows == 3) return f(Int<3>{});
     }
-    if (rows == 2) return f(Int<2>{});
+    if (rows >= 2) return f(Int<2>{});
     return f(Int<1>{});
 }
 
@@ -238,12 +238,11 @@ void block_sums(const LinearTask& task, const void* w, int64_t stride, int64_t m
             tile_rows(w, stride, j, n_end, rows);
             pack(rows, kTileN, k, k_end, panel);
             for (int64_t i = m; i < m_end; i += kTileM, partial += kTileM * kTileN * kLanes) {
-                const int64_t count = m_end - i < kTileM ? m_end - i : kTileM;
-                const float* x = task.packed_x + i * task.packed_k + k * count;
+                const float* x = task.packed_x + i * task.packed_k;
                 float* tile_sums = sums + (i - m) * kBlockN + (j - n);
-                with_tile_rows(count, [&](auto rows_of_x) {
-                    panel_tile<decltype(rows_of_x)::value>(x, panel, steps, first, last, partial,
-                                                           tile_sums);
+                with_tile_rows(m_end - i, [&](auto count) {
+                    constexpr int kM = decltype(count)::value;
+                    panel_tile<kM>(x + k * kM, panel, steps, first, last, partial, tile_sums);
                 });
             }
         }
