@@ -51,23 +51,42 @@ void bar(Warp& w, const Instr& in, Mask m) {
     w.cta->barrier_arrive(w, m, id, threads, in.b != kArrive);
 }
 
+// bar.warp.sync; tiles of the warp may come together, each with its own mask.
+void warp_barrier(Warp& w, const Instr& in, Mask m) {
+    const auto* mask = w.row<uint32_t>(in.op[0]);
+    bool complete = true;
+    Mask first = 0;
+    for_each_lane(m, [&](int l) {
+        if (!(mask[l] >> l & 1))
+            fault("wrong lane mask", "an executing lane is not in its mask " + hex(mask[l]), l);
+        complete &= (mask[l] & w.live & ~m) == 0;
+        first |= static_cast<Mask>(mask[l] == mask[std::countr_zero(m)]) << l;
+    });
+    if (complete) {
+        w.cta->shared.sync_warp(w.index);
+        return;
+    }
+    if (first !=
+        w.active) {  // the lanes with another mask, or not executing this, go their own way
+        Group rest;
+        rest.pc = m == w.active ? w.pc - 1 : w.pc;
+        if (m != w.active && first != m)
+            fault("wrong lane mask", "guarded bar.warp.sync with several masks");
+        rest.lanes = w.active & ~first;
+        rest.frame = w.frame;
+        w.active = first;
+        w.groups.push_back(rest);
+    }
+    w.block(Wait::warp_barrier, mask[std::countr_zero(m)], false);
+}
+
 void decode_bar(Decode& d) {
     d.consumes();
     d.crosses_lanes();
     if (d.take("warp")) {
         d.take("sync");
         const uint32_t mask = d.src(0, Type::b32);
-        d.emit(
-            [](Warp& w, const Instr& in, Mask m) {
-                const Mask wanted = w.row<uint32_t>(in.op[0])[std::countr_zero(m)];
-                if (m & ~wanted)
-                    fault("wrong lane mask", "an executing lane is not in the mask " + hex(wanted),
-                          std::countr_zero(m & ~wanted));
-                if (m != w.active)
-                    fault("wrong lane mask", "guarded bar.warp.sync that only some lanes take");
-                w.block(Wait::warp_barrier, wanted, false);
-            },
-            Class::sync, {mask});
+        d.emit(warp_barrier, Class::sync, {mask});
         return;
     }
     const bool barrier = d.st.opcode == "barrier";

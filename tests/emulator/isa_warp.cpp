@@ -8,28 +8,36 @@
 namespace emu {
 namespace {
 
-// Checks a .sync instruction's member mask; false: try again later.
-bool members(Warp& w, uint32_t mask_row, Mask m, Mask& wanted) {
+// Checks a .sync instruction's member masks and calls f for each set of lanes that name each other
+// (tiles of a warp may execute one instruction with a mask each). Does nothing when the group must
+// wait for lanes on their way.
+template <class F>
+void for_each_member_set(Warp& w, uint32_t mask_row, Mask m, F f) {
     const auto* mask = w.row<uint32_t>(mask_row);
-    wanted = mask[std::countr_zero(m)];
+    Mask all = 0;
     for_each_lane(m, [&](int l) {
-        if (mask[l] != wanted) fault("wrong lane mask", "executing lanes give different masks", l);
-        if (!(wanted >> l & 1))
-            fault("wrong lane mask", "an executing lane is not in its mask " + hex(wanted), l);
+        if (!(mask[l] >> l & 1))
+            fault("wrong lane mask", "an executing lane is not in its mask " + hex(mask[l]), l);
+        all |= mask[l];
     });
-    wanted &= w.live;
-    if (!w.converged(wanted, "wrong lane mask")) return false;
-    if (wanted & ~m)
-        fault("wrong lane mask",
-              "lanes " + hex(wanted & ~m) + " are in the mask but do not execute this instruction",
-              std::countr_zero(wanted & ~m));
-    return true;
+    if (!w.converged(all, "wrong lane mask")) return;
+    while (m) {
+        const Mask named = mask[std::countr_zero(m)] & w.live;
+        Mask set = 0;
+        for_each_lane(m,
+                      [&](int l) { set |= static_cast<Mask>((mask[l] & w.live) == named) << l; });
+        if (named & ~set)
+            fault("wrong lane mask",
+                  "lanes " + hex(named & ~set) +
+                      " are in the mask but do not execute this instruction with it",
+                  std::countr_zero(named & ~set));
+        f(set);
+        m &= ~set;
+    }
 }
 
 // op: d, a, b, c, mask, p
-void shfl(Warp& w, const Instr& in, Mask m) {
-    Mask wanted;
-    if (!members(w, in.op[4], m, wanted)) return;
+void shfl_set(Warp& w, const Instr& in, Mask m) {
     const auto *a = w.row<uint32_t>(in.op[1]), *b = w.row<uint32_t>(in.op[2]),
                *c = w.row<uint32_t>(in.op[3]);
     uint32_t out[kLanes];
@@ -70,6 +78,10 @@ void shfl(Warp& w, const Instr& in, Mask m) {
     p = (p & ~m) | (inside & m);
 }
 
+void shfl(Warp& w, const Instr& in, Mask m) {
+    for_each_member_set(w, in.op[4], m, [&](Mask set) { shfl_set(w, in, set); });
+}
+
 void decode_shfl(Decode& d) {
     d.crosses_lanes();
     if (!d.take("sync")) d.unknown("shfl without .sync");
@@ -84,9 +96,7 @@ void decode_shfl(Decode& d) {
 }
 
 // op: result, predicate, mask
-void vote(Warp& w, const Instr& in, Mask m) {
-    Mask wanted;
-    if (!members(w, in.op[2], m, wanted)) return;
+void vote_set(Warp& w, const Instr& in, Mask m) {
     const Mask p = w.predicate(in.op[1]) & m;
     if (in.a == 3) {
         uint32_t out[kLanes];
@@ -97,6 +107,10 @@ void vote(Warp& w, const Instr& in, Mask m) {
     const bool value = in.a == 0 ? p == m : in.a == 1 ? p != 0 : p == 0 || p == m;
     Mask& result = w.predicate(in.op[0]);
     result = value ? result | m : result & ~m;
+}
+
+void vote(Warp& w, const Instr& in, Mask m) {
+    for_each_member_set(w, in.op[2], m, [&](Mask set) { vote_set(w, in, set); });
 }
 
 void decode_vote(Decode& d) {
@@ -110,9 +124,7 @@ void decode_vote(Decode& d) {
 
 // op: d, a, mask, p
 template <class T>
-void match(Warp& w, const Instr& in, Mask m) {
-    Mask wanted;
-    if (!members(w, in.op[2], m, wanted)) return;
+void match_set(Warp& w, const Instr& in, Mask m) {
     const auto* a = w.row<T>(in.op[1]);
     uint32_t out[kLanes] = {};
     for_each_lane(m, [&](int l) {
@@ -127,6 +139,11 @@ void match(Warp& w, const Instr& in, Mask m) {
         }
     }
     store_row(w.row<uint32_t>(in.op[0]), out, m);
+}
+
+template <class T>
+void match(Warp& w, const Instr& in, Mask m) {
+    for_each_member_set(w, in.op[2], m, [&](Mask set) { match_set<T>(w, in, set); });
 }
 
 void decode_match(Decode& d) {
@@ -144,9 +161,7 @@ void decode_match(Decode& d) {
 
 // op: d, a, mask; in.a operation
 template <class T>
-void redux(Warp& w, const Instr& in, Mask m) {
-    Mask wanted;
-    if (!members(w, in.op[2], m, wanted)) return;
+void redux_set(Warp& w, const Instr& in, Mask m) {
     const auto* a = w.row<uint32_t>(in.op[1]);
     T value = from_row<T>(a[std::countr_zero(m)]);
     for_each_lane(m & (m - 1), [&](int l) {
@@ -184,6 +199,11 @@ void redux(Warp& w, const Instr& in, Mask m) {
     store_row(w.row<uint32_t>(in.op[0]), out, m);
 }
 
+template <class T>
+void redux(Warp& w, const Instr& in, Mask m) {
+    for_each_member_set(w, in.op[2], m, [&](Mask set) { redux_set<T>(w, in, set); });
+}
+
 void decode_redux(Decode& d) {
     d.crosses_lanes();
     d.take("sync");
@@ -214,15 +234,17 @@ void activemask(Warp& w, const Instr& in, Mask m) {
 }
 
 // elect.sync d|p, mask: the lowest member is elected.
-void elect(Warp& w, const Instr& in, Mask m) {
-    Mask wanted;
-    if (!members(w, in.op[2], m, wanted)) return;
+void elect_set(Warp& w, const Instr& in, Mask m) {
     const int leader = std::countr_zero(m);
     uint32_t out[kLanes];
     std::fill(out, out + kLanes, static_cast<uint32_t>(leader));
     store_row(w.row<uint32_t>(in.op[0]), out, m);
     Mask& p = w.predicate(in.op[1]);
     p = (p & ~m) | 1u << leader;
+}
+
+void elect(Warp& w, const Instr& in, Mask m) {
+    for_each_member_set(w, in.op[2], m, [&](Mask set) { elect_set(w, in, set); });
 }
 
 void decode_elect(Decode& d) {

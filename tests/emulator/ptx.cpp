@@ -76,7 +76,10 @@ std::vector<Token> tokenize(std::string_view text) {
             tokens.push_back({Token::Kind::number, text.substr(start, i - start), line});
         } else if (is_word_char(c)) {
             size_t start = i;
-            while (is_word_char(at(i)) || (at(i) == ':' && at(i + 1) == ':'))
+            // A directive ends at its second dot: ".reg.b32" is two.
+            if (c == '.') ++i;
+            while ((is_word_char(at(i)) && !(c == '.' && at(i) == '.')) ||
+                   (at(i) == ':' && at(i + 1) == ':'))
                 i += at(i) == ':' ? 2 : 1;
             tokens.push_back({Token::Kind::word, text.substr(start, i - start), line});
         } else {
