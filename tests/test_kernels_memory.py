@@ -6,6 +6,7 @@ Inputs carry outliers; outputs are poisoned with NaN and padded, and the padding
 from __future__ import annotations
 
 import ctypes
+import re
 
 import numpy as np
 import pytest
@@ -15,7 +16,8 @@ from hypothesis import strategies as st
 
 from minitron_kernels import ops, reference, sampling
 from tests import native_abi as abi
-from tests.native_emulator import ARCHS, DEVICES, dtype_id, run, storage_of
+from tests.emulator import Emulator, EmulatorError
+from tests.native_emulator import ARCHS, DEVICES, dtype_id, ptx_of, run, storage_of
 
 Tensor = torch.Tensor
 HALVES = (torch.bfloat16, torch.float16)
@@ -54,19 +56,31 @@ def poisoned(x: Tensor, padding: int = 0, offset: int = 0) -> Tensor:
     return strided(torch.full(x.shape, float("nan"), dtype=x.dtype), padding, offset)
 
 
-def assert_close(got: Tensor, exact: Tensor, rounded: Tensor, name: str) -> None:
+def assert_close(
+    got: Tensor, exact: Tensor, rounded: Tensor, name: str, scale: Tensor | None = None
+) -> None:
     """DESIGN's rule: at most twice the error of the same op in PyTorch at the input dtype, plus
-    one unit of the output dtype."""
+    one unit of the output dtype; both relative to each element, so that outliers hide nothing.
+    `scale`: what an element's error is relative to, where that is not its exact value."""
     if got.numel() == 0:
         return
     assert not got.isnan().any(), f"{name}: {int(got.isnan().sum())} elements are NaN"
-    unit = torch.finfo(got.dtype).eps * exact.abs() + torch.finfo(got.dtype).tiny
-    error = (got.double() - exact.double()).abs()
-    allowed = 2 * (rounded.double() - exact.double()).abs().max() + unit
-    worst = int((error - allowed).argmax())
-    assert (error <= allowed).all(), (
-        f"{name}: element {worst} is {got.flatten()[worst]}, exact {exact.flatten()[worst]}"
+    info = torch.finfo(got.dtype)
+    scale = (exact if scale is None else scale).abs().double().clamp(min=info.tiny)
+    error, rounding = ((t.double() - exact.double()).abs() / scale for t in (got, rounded))
+    allowed = 2 * rounding.max() + info.eps
+    worst = int(error.argmax())
+    assert error.max() <= allowed, (
+        f"{name}: element {worst} is {got.flatten()[worst]}, exact {exact.flatten()[worst]}; "
+        f"relative error {error.max():.2e}, allowed {allowed:.2e}"
     )
+
+
+def rope_scale(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
+    """|a cos| + |b sin| and |b cos| + |a sin|: a rotation's terms before they cancel."""
+    x, cos, sin = x.double().abs(), cos.double().abs(), sin.double().abs()
+    with_signs = (reference.rotate(x, cos, s, interleaved) for s in (sin, -sin))
+    return torch.maximum(*with_signs)
 
 
 def assert_padding_untouched(x: Tensor, name: str) -> None:
@@ -271,8 +285,10 @@ def test_apply_rope(
         q.double(), k.double(), cos.double(), sin.double(), positions, interleaved
     )
     for name, got, e, rounded in zip("qk", (q_out, k_out), exact, expected, strict=True):
-        assert_close(got, e, rounded, name)
-        assert torch.equal(got[..., r:], (q if name == "q" else k)[..., r:]), name
+        source = q if name == "q" else k
+        scale = rope_scale(source, cos[positions.long()], sin[positions.long()], interleaved)
+        assert_close(got, e, rounded, name, scale)
+        assert torch.equal(got[..., r:], source[..., r:]), name
         assert_padding_untouched(got, name)
 
 
@@ -342,10 +358,11 @@ def test_rope_append(arch: str, dtype: torch.dtype, page: int, hk: int, d: int, 
     tensors = [storage_of(k), storage_of(v), *caches, slots, positions, cos, sin]
     run("rope_append", arch, params, tensors)
     kept = (slots >= 0) & (slots < page * num_pages)
-    exact = reference.rotate(k.double(), cos[positions.long()], sin[positions.long()])
+    angles = cos[positions.long()], sin[positions.long()]
+    exact, scale = reference.rotate(k.double(), *angles), rope_scale(k, *angles)
     rounded = ops.apply_rope(k, k, cos, sin, positions)[0]
     k_rows, v_rows = (cache.flatten(0, 1) for cache in caches)
-    assert_close(k_rows[slots[kept]], exact[kept], rounded[kept], "k_cache")
+    assert_close(k_rows[slots[kept]], exact[kept], rounded[kept], "k_cache", scale[kept])
     assert torch.equal(v_rows[slots[kept]], v[kept])
     untouched = torch.ones(page * num_pages, dtype=torch.bool)
     untouched[slots[kept]] = False
@@ -514,6 +531,16 @@ def test_sample_equals_the_cpu_sampler(arch: str, dtype: torch.dtype, rule: str)
         assert run_sample(arch, logits, params) == expected_tokens(logits, params)
 
 
+def test_sample_from_a_full_vocabulary() -> None:
+    """131072 logits in bf16, hence many ties; each rule of RULES on its own row."""
+    logits = values(len(RULES), 131072, dtype=torch.bfloat16, seed=5)
+    params = [
+        (sampling.SamplingParams(**{"temperature": 0.8, "seed": 2**63 + i, **rule}), i)
+        for i, rule in enumerate(RULES.values())
+    ]
+    assert run_sample("90a", logits, params) == expected_tokens(logits, params)
+
+
 def test_sample_distribution_covers_the_kept_tokens() -> None:
     """4 equal logits, top_k 3: the first three ids, about equally often."""
     logits = torch.full((240, 16), -1.0)
@@ -588,3 +615,54 @@ def test_each_op_moves_the_compulsory_bytes(arch: str) -> None:
         assert abs(counters.unique_write_sectors - sectors[1]) <= len(written), op
         assert counters.write_sectors == counters.unique_write_sectors, op
         assert counters.read_sectors <= 2.1 * sectors[0], op
+
+
+# ------------------------------------------------------------------------------ planted faults
+
+
+def run_changed(
+    op: str, params: ctypes.Structure, tensors: list[Tensor], old: str, new: str
+) -> None:
+    """The op on the emulated A100, with every `old` in its PTX replaced by `new`."""
+    plan = abi.plan(op, params, "80")
+    entry = plan.entry.decode()
+    (text,) = (t for t in ptx_of("80") if f".entry {entry}(" in t)
+    before, name, after = text.partition(f".entry {entry}(")
+    body, brace, rest = after.partition("\n}\n")
+    assert re.search(old, body), f"{old} is not in {entry}"
+    changed = before + name + re.sub(old, new, body) + brace + rest
+    kernel = Emulator("sm_80").load(changed).kernel(entry)
+    kernel.launch(plan.grid[:], plan.block[:], [bytes(params)], regions=tensors)
+
+
+def test_a_missing_barrier_is_found() -> None:
+    x, weight = values(1, 4096, dtype=torch.bfloat16), values(4096, dtype=torch.bfloat16)
+    out = poisoned(x)
+    params = norm_params(x, None, weight, out)
+    with pytest.raises(EmulatorError, match=r"shared memory|shared-memory race"):
+        run_changed("rms_norm", params, [x, weight, out], r"bar(rier)?\.sync[^;]*;", "")
+
+
+@pytest.mark.parametrize(
+    "old, new",
+    [
+        (r"0fBFB8AA3B", "0fBFB8A03B"),  # log2(e), off by 4e-5 of itself: too small to be seen
+        (r"0fBFB8AA3B", "0fBFB20000"),  # off by 4 %
+        (r"st\.global\.v4", "// st.global.v4"),  # nothing is stored
+    ],
+    ids=["harmless", "constant", "store"],
+)
+def test_a_wrong_result_is_found(old: str, new: str) -> None:
+    gate_up = values(2, 256, dtype=torch.bfloat16)
+    out = poisoned(gate_up[:, :128])
+    params = abi.structs()["mk_silu_and_mul_params"](
+        gate_up=gate_up.data_ptr(), out=out.data_ptr(), gate_up_stride=256, out_stride=128,
+        rows=2, size=128, dtype=dtype_id(out),
+    )  # fmt: skip
+    run_changed("silu_and_mul", params, [gate_up, out], old, new)
+    exact, rounded = reference.silu_and_mul(gate_up.double()), ops.silu_and_mul(gate_up)
+    if new == "0fBFB8A03B":
+        assert_close(out, exact, rounded, "out")
+    else:
+        with pytest.raises(AssertionError, match="out"):
+            assert_close(out, exact, rounded, "out")

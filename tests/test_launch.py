@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import ctypes
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -523,3 +525,16 @@ def test_a_fault_in_a_kernel_is_a_driver_error() -> None:
 def test_library_paths() -> None:
     assert (Path(native.get_include()) / "minitron_kernels.h").is_file()
     assert Path(native.get_library()).name == "libminitron_kernels.so"
+
+
+def test_stub_names_what_the_module_has() -> None:
+    """_native.pyi, for type checkers, against the module: names and order of the arguments."""
+    stub = ast.parse((Path(native.__file__).parent / "_native.pyi").read_text())
+    functions = {node.name: node.args for node in stub.body if isinstance(node, ast.FunctionDef)}
+    others = {node.target.id for node in stub.body if isinstance(node, ast.AnnAssign)}
+    public = {name for name in dir(_native) if not name.startswith("_")}
+    assert public == {*functions, *others, "Rope"}
+    for name, args in functions.items():
+        signature = getattr(_native, name).__doc__.partition(") -> ")[0]
+        in_module = re.findall(r"[(,] (?:\*, )?(\w+):", signature.replace("(", "( ", 1))
+        assert in_module == [a.arg for a in [*args.args, *args.kwonlyargs]], name

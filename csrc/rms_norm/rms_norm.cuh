@@ -57,7 +57,6 @@ __device__ __forceinline__ void rms_norm(const mk_rms_norm_params& p) {
     const int num_quads = (num_vecs + 127) / 128;  // of groups
     const bool one_warp_per_row = blockDim.x == 32;
     const auto is_mine = [&](int step) { return threadIdx.x + step * blockDim.x < num_vecs; };
-    const auto group_of = [&](int step) { return (threadIdx.x + step * blockDim.x) / 32; };
     const auto first = [&](int step) { return (threadIdx.x + step * blockDim.x) * kVec; };
     const auto load_row = [&](const void* tensor, int64_t stride, int row, Vec8(&to)[kSteps]) {
         const void* from = row_of(tensor, row, stride);
@@ -95,20 +94,18 @@ __device__ __forceinline__ void rms_norm(const mk_rms_norm_params& p) {
                 load_row(p.residual, p.residual_stride, row + row_step, next_residual);
         }
 
+        // All four sums, though fewer groups may be left: the shuffles of the four interleave, and
+        // missing vectors are 0.
         float group_sum[kSteps];
         MK_UNROLL
-        for (int s = 0; s < kSteps; ++s) {
-            group_sum[s] = group_of(s) < num_quads * 4 ? sum_of_squares<Dtype>(x[s]) : 0.f;
-        }
+        for (int s = 0; s < kSteps; ++s) group_sum[s] = sum_of_squares<Dtype>(x[s]);
         float4 total = {group_sum[0], group_sum[1], group_sum[2], group_sum[3]};
         if (!one_warp_per_row) {
-            // The block has at least num_quads warps: every group of a quad is written.
             float* sums = &smem_group_sums[parity][0].x;
-            MK_UNROLL
-            for (int s = 0; s < kSteps; ++s) {
-                if (threadIdx.x % 32 == 0 && group_of(s) < num_quads * 4) {
-                    sums[group_of(s)] = group_sum[s];
-                }
+            if (threadIdx.x % 32 == 0) {
+                MK_UNROLL
+                for (int s = 0; s < kSteps; ++s)
+                    sums[(threadIdx.x + s * blockDim.x) / 32] = group_sum[s];
             }
             __syncthreads();
             total = {0.f, 0.f, 0.f, 0.f};
