@@ -117,7 +117,7 @@ MATMUL = "matmul-bf16-64x64x32-w4-s3"
     [
         # The second barrier is between reading the maxima and writing the sums to the same place.
         ("row_softmax-f32-781-w4", r"(?s)(bar\.sync.*?)bar\.sync\s+0;", r"\1", "race"),
-        (MATMUL, r"^\s*bar\.sync.*$", "", "asynchronous copy|race"),
+        (MATMUL, r"^\s*bar\.sync.*$", "", "asynchronous copy|race|uninitialised"),
         (MATMUL, r"cp\.async\.wait_group\s+\d+", "cp.async.wait_group 7", "asynchronous copy"),
         ("vector_add-f32-3000", r"setp\.lt\.s32", "setp.ge.s32", "bounds"),
     ],
