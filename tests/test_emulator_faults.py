@@ -7,11 +7,20 @@ one line wrong; the report must name the detector, the instruction and the place
 from __future__ import annotations
 
 import ctypes
+import os
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
 
-from tests.emulator import Emulator, EmulatorError, accessible, last_report, library
+from tests.emulator import (
+    Emulator,
+    EmulatorError,
+    accessible,
+    last_counters,
+    last_report,
+    library,
+)
 
 SEEDS = range(6)
 
@@ -449,32 +458,145 @@ $done: st.global.u32 [%yt], %lane;"""
     assert run(init + body, threads=32)[:32].tolist() == list(range(32))
 
 
+def test_hang() -> None:
+    with pytest.raises(EmulatorError, match="no end after") as error:
+        run("$again: add.u32 %r1, %tid, 1; bra.uni $again;", max_instructions=10_000)
+    assert error.value.kind == "hang"
+
+
 # --------------------------------------------------------------------------------------------------
 # The driver symbols
 
 
-def test_driver_launch_reports_the_fault() -> None:
-    driver = library()
-    ptx = KERNEL.format(target="sm_80", smem=16, body=COPY.replace("[%xt]", "[%xt+4]")).encode()
-    device, context, module, function = ctypes.c_int(), *(ctypes.c_void_p() for _ in range(3))
-    assert driver.cuInit(0) == 0
-    assert driver.cuDeviceGet(ctypes.byref(device), 0) == 0
-    assert driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), device) == 0
-    assert driver.cuCtxSetCurrent(context) == 0
+@pytest.fixture
+def driver() -> Iterator[ctypes.CDLL]:
+    """The library as a libcuda, with a context on its first device."""
+    lib = library()
+    context = ctypes.c_void_p()
+    assert lib.cuInit(0) == 0
+    assert lib.cuDevicePrimaryCtxRetain(ctypes.byref(context), 0) == 0
+    assert lib.cuCtxSetCurrent(context) == 0
+    yield lib
+    assert lib.cuCtxSetCurrent(None) == 0
+
+
+def driver_kernel(driver: ctypes.CDLL, body: str) -> tuple[ctypes.c_void_p, ctypes.c_void_p]:
+    ptx = KERNEL.format(target="sm_80", smem=16, body=body).encode()
+    module, function = ctypes.c_void_p(), ctypes.c_void_p()
     assert driver.cuModuleLoadData(ctypes.byref(module), ptx) == 0
     assert driver.cuModuleGetFunction(ctypes.byref(function), module, b"absent") == 500
     assert driver.cuModuleGetFunction(ctypes.byref(function), module, b"test") == 0
+    return module, function
+
+
+class Arguments:
+    """kernelParams of the test kernel; keeps what they point to alive."""
+
+    def __init__(self, x: int, y: int) -> None:
+        self.values = ctypes.c_uint64(x), ctypes.c_uint64(y), ctypes.c_uint32(0)
+        self.pointers = (ctypes.c_void_p * 3)(*(ctypes.addressof(v) for v in self.values))
+
+
+SHAPE = (1, 1, 1, 64, 1, 1, 0)
+
+
+def test_driver_launch_reports_the_fault(driver: ctypes.CDLL) -> None:
+    module, function = driver_kernel(driver, COPY.replace("[%xt]", "[%xt+4]"))
     x, y = np.arange(65, dtype=np.int32), np.zeros(64, np.int32)
-    values = ctypes.c_uint64(x.ctypes.data), ctypes.c_uint64(y.ctypes.data), ctypes.c_uint32(0)
-    params = (ctypes.c_void_p * 3)(*(ctypes.addressof(v) for v in values))
-    shape = (1, 1, 1, 64, 1, 1, 0)
+    arguments = Arguments(x.ctypes.data, y.ctypes.data)
+    params = arguments.pointers
     with accessible(x=x, y=y):
-        assert driver.cuLaunchKernel(function, *shape, None, params, None) == 0
+        assert driver.cuLaunchKernel(function, *SHAPE, None, params, None) == 0
         assert np.array_equal(y, x[1:]) and last_report() == ""
+        assert last_counters().read_bytes == 256
     with accessible(x=x[:64], y=y):
-        status = driver.cuLaunchKernel(function, *shape, None, params, None)
+        status = driver.cuLaunchKernel(function, *SHAPE, None, params, None)
         assert status == 700 and "offset 256 of 'x'" in last_report()
     name = ctypes.c_char_p()
     assert driver.cuGetErrorName(status, ctypes.byref(name)) == 0
     assert name.value == b"CUDA_ERROR_ILLEGAL_ADDRESS"
+    assert driver.cuModuleUnload(module) == 0
+
+
+def test_driver_memory_streams_and_graphs(driver: ctypes.CDLL) -> None:
+    module, function = driver_kernel(driver, COPY)
+    x, y, stream = ctypes.c_uint64(), ctypes.c_uint64(), ctypes.c_void_p()
+    for pointer in (x, y):
+        assert driver.cuMemAlloc_v2(ctypes.byref(pointer), ctypes.c_size_t(256)) == 0
+    arguments = Arguments(x.value, y.value)
+    launch = (function, *SHAPE)
+    # Memory fresh from cuMemAlloc holds nothing.
+    assert driver.cuLaunchKernel(*launch, None, arguments.pointers, None) == 719
+    assert "never written" in last_report()
+    host = np.arange(64, dtype=np.int32)
+    size = ctypes.c_size_t(256)
+    assert driver.cuMemcpyHtoD_v2(x, ctypes.c_void_p(host.ctypes.data), size) == 0
+    assert driver.cuMemsetD32_v2(y, 7, ctypes.c_size_t(64)) == 0
+
+    assert driver.cuStreamCreate(ctypes.byref(stream), 0) == 0
+    assert driver.cuStreamBeginCapture_v2(stream, 0) == 0
+    assert driver.cuLaunchKernel(*launch, stream, arguments.pointers, None) == 0
+    assert driver.cuStreamSynchronize(stream) == 900  # not while capturing
+    graph, instance, back = ctypes.c_void_p(), ctypes.c_void_p(), np.zeros(64, np.int32)
+    assert driver.cuStreamEndCapture(stream, ctypes.byref(graph)) == 0
+    assert driver.cuGraphInstantiateWithFlags(ctypes.byref(instance), graph, 0) == 0
+    to_host = ctypes.c_void_p(back.ctypes.data), y, size
+    assert driver.cuMemcpyDtoH_v2(*to_host) == 0 and (back == 7).all()
+    arguments.values[0].value = 0  # the capture took its own copy
+    assert driver.cuGraphLaunch(instance, stream) == 0
+    assert driver.cuMemcpyDtoH_v2(*to_host) == 0 and np.array_equal(back, host)
+    for destroy, handle in [
+        (driver.cuGraphExecDestroy, instance),
+        (driver.cuGraphDestroy, graph),
+        (driver.cuStreamDestroy_v2, stream),
+        (driver.cuMemFree_v2, x),
+        (driver.cuMemFree_v2, y),
+        (driver.cuModuleUnload, module),
+    ]:
+        assert destroy(handle) == 0
+    assert driver.cuMemFree_v2(x) == 1
+
+
+def test_driver_devices_and_entry_points(driver: ctypes.CDLL) -> None:
+    count, value, ordinal = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
+    assert driver.cuDeviceGetCount(ctypes.byref(count)) == 0
+    capabilities = []
+    for device in range(count.value):
+        major_minor = []
+        for attribute in (75, 76):
+            assert driver.cuDeviceGetAttribute(ctypes.byref(value), attribute, device) == 0
+            major_minor.append(value.value)
+        capabilities.append(tuple(major_minor))
+    if "MK_EMU_DEVICE" not in os.environ:
+        assert capabilities == [(8, 0), (8, 9), (9, 0), (10, 0)]
+    assert driver.cuDeviceGetAttribute(ctypes.byref(value), 97, 0) == 0
+    assert driver.cuCtxGetDevice(ctypes.byref(ordinal)) == 0 and ordinal.value == 0
+    assert driver.cuCtxSetCurrent(None) == 0
+    assert driver.cuCtxGetDevice(ctypes.byref(ordinal)) == 201
+    entry, status = ctypes.c_void_p(), ctypes.c_int()
+    for name, found in [(b"cuMemAlloc", True), (b"cuInit", True), (b"cuNothing", False)]:
+        code = driver.cuGetProcAddress_v2(
+            name, ctypes.byref(entry), 13000, ctypes.c_uint64(0), ctypes.byref(status)
+        )
+        assert (code == 0) == found == bool(entry.value)
+    assert driver.cuModuleLoadData(ctypes.byref(entry), b"nonsense") == 201
+
+
+def test_driver_refuses_bad_modules_and_launches(driver: ctypes.CDLL) -> None:
+    module = ctypes.c_void_p()
+    newer = KERNEL.format(target="sm_90a", smem=16, body="").encode()
+    assert driver.cuModuleLoadData(ctypes.byref(module), newer) == 209
+    assert "the device is sm_80" in last_report()
+    assert driver.cuModuleLoadData(ctypes.byref(module), b".version 8.0\n.target x;") == 218
+    module, function = driver_kernel(driver, "")
+    arguments = Arguments(0, 0)
+    params = arguments.pointers
+    assert driver.cuLaunchKernel(function, 1, 1, 1, 2048, 1, 1, 0, None, params, None) == 1
+    big = (1, 1, 1, 32, 1, 1, 100 << 10)
+    assert (
+        driver.cuLaunchKernel(function, *big, None, params, None) == 701
+    )  # more than 48 KB: asked for?
+    assert driver.cuFuncSetAttribute(function, 8, 100 << 10) == 0
+    assert driver.cuLaunchKernel(function, *big, None, params, None) == 0
+    assert driver.cuFuncSetAttribute(function, 8, 164 << 10) == 1
     assert driver.cuModuleUnload(module) == 0

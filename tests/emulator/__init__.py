@@ -248,6 +248,7 @@ class Kernel:
         threads: int = 0,
         allow_uninitialised_shared: bool = False,
         check_races: bool = True,
+        max_instructions: int = 1_000_000_000,
     ) -> Counters:
         """Runs the kernel to its end.
 
@@ -256,7 +257,8 @@ class Kernel:
         size; floats of 4 or 8 bytes), bytes or ctypes structures. `regions`: further arrays the
         kernel may touch. `uninitialised`: those of either whose contents must not be read before
         the kernel has written them. `seed` picks an interleaving of warps and CTAs; `threads` is
-        the number of host threads (0: all). Raises EmulatorError.
+        the number of host threads (0: all). A CTA that executes more than `max_instructions`
+        warp-instructions hangs. Raises EmulatorError.
         """
         if len(args) != len(self.param_bytes):
             raise ValueError(f"args: {self.name} takes {len(self.param_bytes)}, got {len(args)}")
@@ -278,6 +280,7 @@ class Kernel:
         _check(
             library().emu_launch(
                 self._handle, dims, ctypes.c_uint32(smem), ctypes.c_uint64(seed), threads, options,
+                ctypes.c_uint64(max_instructions),
                 pointers, table, ctypes.c_uint64(len(arrays)), counters,
             )
         )  # fmt: skip

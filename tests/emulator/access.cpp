@@ -191,11 +191,7 @@ void check_shared_bounds(Warp& w, const LaneAddresses& a, uint32_t bytes) {
 
 void check_shared(Warp& w, const LaneAddresses& a, uint32_t bytes, SharedMemory::Access kind) {
     check_shared_bounds(w, a, bytes);
-    SharedMemory& shared = w.cta->shared;
-    for (Mask m = a.mask; m; m &= m - 1) {
-        const int l = std::countr_zero(m);
-        shared.access(kind, w.index, l, static_cast<uint32_t>(a.at[l]), bytes);
-    }
+    w.cta->shared.access(kind, w.index, a.mask, a.at, bytes);
 }
 
 }  // namespace emu

@@ -94,8 +94,8 @@ uint32_t emu_kernel_static_smem(void* kernel) {
 
 // dims: grid, block, cluster; counters: see Counters in __init__.py.
 int emu_launch(void* kernel, const uint32_t* dims, uint32_t smem, uint64_t seed, int threads,
-               uint32_t options, void* const* params, const RegionArgument* regions,
-               uint64_t region_count, uint64_t* counters) {
+               uint32_t options, uint64_t max_instructions, void* const* params,
+               const RegionArgument* regions, uint64_t region_count, uint64_t* counters) {
     return guarded([&] {
         auto& k = *static_cast<emu::Kernel*>(kernel);
         emu::LaunchConfig config;
@@ -105,6 +105,7 @@ int emu_launch(void* kernel, const uint32_t* dims, uint32_t smem, uint64_t seed,
         config.dynamic_smem = smem;
         config.seed = seed;
         config.threads = threads;
+        config.max_instructions = max_instructions;
         config.shared.allow_uninitialised = options & 1;
         config.shared.check_races = !(options & 2);
         k.max_dynamic_smem = k.module->device().smem_per_cta;

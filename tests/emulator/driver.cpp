@@ -140,11 +140,9 @@ int guarded(F f) {
     } catch (const emu::LaunchError& e) {
         report(e.what());
         static const std::map<std::string, int> codes = {
-            {"out of bounds", kIllegalAddress},
-            {"misaligned access", kMisalignedAddress},
-            {"assertion failed", kAssert},
-            {"deadlock", kLaunchTimeout},
-            {"write to read-only memory", kIllegalAddress}};
+            {"out of bounds", kIllegalAddress}, {"misaligned access", kMisalignedAddress},
+            {"assertion failed", kAssert},      {"deadlock", kLaunchTimeout},
+            {"hang", kLaunchTimeout},           {"write to read-only memory", kIllegalAddress}};
         auto it = codes.find(e.kind);
         return it == codes.end() ? kLaunchFailed : it->second;
     } catch (const emu::BadLaunch& e) {
@@ -296,6 +294,8 @@ int launch_kernel(void* function, emu::LaunchConfig config, void* stream, void**
                     pointers.push_back(bytes->data() + slot.offset);
                 emu::LaunchConfig c = config;
                 c.seed = launch_seed;
+                if (const char* limit = std::getenv("MK_EMU_MAX_INSTRUCTIONS"))
+                    c.max_instructions = std::strtoull(limit, nullptr, 10);
                 const emu::Counters counters = emu::launch(*kernel, c, pointers.data(), {});
                 std::lock_guard lock(last_mutex);
                 last_counters = counters;

@@ -438,6 +438,23 @@ bool Cta::finished() const {
     return std::all_of(warps.begin(), warps.end(), [](const Warp& w) { return w.done(); });
 }
 
+// Nobody will finish: says where every warp stands.
+void Cta::stuck(const char* kind, const std::string& message) const {
+    std::string report = std::string(kind) + " in " + launch->program->name + ": " + message +
+                         "\n  CTA (" + std::to_string(id.x) + ", " + std::to_string(id.y) + ", " +
+                         std::to_string(id.z) + ")";
+    for (const Warp& w : warps)
+        for (const Group& g : w.groups) {
+            const bool waits = g.wait == Wait::cta_barrier || g.wait == Wait::warp_barrier;
+            const Instr& at = w.code[waits ? g.pc - 1 : g.pc];
+            report += "\n  warp " + std::to_string(w.index) + " lanes " + hex(g.lanes) +
+                      " at: " + launch->program->statements[at.statement]->text;
+        }
+    LaunchError error(report);
+    error.kind = kind;
+    throw error;
+}
+
 bool Cta::run(uint64_t slice) {
     const uint64_t end = instructions + slice;
     std::vector<size_t> ready;
@@ -447,24 +464,16 @@ bool Cta::run(uint64_t slice) {
             if (warps[i].runnable()) ready.push_back(i);
         if (ready.empty()) {
             if (finished()) return true;
-            std::string who;
-            for (const Warp& w : warps)
-                for (const Group& g : w.groups) {
-                    const uint32_t at = g.pc > 0 && g.wait != Wait::peers ? g.pc - 1 : g.pc;
-                    who += "\n  warp " + std::to_string(w.index) + " lanes " + hex(g.lanes) +
-                           " at: " + launch->program->statements[w.code[at].statement]->text;
-                }
-            LaunchError error("deadlock in " + launch->program->name + ": no warp of CTA (" +
-                              std::to_string(id.x) + ", " + std::to_string(id.y) + ", " +
-                              std::to_string(id.z) + ") can go on" + who);
-            error.kind = "deadlock";
-            throw error;
+            stuck("deadlock", "no warp can go on");
         }
+        if (instructions > launch->config.max_instructions)
+            stuck("hang", "no end after " + std::to_string(instructions) + " warp-instructions");
         std::shuffle(ready.begin(), ready.end(), rng);
         for (size_t i : ready) {
             Warp& w = warps[i];
             // From single steps to long runs.
-            const uint32_t quantum = 1 + rng() % (1u << rng() % 8);
+            const uint32_t longest = 1u << rng() % 8;
+            const uint32_t quantum = 1 + static_cast<uint32_t>(rng()) % longest;
             w.run(quantum);
             instructions += quantum - w.budget;
         }

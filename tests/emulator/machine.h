@@ -244,6 +244,8 @@ class SharedMemory {
     // is what a write is about to store: writing what is there already harms nobody.
     void access(Access kind, int warp, int lane, uint32_t address, uint32_t bytes,
                 const uint8_t* value = nullptr);
+    // The same for the lanes of a mask, without values.
+    void access(Access kind, int warp, Mask lanes, const uint64_t* addresses, uint32_t bytes);
     void land(int warp, int lane, uint32_t address, uint32_t bytes);  // an async_write arrives
 
     // Synchronisation: `arrive` publishes what `warp` did into `clock`, `join` acquires it.
@@ -400,6 +402,7 @@ struct Cta {
     void barrier_arrive(Warp& warp, Mask lanes, uint32_t id, uint32_t threads, bool wait);
     void barrier_check(uint32_t id);
     bool finished() const;
+    [[noreturn]] void stuck(const char* kind, const std::string& message) const;
 };
 
 struct LaunchConfig {
@@ -408,6 +411,7 @@ struct LaunchConfig {
     uint64_t seed = 0;
     int threads = 0;  // host threads, 0: all
     SharedMemory::Options shared;
+    uint64_t max_instructions = 1'000'000'000;  // warp-instructions of a CTA: more is a hang
 };
 
 struct Launch {

@@ -122,6 +122,14 @@ void SharedMemory::access(Access kind, int warp, int lane, uint32_t address, uin
     if (kind != Access::strong_read) arrive(warp, flag);
 }
 
+void SharedMemory::access(Access kind, int warp, Mask lanes, const uint64_t* addresses,
+                          uint32_t bytes) {
+    for (; lanes; lanes &= lanes - 1) {
+        const int l = std::countr_zero(lanes);
+        access(kind, warp, l, static_cast<uint32_t>(addresses[l]), bytes);
+    }
+}
+
 void SharedMemory::land(int warp, int lane, uint32_t address, uint32_t bytes) {
     for (uint32_t g = address >> shift_; g <= (address + bytes - 1) >> shift_; ++g) {
         write_time_[g] = time_;
