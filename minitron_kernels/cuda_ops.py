@@ -9,10 +9,11 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable, Sequence
-from types import ModuleType
 from typing import TYPE_CHECKING
 
 import torch
+
+from minitron_kernels import _native
 
 if TYPE_CHECKING:
     from minitron_kernels.sampling import SamplingState
@@ -21,27 +22,14 @@ Tensor = torch.Tensor
 
 _log = logging.getLogger(__name__)
 _DTYPES = {
-    torch.bfloat16: 1,  # MK_BF16
-    torch.float16: 2,  # MK_F16
-    torch.float32: 3,  # MK_F32
-    torch.int32: 4,  # MK_I32
-    torch.int64: 5,  # MK_I64
+    torch.bfloat16: _native.BF16,
+    torch.float16: _native.F16,
+    torch.float32: _native.F32,
+    torch.int32: _native.I32,
+    torch.int64: _native.I64,
 }
 # Tests set this to run CPU tensors through the kernels, on the emulator (MK_CUDA_DRIVER).
 emulate = False
-
-
-@functools.cache
-def _native() -> ModuleType | None:
-    try:
-        from minitron_kernels import _native
-    except ImportError as error:
-        _log.warning(
-            "CUDA tensors are computed by PyTorch: the native layer is missing (%s)", error
-        )
-        return None
-    module: ModuleType = _native
-    return module
 
 
 @functools.cache
@@ -51,9 +39,7 @@ def _log_fallback(reason: str) -> None:
 
 def _call(name: str, like: Tensor, *args: object) -> None:
     """Enqueue mk_<name> on the current stream of the device of ``like``."""
-    native = _native()
-    assert native is not None
-    function: Callable[..., None] = getattr(native, name)
+    function: Callable[..., None] = getattr(_native, name)
     if not like.is_cuda:
         function(*args, 0)
         return
@@ -72,12 +58,12 @@ def serves(x: Tensor) -> bool:
     if x.dtype not in (torch.bfloat16, torch.float16):
         _log_fallback(f"kernels take bfloat16 and float16, the tensors are {x.dtype}")
         return False
-    return _native() is not None
+    return True
 
 
 def serves_logits(logits: Tensor) -> bool:
     """As `serves`, for argmax and sample, which take float32 too."""
-    return (logits.is_cuda and _native() is not None) or emulate
+    return logits.is_cuda or emulate
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -138,9 +124,7 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Ten
 
 
 def _rope(cos: Tensor, sin: Tensor, positions: Tensor, interleaved: bool) -> object:
-    native = _native()
-    assert native is not None
-    return native.Rope(
+    return _native.Rope(
         cos.data_ptr(),
         sin.data_ptr(),
         cos.stride(0),

@@ -355,9 +355,7 @@ def _swiglu_mlp(
         raise ValueError(f"residual must be {x.shape[0]}x{w_down.shape[0]}")
     if norm_weight is not None:
         x = rms_norm(x, norm_weight, eps)
-    x = x.contiguous()
-    hidden = torch_ops.matmul(x, up, mul=torch_ops.matmul(x, gate, silu=True))
-    return torch_ops.matmul(hidden, w_down, add=residual)
+    return torch_ops.matmul(torch_ops.matmul(x, gate, swiglu_up=up), w_down, add=residual)
 
 
 # -------------------------------------------------------------------------------------- attention

@@ -1,12 +1,11 @@
 """The ops' computations in PyTorch: of CPU tensors, and of CUDA tensors that no kernel serves.
 
-Arguments have been checked by `ops.py`. Rows do not depend on the rest of the batch (bit for bit in
-float32 on the CPU).
+Arguments have been checked by `ops.py`. A row of a CPU result does not depend on the rest of the
+batch, bit for bit.
 """
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Sequence
 from itertools import pairwise
@@ -14,8 +13,9 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 
+from minitron_kernels import _native
+
 Tensor = torch.Tensor
-_log = logging.getLogger(__name__)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -44,54 +44,57 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     return y.to(x.dtype)
 
 
-def _onednn_dtypes() -> tuple[torch.dtype, ...]:
-    """Dtypes of CPU tensors whose matrix products go to oneDNN directly, with its epilogues."""
-    try:
-        if not torch.backends.mkldnn.is_available():
-            raise AttributeError("oneDNN is switched off")
-        bf16 = bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-        assert torch.ops.mkldnn._linear_pointwise
-    except AttributeError as error:
-        _log.warning("CPU rows will depend on their batch: torch has no oneDNN linear (%s)", error)
-        return ()
-    return (torch.float32, torch.bfloat16) if bf16 else (torch.float32,)
+_DTYPES = {
+    torch.bfloat16: _native.BF16,
+    torch.float16: _native.F16,
+    torch.float32: _native.F32,
+}
 
 
-_ONEDNN_DTYPES = _onednn_dtypes()
+def _rows(x: Tensor) -> Tensor:
+    return x if x.stride(1) == 1 or x.shape[1] <= 1 else x.contiguous()
 
 
 def matmul(
-    x: Tensor,
-    w: Tensor,
-    *,
-    silu: bool = False,
-    mul: Tensor | None = None,
-    add: Tensor | None = None,
+    x: Tensor, w: Tensor, *, add: Tensor | None = None, swiglu_up: Tensor | None = None
 ) -> Tensor:
-    """x [M, K] @ w [N, K]^T, then at most one epilogue: silu(y), y * mul or y + add ([M, N] each).
+    """x [M, K] @ w [N, K]^T, + add [M, N], or silu(x @ w^T) * (x @ swiglu_up^T).
 
-    Every row's bits are independent of M. torch's own float32 path is not like that: MKL's order of
-    summation changes with M, so that a sequence would get other bits in a batch than alone, and
-    elementwise kernels treat the last few elements of a tensor by another exp. oneDNN's matmul is,
-    from M = 2 on, and applies the epilogue to its fp32 sums.
+    CPU tensors go to mk_cpu_linear (csrc/cpu), whose sums and epilogues are fp32, rounded once, and
+    whose every row's bits depend on that row alone. PyTorch's do not: MKL sums in an order that
+    depends on M, so that a sequence would get other bits in a batch than alone.
     """
-    if x.device.type != "cpu" or x.dtype not in _ONEDNN_DTYPES or not x.numel():
+    if x.device.type != "cpu":
         y = F.linear(x, w)
-        if silu:
-            return F.silu(y, inplace=True)
-        return y.mul_(mul) if mul is not None else y.add_(add) if add is not None else y
-    single = x.shape[0] == 1 and x.dtype is torch.float32
-    if single:
-        x = x.expand(2, -1).contiguous()
-    other = mul if mul is not None else add
-    if other is None:
-        kind = "swish" if silu else "none"
-        y = torch.ops.mkldnn._linear_pointwise(x, w, None, kind, [], "")
-    else:
-        other = other.expand(2, -1).contiguous() if single else other.contiguous()
-        kind = "mul" if mul is not None else "add"
-        y = torch.ops.mkldnn._linear_pointwise.binary(x, other, w, None, kind)
-    return y[:1] if single else y
+        if swiglu_up is not None:
+            return F.silu(y, inplace=True).mul_(F.linear(x, swiglu_up))
+        return y if add is None else y.add_(add)
+    x, w = _rows(x), _rows(w)
+    out = torch.empty((x.shape[0], w.shape[0]), dtype=x.dtype)
+    epilogue, other, up = _native.EPILOGUE_NONE, out, w
+    if swiglu_up is not None:
+        epilogue, up = _native.EPILOGUE_SWIGLU, _rows(swiglu_up)
+    elif add is not None:
+        epilogue, other = _native.EPILOGUE_ADD, _rows(add)
+    _native.cpu_linear(
+        x.data_ptr(),
+        w.data_ptr(),
+        out.data_ptr(),
+        x.stride(0),
+        w.stride(0),
+        out.stride(0),
+        x.shape[0],
+        w.shape[0],
+        w.shape[1],
+        _DTYPES[x.dtype],
+        torch.get_num_threads(),
+        epilogue,
+        0 if other is out else other.data_ptr(),
+        0 if other is out else other.stride(0),
+        0 if up is w else up.data_ptr(),
+        0 if up is w else up.stride(0),
+    )
+    return out
 
 
 def _attend(
