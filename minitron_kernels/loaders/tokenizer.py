@@ -248,8 +248,7 @@ class Tokenizer:
         if path.suffix == ".gguf":
             from minitron_kernels.loaders.gguf import GGUFFile, part_paths
 
-            first = part_paths(path)[0]  # the part of a split file that holds the metadata
-            return cls.from_gguf(GGUFFile(first).metadata, str(first))
+            return cls.from_gguf(GGUFFile(part_paths(path)[0]).metadata, str(path))
         if "tekken" in path.name:
             return cls.from_tekken(path)
         return cls._from_tokenizer_json(path)
