@@ -1,6 +1,6 @@
 """The emulator runs kernels that Triton compiled and gives the right answers.
 
-Every case of emulator/triton_kernels.py runs for each capability it is compiled for, under several
+Every case of emulator/triton_cases.py runs for each capability it is compiled for, under several
 interleavings of warps and CTAs: results are within the tolerance rule, the same bits each time.
 The closing table names what was validated, with the largest error in units of what is allowed.
 """
@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from tests.emulator import Emulator, EmulatorError
-from tests.emulator.triton_kernels import (
+from tests.emulator.triton_cases import (
     ALL_CAPABILITIES,
     CASES,
     Case,
@@ -116,10 +116,10 @@ MATMUL = "matmul-bf16-64x64x32-w4-s3"
     ("case_id", "pattern", "replacement", "detector"),
     [
         # The second barrier is between reading the maxima and writing the sums to the same place.
-        ("row_softmax-f32-781-w4", r"(?s)(bar\.sync.*?)bar\.sync\s+0;", r"\1", "race"),
+        ("row_softmax-fp32-5-781-w4", r"(?s)(bar\.sync.*?)bar\.sync\s+0;", r"\1", "race"),
         (MATMUL, r"^\s*bar\.sync.*$", "", "asynchronous copy|race|uninitialised"),
         (MATMUL, r"cp\.async\.wait_group\s+\d+", "cp.async.wait_group 7", "asynchronous copy"),
-        ("vector_add-f32-3000", r"setp\.lt\.s32", "setp.ge.s32", "bounds"),
+        ("vector_add-fp32-3000-512-w4", r"setp\.lt\.s32", "setp.ge.s32", "bounds"),
     ],
     ids=["softmax-no-barrier", "matmul-no-barrier", "matmul-no-wait", "vector_add-mask"],
 )
@@ -138,7 +138,7 @@ def test_a_detector_finds_the_fault(
     [
         (MATMUL, r"(mma\.sync.*?), \{ (%r\d+), (%r\d+) \}", r"\1, { \3, \2 }"),
         (MATMUL, r"ldmatrix(.*)\.trans", r"ldmatrix\1"),
-        ("linear_recurrence-1000-w4", r"(shfl\.sync\.up\.b32.*), 4,", r"\1, 2,"),
+        ("linear_recurrence-3-1000-w4", r"(shfl\.sync\.up\.b32.*), 4,", r"\1, 2,"),
     ],
     ids=["mma-operand-order", "ldmatrix-trans", "shfl-distance"],
 )
