@@ -13,7 +13,6 @@
 #include <mutex>
 #include <set>
 #include <string>
-#include <unordered_map>
 #include <vector>
 
 #include "launch/op.h"
@@ -31,7 +30,8 @@ constexpr uint32_t kFatbinMagic = 0xBA55ED50;
 
 struct Kernels {
     std::vector<cuda::CUlibrary> libraries;
-    std::unordered_map<std::string, cuda::CUkernel> kernels;  // those asked for so far
+    // Those asked for so far. Looked up by C string: a launch allocates nothing.
+    std::map<std::string, cuda::CUkernel, std::less<>> kernels;
 };
 
 mk_status load_libraries(const cuda::Driver& driver, const char* arch, Kernels* kernels) {
@@ -81,7 +81,7 @@ class RelaxedCapture {
 mk_status find_kernel(const cuda::Driver& driver, const char* arch, const char* entry,
                       cuda::CUkernel* kernel) {
     static std::mutex mutex;
-    static std::map<std::string, Kernels> loaded;
+    static std::map<std::string, Kernels, std::less<>> loaded;
     const std::lock_guard lock(mutex);
     auto archs = loaded.find(arch);
     if (archs == loaded.end()) {

@@ -73,6 +73,13 @@ __device__ __forceinline__ float rsqrt_approx_f32(float a) {
     return d;
 }
 
+// ISA#floating-point-instructions-max  (NaN if either is)
+__device__ __forceinline__ float max_nan_f32(float a, float b) {
+    float d;
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(d) : "f"(a), "f"(b));
+    return d;
+}
+
 // ISA#floating-point-instructions-rcp  (at most 1 ulp)
 __device__ __forceinline__ float rcp_approx_ftz_f32(float a) {
     float d;

@@ -7,6 +7,8 @@
 
 namespace mk {
 
+constexpr float kMinusInf = -__builtin_huge_valf();
+
 // A row of logits of a 2-byte dtype.
 template <class Dtype, bool kAligned>
 struct Logits {
@@ -16,7 +18,7 @@ struct Logits {
     __device__ Logits(const void* logits, int64_t index, int64_t stride, int vocab)
         : row(row_of(logits, index, stride)), vocab(vocab) {}
 
-    // Logits first ... first + 7; those past the end are arbitrary.
+    // Logits first ... first + 7, of which the first exists; -inf past the end.
     __device__ __forceinline__ void load(int first, float (&to)[kVec]) const {
         const Vec8 v = load8<kAligned, Reuse::kOften>(row, first, vocab);
         MK_UNROLL
@@ -24,6 +26,12 @@ struct Logits {
             const float2 f = Dtype::unpack(v.pair[i]);
             to[2 * i] = f.x;
             to[2 * i + 1] = f.y;
+        }
+        if constexpr (!kAligned) {
+            MK_UNROLL
+            for (int i = 0; i < kVec; ++i) {
+                if (first + i >= vocab) to[i] = kMinusInf;
+            }
         }
     }
 };
@@ -47,74 +55,72 @@ struct Logits<F32, kAligned> {
                     to[i] = f.x, to[i + 1] = f.y, to[i + 2] = f.z, to[i + 3] = f.w;
                 }
             } else {
-                to[i] = first + i < vocab ? row[first + i] : 0.f;
+                to[i] = first + i < vocab ? row[first + i] : kMinusInf;
             }
         }
     }
 };
 
-// Keys order as floats do, with -0 = +0 and every NaN above all. No float has key 0.
-constexpr uint32_t kKeyNone = 0;
-constexpr uint32_t kKeyMinusInf = 0x007FFFFFu;
-constexpr uint32_t kKeyInf = 0xFF800000u;
-constexpr uint32_t kKeyNan = 0xFFFFFFFFu;
-
-__device__ __forceinline__ uint32_t key_of(float logit) {
-    if (isnan(logit)) return kKeyNan;
-    const uint32_t bits = __float_as_uint(logit + 0.f);  // -0 + 0 = +0
-    return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
-}
-
-__device__ __forceinline__ float logit_of(uint32_t key) {
-    return __uint_as_float(key & 0x80000000u ? key & 0x7FFFFFFFu : ~key);
-}
-
-// The 8 keys at `first` of logits divided by `temperature`, kKeyNone past the end.
-template <class Row>
-__device__ __forceinline__ void load_keys(const Row& logits, int first, float temperature,
-                                          uint32_t (&keys)[kVec]) {
-    MK_UNROLL
-    for (uint32_t& key : keys) key = kKeyNone;
-    if (first >= logits.vocab) return;
-    float l[kVec];
-    logits.load(first, l);
-    MK_UNROLL
-    for (int i = 0; i < kVec; ++i) {
-        if (first + i < logits.vocab) keys[i] = key_of(__fdiv_rn(l[i], temperature));
+// Calls visit(first, logits) for each 8 logits of the row. A thread has kUnroll of them in flight
+// together, where visit is small enough for that.
+template <int kUnroll, class Row, class Visit>
+__device__ __forceinline__ void for_each_8(const Row& row, const Visit& visit) {
+#pragma unroll kUnroll
+    for (int first = threadIdx.x * kVec; first < row.vocab; first += kSamplingThreads * kVec) {
+        float logits[kVec];
+        row.load(first, logits);
+        visit(first, logits);
     }
 }
 
-// A maximum and where it is first; as one number, the largest of these is the first maximum.
-__device__ __forceinline__ uint64_t key_and_id(uint32_t key, int id) {
-    return static_cast<uint64_t>(key) << 32 | ~static_cast<uint32_t>(id);
+// The largest of 8; NaN if one is.
+__device__ __forceinline__ float max_of(const float (&logits)[kVec]) {
+    float largest = logits[0];
+    MK_UNROLL
+    for (int i = 1; i < kVec; ++i) largest = ptx::max_nan_f32(largest, logits[i]);
+    return largest;
 }
-__device__ __forceinline__ uint32_t key_in(uint64_t best) { return best >> 32; }
-__device__ __forceinline__ int id_in(uint64_t best) { return ~static_cast<uint32_t>(best); }
 
-// The first of the largest logits of the row, in every thread of the block.
-template <class Row>
-__device__ __forceinline__ uint64_t block_argmax(const Row& logits, float temperature) {
-    __shared__ uint64_t smem_best[kSamplingThreads / 32];
-    uint64_t best = 0;
-    MK_NO_UNROLL
-    for (int first = threadIdx.x * kVec; first < logits.vocab; first += kSamplingThreads * kVec) {
-        uint32_t keys[kVec];
-        load_keys(logits, first, temperature, keys);
+// `value` of all threads of the block, reduced by `combine`.
+template <class T, class Combine>
+__device__ __forceinline__ T block_reduce(T value, const Combine& combine) {
+    __shared__ T smem_values[kSamplingThreads / 32];
+    const auto warp_reduce = [&combine](T v) {
         MK_UNROLL
-        for (int i = 0; i < kVec; ++i) best = max(best, key_and_id(keys[i], first + i));
-    }
-    MK_UNROLL
-    for (int lane_mask = 16; lane_mask > 0; lane_mask /= 2) {
-        best = max(best, __shfl_xor_sync(0xFFFFFFFFu, best, lane_mask));
-    }
-    if (threadIdx.x % 32 == 0) smem_best[threadIdx.x / 32] = best;
+        for (int lane_mask = 16; lane_mask > 0; lane_mask /= 2) {
+            v = combine(v, __shfl_xor_sync(0xFFFFFFFFu, v, lane_mask));
+        }
+        return v;
+    };
+    value = warp_reduce(value);
+    if (threadIdx.x % 32 == 0) smem_values[threadIdx.x / 32] = value;
     __syncthreads();
-    best = smem_best[threadIdx.x % 32];
-    MK_UNROLL
-    for (int lane_mask = 16; lane_mask > 0; lane_mask /= 2) {
-        best = max(best, __shfl_xor_sync(0xFFFFFFFFu, best, lane_mask));
-    }
-    return best;
+    return warp_reduce(smem_values[threadIdx.x % 32]);
+}
+
+// The largest logit of the row; NaN if one is. Two instructions per logit.
+template <class Row>
+__device__ __forceinline__ float block_max(const Row& row) {
+    const auto combine = [](float a, float b) { return ptx::max_nan_f32(a, b); };
+    float largest = kMinusInf;
+    for_each_8<4>(
+        row, [&](int, const float (&logits)[kVec]) { largest = combine(largest, max_of(logits)); });
+    return block_reduce(largest, combine);
+}
+
+// The first place of `largest`, which block_max found. It is in few vectors: most are skipped.
+template <class Row>
+__device__ __forceinline__ int block_first(const Row& row, float largest) {
+    int id = row.vocab;
+    for_each_8<4>(row, [&](int first, const float (&logits)[kVec]) {
+        const float top = max_of(logits);
+        if (id < row.vocab || (top != largest && !isnan(top))) return;
+        MK_UNROLL
+        for (int i = kVec - 1; i >= 0; --i) {
+            if (logits[i] == largest || isnan(logits[i])) id = first + i;
+        }
+    });
+    return block_reduce(id, [](int a, int b) { return min(a, b); });
 }
 
 }  // namespace mk

@@ -7,10 +7,12 @@
 // scan from the largest bin down. Nothing is sorted.
 //
 // The bulk of the logits lies far below the maximum, in a few bins, where atomics would queue up.
-// So each selection first looks only at logits within 8 of the maximum, and at all of them only
-// if these do not reach the limit. Sums are of integers and come out the same in any order.
+// So each selection first looks only at logits within 8 of the maximum, then within 28 (further
+// down every weight is 0), and at all of them only if these do not reach the limit. A vector of 8
+// with nothing above the threshold costs the loads and 8 max instructions, and no division or
+// exponential. Sums are of integers and come out the same in any order.
 //
-// Reads of the row: 1 for the maximum, 4 for top_k, 4 for top_p (one for the total, 3 for the
+// Reads of the row: 1 for the maximum, 3 for top_k, 4 for top_p (one for the total, 3 for the
 // digits), 1 for the draw; the row stays in L2 (256 KB for 131072 bf16 logits).
 //
 // smem: weights 16 KB (bins of a digit, then chunks of the row), counts 8 KB, scans 0.5 KB.
@@ -19,6 +21,35 @@
 #include "sampling/logits.cuh"
 
 namespace mk {
+
+// Keys order as floats do, with -0 = +0. No float has key 0. There are no NaN here.
+constexpr uint32_t kKeyNone = 0;
+
+__device__ __forceinline__ uint32_t key_of(float scaled) {
+    const uint32_t bits = __float_as_uint(scaled + 0.f);  // -0 + 0 = +0
+    return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+}
+
+__device__ __forceinline__ float scaled_of(uint32_t key) {
+    return __uint_as_float(key & 0x80000000u ? key & 0x7FFFFFFFu : ~key);
+}
+
+// Logits below this have keys below `lowest` (kKeyNone: none have) after division by `temperature`:
+// the slack is far above the rounding errors of the two.
+__device__ __forceinline__ float cut_of(uint32_t lowest, float temperature) {
+    if (lowest == kKeyNone) return kMinusInf;
+    const float cut = scaled_of(lowest) * temperature;
+    return cut - (fabsf(cut) * 1e-6f + 1e-30f);
+}
+
+// The keys of 8 logits divided by `temperature`; false if all are below the cut.
+__device__ __forceinline__ bool keys_of(const float (&logits)[kVec], float temperature, float cut,
+                                        uint32_t (&keys)[kVec]) {
+    if (max_of(logits) < cut) return false;
+    MK_UNROLL
+    for (int i = 0; i < kVec; ++i) keys[i] = key_of(__fdiv_rn(logits[i], temperature));
+    return true;
+}
 
 struct Kept {
     uint32_t key;
@@ -33,13 +64,16 @@ struct SamplingSmem {
     int found;              // that bin or chunk; -1: none
 };
 
-// e^x for x <= 0, within 1 ulp; 0 below -28, where the weight is 0. Only fused multiply-adds, so
+// Logits this far below the largest have weight 0: e^-28 * 2^40 < 1.
+constexpr float kWindow = 28.f;
+
+// e^x * 2^40 for x <= 0, within 1 ulp; 0 from -28 down. Only fused multiply-adds, so
 // every device gives the same bits. Polynomial: Cephes' expf (Moshier 1992).
 __device__ __forceinline__ float exp_times_2_40(float x) {
     constexpr float kLog2E = 1.44269504088896341f;
     constexpr float kLn2Hi = 0.693359375f;
     constexpr float kLn2Lo = -2.12194440e-4f;
-    if (!(x > -28.f)) return 0.f;
+    if (!(x > -kWindow)) return 0.f;
     const float n = rintf(x * kLog2E);
     const float r = fmaf(n, -kLn2Lo, fmaf(n, -kLn2Hi, x));
     float y = fmaf(1.9875691500e-4f, r, 1.3981999507e-3f);
@@ -52,7 +86,7 @@ __device__ __forceinline__ float exp_times_2_40(float x) {
 }
 
 __device__ __forceinline__ uint64_t weight_of(uint32_t key, float largest) {
-    return static_cast<uint64_t>(exp_times_2_40(logit_of(key) - largest));
+    return static_cast<uint64_t>(exp_times_2_40(scaled_of(key) - largest));
 }
 
 // Sum over the threads before this one; *total gets the sum over all. Ends with a barrier.
@@ -97,19 +131,17 @@ __device__ __forceinline__ void find_slot(SamplingSmem& smem, const uint64_t (&v
     __syncthreads();
 }
 
-// Calls visit(key) for every logit of the row, a warp on 256 consecutive ones at a time.
+// Calls visit(key) for the logits whose key is `lowest` or more, and for some others.
 template <class Row, class Visit>
-__device__ __forceinline__ void for_each_key(const Row& logits, float temperature,
+__device__ __forceinline__ void for_each_key(const Row& row, float temperature, uint32_t lowest,
                                              const Visit& visit) {
-    MK_NO_UNROLL
-    for (int first = threadIdx.x * kVec; first < logits.vocab; first += kSamplingThreads * kVec) {
+    const float cut = cut_of(lowest, temperature);
+    for_each_8<1>(row, [&](int, const float (&logits)[kVec]) {
         uint32_t keys[kVec];
-        load_keys(logits, first, temperature, keys);
+        if (!keys_of(logits, temperature, cut, keys)) return;
         MK_UNROLL
-        for (const uint32_t key : keys) {
-            if (key != kKeyNone) visit(key);
-        }
-    }
+        for (const uint32_t key : keys) visit(key);
+    });
 }
 
 // The threshold at which the tokens from the largest down first reach `limit` together: in number
@@ -131,7 +163,7 @@ __device__ __forceinline__ bool select(SamplingSmem& smem, const Row& logits, fl
             smem.counts[i] = 0;
         }
         __syncthreads();
-        for_each_key(logits, temperature, [&](uint32_t key) {
+        for_each_key(logits, temperature, max(lowest, kept->key), [&](uint32_t key) {
             if (key < lowest || (key & known_mask) != known) return;
             if (!kByWeight) {
                 atomicAdd(&smem.counts[key >> shift & digit_mask], 1u);
@@ -171,8 +203,10 @@ template <bool kByWeight, class Row>
 __device__ __forceinline__ void narrow(SamplingSmem& smem, const Row& logits, float temperature,
                                        float largest, uint64_t limit, Kept* kept) {
     MK_NO_UNROLL
-    for (int attempt = 0; attempt < 2; ++attempt) {
-        const uint32_t lowest = attempt == 0 ? key_of(largest - 8.f) : kKeyNone + 1;
+    for (int attempt = 0; attempt < 3; ++attempt) {
+        const uint32_t lowest = attempt == 0   ? key_of(largest - 8.f)
+                                : attempt == 1 ? key_of(largest - kWindow)
+                                               : kKeyNone;
         if (select<kByWeight>(smem, logits, temperature, largest, limit, lowest, kept)) return;
     }
 }
@@ -207,14 +241,20 @@ __device__ __forceinline__ int draw(SamplingSmem& smem, const Row& logits, float
         return weight >= floor ? weight : 0;
     };
     const uint64_t equal_weight = counted_weight(kept.key);
-    // The weights above the threshold and the number of equals of 8 tokens.
+    const float cut = cut_of(max(kept.key, key_of(largest - kWindow)), temperature);
+    // The weights above the threshold, and who is at it, of 8 tokens.
     const auto count = [&](int first, uint64_t (&weights)[kVec], int (&equals)[kVec]) {
+        float l[kVec];
         uint32_t keys[kVec];
-        load_keys(logits, first, temperature, keys);
+        MK_UNROLL
+        for (int i = 0; i < kVec; ++i) weights[i] = equals[i] = 0;
+        if (first >= logits.vocab) return;
+        logits.load(first, l);
+        if (!keys_of(l, temperature, cut, keys)) return;
         MK_UNROLL
         for (int i = 0; i < kVec; ++i) {
             equals[i] = keys[i] == kept.key;
-            weights[i] = keys[i] > kept.key ? counted_weight(keys[i]) : 0;
+            if (keys[i] > kept.key) weights[i] = counted_weight(keys[i]);
         }
     };
 
@@ -314,15 +354,16 @@ __device__ __forceinline__ void sample(const mk_sample_params& p) {
     ptx::griddepcontrol_wait();
     const mk_sampling& how = p.sampling[row];
     const Logits<Dtype, kAligned> logits(p.logits, row, p.logits_stride, p.vocab);
-    const bool is_greedy = how.temperature == 0.f;
-    const float temperature = is_greedy ? 1.f : how.temperature;
-    const uint64_t best = block_argmax(logits, temperature);
-    const bool is_finite = kKeyMinusInf < key_in(best) && key_in(best) < kKeyInf;
+    const float temperature = how.temperature;
+    const bool is_greedy = temperature == 0.f;
+    const float largest_logit = block_max(logits);
+    const float largest = is_greedy ? largest_logit : __fdiv_rn(largest_logit, temperature);
+    const bool is_finite = fabsf(largest) < -kMinusInf;
     if (is_greedy || !is_finite) {
-        if (threadIdx.x == 0) p.out[row] = is_finite ? id_in(best) : -1;
+        const int token = is_finite ? block_first(logits, largest) : -1;
+        if (threadIdx.x == 0) p.out[row] = token;
         return;
     }
-    const float largest = logit_of(key_in(best));
 
     Kept kept = {kKeyNone, 0};
     if (0 < how.top_k && how.top_k < p.vocab) {
@@ -330,9 +371,10 @@ __device__ __forceinline__ void sample(const mk_sample_params& p) {
     }
     if (how.top_p < 1.0) {
         uint64_t sum = 0;
-        for_each_key(logits, temperature, [&](uint32_t key) {
-            if (key > kept.key) sum += weight_of(key, largest);
-        });
+        for_each_key(logits, temperature, max(kept.key, key_of(largest - kWindow)),
+                     [&](uint32_t key) {
+                         if (key > kept.key) sum += weight_of(key, largest);
+                     });
         uint64_t total;
         block_scan(smem, sum, &total);
         total += kept.num_equal * weight_of(kept.key, largest);
