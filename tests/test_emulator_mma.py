@@ -5,8 +5,8 @@ boundary, against torch, numpy and ml_dtypes and against a search in the sorted 
 values. Fragments: the figures of the PTX ISA ("Matrix Fragments for mma...") written out in numpy,
 one formula per instruction shape.
 
-The C++ functions are pure, so they are called through a small library of their own, without the
-rest of the emulator.
+The C++ functions are pure, so they are called through a small library of their own; that the
+emulator hands them the right operands is checked with one PTX kernel per instruction.
 """
 
 from __future__ import annotations
@@ -14,13 +14,15 @@ from __future__ import annotations
 import ctypes
 import subprocess
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 import pytest
 import torch
+
+from tests.emulator import Emulator
 
 EMULATOR = Path(__file__).parent / "emulator"
 
@@ -436,6 +438,13 @@ class Op:
     def layout(self) -> str:
         return f"m{self.m}n8k{self.k}-{BITS[self.a]}"
 
+    @property
+    def min_sm(self) -> int:
+        """Lowest compute capability, as the PTX ISA has it."""
+        if self.a in ("e4m3", "e5m2"):
+            return 89
+        return 90 if self.a == "f64" and self.m == 16 else 80
+
     def codes(self) -> ctypes.Array[ctypes.c_int]:
         types = [TYPES.index(t) for t in (self.a, self.b, self.acc)]
         return (ctypes.c_int * 7)(self.m, self.k, *types, self.satfinite, self.and_popc)
@@ -444,23 +453,86 @@ class Op:
         return f"m{self.m}n8k{self.k}.{self.acc}.{self.a}.{self.b}"
 
 
-def run_mma(lib: ctypes.CDLL, op: Op, a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
+# (op, registers of A, B and C) -> registers of D
+Execute = Callable[[Op, np.ndarray, np.ndarray, np.ndarray], np.ndarray]
+
+
+def run_mma(execute: Execute, op: Op, a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
     """D of one instruction on whole matrices a[m, k], b[k, 8], c[m, 8]; the ISA's figures say which
     lane gets what."""
     m, k, where_a, where_b = LAYOUTS[op.layout]
     a_bits, b_bits, c_bits = to_bits(a, op.a), to_bits(b, op.b), to_bits(c, op.acc)
-    a_regs = pack([a_bits[where_a(i)] for i in range(m * k // 32)], BITS[op.a])
-    b_regs = pack([b_bits[where_b(i), GROUP] for i in range(k * 8 // 32)], BITS[op.b])
-    c_regs = pack([c_bits[where_acc(m, i)] for i in range(m // 4)], BITS[op.acc])
-    counts = (ctypes.c_int * 4)()
-    assert lib.traits(op.codes(), counts) == 1
-    assert [len(a_regs), len(b_regs), len(c_regs)] == list(counts)[:3]
-    d_regs = c_regs.copy()  # in place, as compilers like to have it
-    lib.mma(op.codes(), pointer(a_regs), pointer(b_regs), pointer(d_regs), pointer(d_regs))
+    d_regs = execute(
+        op,
+        pack([a_bits[where_a(i)] for i in range(m * k // 32)], BITS[op.a]),
+        pack([b_bits[where_b(i), GROUP] for i in range(k * 8 // 32)], BITS[op.b]),
+        pack([c_bits[where_acc(m, i)] for i in range(m // 4)], BITS[op.acc]),
+    )
     d = np.empty((m, 8))
     for i, element in enumerate(unpack(d_regs, BITS[op.acc])):
         d[where_acc(m, i)] = from_bits(element, op.acc)
     return d
+
+
+@pytest.fixture(scope="session")
+def direct(lib: ctypes.CDLL) -> Execute:
+    """mma_sync itself, with D in place of C, as compilers like to have it."""
+
+    def execute(op: Op, a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
+        counts, d = (ctypes.c_int * 4)(), c.copy()
+        assert lib.traits(op.codes(), counts) == 1
+        assert [len(a), len(b), len(c)] == list(counts)[:3]
+        lib.mma(op.codes(), pointer(a), pointer(b), pointer(d), pointer(d))
+        return d
+
+    return execute
+
+
+def execute_ptx(op: Op, a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
+    """A kernel of one warp that loads the registers, executes the instruction and stores D."""
+    words = 2 if op.a == "f64" else 1  # of 32 bits in a PTX register
+    in_type = ".f64" if op.a == "f64" else ".b32"
+    acc_type = {"f32": ".f32", "f64": ".f64"}.get(op.acc, ".b32")
+    counts = {"a": len(a) // words, "b": len(b) // words, "c": len(c) // words}
+    counts["d"] = counts["c"]
+    types = {"a": in_type, "b": in_type, "c": acc_type, "d": acc_type}
+
+    def move(name: str, instruction: str) -> list[str]:
+        """Register r of this lane from or to element r * 32 + lane of parameter `name`."""
+        address = f"ld.param.u64 %base, [p_{name}]; add.u64 %base, %base, %offset;"
+        rows = range(counts[name])
+        return [address, *(instruction.format(r=r, byte=128 * words * r) for r in rows)]
+
+    lines = [f".reg {types[name]} %{name}<{counts[name]}>;" for name in "abcd"]
+    for name in "abc":
+        lines += move(name, f"ld.global{types[name]} %{name}{{r}}, [%base + {{byte}}];")
+    suffix = "" if op.a != "b1" else ".and.popc" if op.and_popc else ".xor.popc"
+    regs = ["{" + ", ".join(f"%{name}{r}" for r in range(counts[name])) + "}" for name in "dabc"]
+    lines.append(
+        f"mma.sync.aligned.m{op.m}n8k{op.k}.row.col.{op.acc}.{op.a}.{op.b}.{op.acc}{suffix} "
+        f"{', '.join(regs)};"
+    )
+    lines += move("d", f"st.global{acc_type} [%base + {{byte}}], %d{{r}};")
+    body = "\n".join(lines)
+    ptx = f""".version 8.7
+.target sm_{op.min_sm}
+.address_size 64
+.visible .entry one_mma({", ".join(f".param .u64 p_{name}" for name in "abcd")})
+{{
+.reg .u64 %base, %offset;
+.reg .u32 %lane;
+mov.u32 %lane, %tid.x;
+mul.wide.u32 %offset, %lane, {4 * words};
+{body}
+ret;
+}}
+"""
+    # A lane's f64 is in one place in memory; in rows of 32 x 32 bits its halves are two rows.
+    in_memory = [r.reshape(-1, words, 32).transpose(0, 2, 1).copy() for r in (a, b, c)]
+    result = np.zeros_like(in_memory[2])
+    kernel = Emulator(f"sm_{op.min_sm}").load(ptx).kernel("one_mma")
+    kernel.launch((1,), (32,), [*in_memory, result])
+    return result.transpose(0, 2, 1).reshape(c.shape).copy()
 
 
 def all_ops() -> list[Op]:
@@ -493,18 +565,27 @@ def exact_inputs(op: Op, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarr
     return a, b, rng.integers(-100, 100, (op.m, 8)).astype(np.float64)
 
 
-@pytest.mark.parametrize("op", all_ops(), ids=str)
-def test_mma_layout_and_exact_sums(lib: ctypes.CDLL, op: Op) -> None:
+def check_exact_sums(execute: Execute, op: Op, draws: int) -> None:
     rng = np.random.default_rng(11)
-    for _ in range(3):
+    for _ in range(draws):
         a, b, c = exact_inputs(op, rng)
         if op.a == "b1":
             differing = a @ (1 - b) + (1 - a) @ b
-            np.testing.assert_array_equal(run_mma(lib, op, a, b, c), differing + c)
-            both = Op(op.m, op.k, "b1", "b1", "s32", and_popc=True)
-            np.testing.assert_array_equal(run_mma(lib, both, a, b, c), a @ b + c)
+            np.testing.assert_array_equal(run_mma(execute, op, a, b, c), differing + c)
+            both = replace(op, and_popc=True)
+            np.testing.assert_array_equal(run_mma(execute, both, a, b, c), a @ b + c)
         else:
-            np.testing.assert_array_equal(run_mma(lib, op, a, b, c), a @ b + c)
+            np.testing.assert_array_equal(run_mma(execute, op, a, b, c), a @ b + c)
+
+
+@pytest.mark.parametrize("op", all_ops(), ids=str)
+def test_mma_layout_and_exact_sums(direct: Execute, op: Op) -> None:
+    check_exact_sums(direct, op, draws=3)
+
+
+@pytest.mark.parametrize("op", all_ops(), ids=str)
+def test_mma_in_ptx(op: Op) -> None:
+    check_exact_sums(execute_ptx, op, draws=1)
 
 
 def test_mma_traits_know_every_instruction_and_no_other(lib: ctypes.CDLL) -> None:
@@ -518,21 +599,11 @@ def test_mma_traits_know_every_instruction_and_no_other(lib: ctypes.CDLL) -> Non
                         assert known == ((m, k, a, b, acc) in legal), (m, k, a, b, acc)
 
 
-@pytest.mark.parametrize(
-    ("op", "min_sm"),
-    [
-        (Op(16, 16, "bf16", "bf16", "f32"), 80),
-        (Op(16, 64, "s4", "s4", "s32"), 80),
-        (Op(8, 4, "f64", "f64", "f64"), 80),
-        (Op(16, 32, "e4m3", "e5m2", "f32"), 89),
-        (Op(16, 8, "f64", "f64", "f64"), 90),
-    ],
-    ids=str,
-)
-def test_mma_traits_name_the_lowest_capability(lib: ctypes.CDLL, op: Op, min_sm: int) -> None:
+@pytest.mark.parametrize("op", all_ops(), ids=str)
+def test_mma_traits_name_the_lowest_capability(lib: ctypes.CDLL, op: Op) -> None:
     counts = (ctypes.c_int * 4)()
     lib.traits(op.codes(), counts)
-    assert counts[3] == min_sm
+    assert counts[3] == op.min_sm
 
 
 @pytest.mark.parametrize(
@@ -540,7 +611,7 @@ def test_mma_traits_name_the_lowest_capability(lib: ctypes.CDLL, op: Op, min_sm:
     [o for o in all_ops() if o.acc == "f32" and o.a == o.b] + [Op(16, 32, "e4m3", "e5m2", "f32")],
     ids=str,
 )
-def test_mma_sums_a_block_at_once_and_truncates(lib: ctypes.CDLL, op: Op) -> None:
+def test_mma_sums_a_block_at_once_and_truncates(direct: Execute, op: Op) -> None:
     """Random values over many binades, in integer arithmetic: a block's sum is exact, then cut."""
     rng = np.random.default_rng(5)
     spread = 4 if op.a == "e5m2" or op.b == "e5m2" else 3
@@ -562,7 +633,7 @@ def test_mma_sums_a_block_at_once_and_truncates(lib: ctypes.CDLL, op: Op) -> Non
             products = (a[i, ks] * b[ks, j]).tolist()  # exact in float64
             exact[i, j] = sum(map(exact_integer, [*products, expected[i, j]]))
         expected = np.vectorize(truncated, otypes=[np.float64])(exact)
-    np.testing.assert_array_equal(run_mma(lib, op, a, b, c), expected)
+    np.testing.assert_array_equal(run_mma(direct, op, a, b, c), expected)
 
 
 UNIT_EXPONENT = 120  # exact_integer counts in units of 2^-120
@@ -580,51 +651,51 @@ def truncated(total: int) -> float:
     return float(magnitude) / float(1 << UNIT_EXPONENT) * (1 if total >= 0 else -1)
 
 
-def test_mma_truncates_towards_zero(lib: ctypes.CDLL) -> None:
+def test_mma_truncates_towards_zero(direct: Execute) -> None:
     """1 - 2^-30 is below 1 for a truncating adder and 1 for a rounding one."""
     op = Op(16, 8, "bf16", "bf16", "f32")
     a, b = np.zeros((16, 8)), np.zeros((8, 8))
     a[:, 0], b[0] = -(2.0**-15), 2.0**-15
-    assert (run_mma(lib, op, a, b, np.ones((16, 8))) == 1 - 2.0**-24).all()
-    assert (run_mma(lib, op, -a, b, np.ones((16, 8))) == 1).all()
+    assert (run_mma(direct, op, a, b, np.ones((16, 8))) == 1 - 2.0**-24).all()
+    assert (run_mma(direct, op, -a, b, np.ones((16, 8))) == 1).all()
 
 
-def test_mma_rounds_f16_accumulators_to_nearest(lib: ctypes.CDLL) -> None:
+def test_mma_rounds_f16_accumulators_to_nearest(direct: Execute) -> None:
     op = Op(16, 8, "f16", "f16", "f16")
     a, b = np.zeros((16, 8)), np.zeros((8, 8))
     a[:, 0], b[0] = 1.0, [1.0, 1.5, 3.0, -1.0, 2.0**-14, 0.5, 2.5, 1.25]
     c = np.full((16, 8), 2048.0)  # halves are 2 apart from here on, 1 below
     expected = (2048.0 + b[0]).astype(np.float16).astype(np.float64)
-    assert (run_mma(lib, op, a, b, c) == expected).all()
+    assert (run_mma(direct, op, a, b, c) == expected).all()
 
 
-def test_mma_ignores_the_low_bits_of_tf32(lib: ctypes.CDLL) -> None:
+def test_mma_ignores_the_low_bits_of_tf32(direct: Execute) -> None:
     op = Op(16, 8, "tf32", "tf32", "f32")
     rng = np.random.default_rng(2)
     a, b, c = (rng.standard_normal(s).astype(np.float32) for s in ((16, 8), (8, 8), (16, 8)))
     cut = [(x.view(np.uint32) & np.uint32(0xFFFFE000)).view(np.float32) for x in (a, b)]
-    np.testing.assert_array_equal(run_mma(lib, op, a, b, c), run_mma(lib, op, *cut, c))
+    np.testing.assert_array_equal(run_mma(direct, op, a, b, c), run_mma(direct, op, *cut, c))
     assert (a != cut[0]).any()
 
 
-def test_mma_carries_infinity_and_nan(lib: ctypes.CDLL) -> None:
+def test_mma_carries_infinity_and_nan(direct: Execute) -> None:
     for name in ("f16", "bf16", "tf32", "e5m2"):
         op = Op(16, 128 // BITS[name], name, name, "f32")
         a, b = np.ones((16, op.k)), np.ones((op.k, 8))
         a[3, 1], a[5, 2], b[2, 6] = np.inf, np.nan, -np.inf
-        d = run_mma(lib, op, a, b, np.zeros((16, 8)))
+        d = run_mma(direct, op, a, b, np.zeros((16, 8)))
         with np.errstate(invalid="ignore"):
             np.testing.assert_array_equal(d, a @ b)
 
 
-def test_mma_overflow_of_integer_sums(lib: ctypes.CDLL) -> None:
+def test_mma_overflow_of_integer_sums(direct: Execute) -> None:
     a, b = np.full((16, 32), 127.0), np.full((32, 8), 127.0)
     largest, smallest = 2.0**31 - 1, -(2.0**31)
     total = 32 * 127 * 127
     for sign, limit in ((1, largest), (-1, smallest)):
         c = np.full((16, 8), limit)
-        wrapping = run_mma(lib, Op(16, 32, "s8", "s8", "s32"), sign * a, b, c)
-        clamping = run_mma(lib, Op(16, 32, "s8", "s8", "s32", satfinite=True), sign * a, b, c)
+        wrapping = run_mma(direct, Op(16, 32, "s8", "s8", "s32"), sign * a, b, c)
+        clamping = run_mma(direct, Op(16, 32, "s8", "s8", "s32", satfinite=True), sign * a, b, c)
         assert (wrapping == limit + sign * (total - 2.0**32)).all()
         assert (clamping == limit).all()
 
