@@ -235,7 +235,7 @@ MK_API mk_status mk_embedding_plan(const mk_embedding_params* params, const mk_d
  *   min_p  keeps, of these, those with w_i >= int64(min_p * 2^40)
  *   r      = out[1] << 32 | out[0] of Philox4x32-10, counter (step, 0, 0, 0), key = seed (low,
  * high) token  = the first id at which the running sum of the w left exceeds (r * their total) >>
- * 64 The fp32 exp is within 1 ulp; another one may differ in the last bit of some w_i, about 2^-24
+ * 64 The fp32 exp is within 1.01 ulp; another one may differ in the last bit of some w_i, about 2^-24
  * of it, and then can move the token only when target lies within such a step. temperature 0 takes
  * the argmax. A row whose largest logit is not finite gives -1.
  */
@@ -287,8 +287,8 @@ MK_API mk_status mk_sample_plan(const mk_sample_params* params, const mk_device*
  * positive quiet NaN. So an output's bits depend on its row of x and of w only: not on m, n, the
  * strides, the threads, the processor, nor the rounding mode and flush-to-zero of the caller.
  * No byte outside the rows is read. May be called by several threads at once (one of them then has
- * the worker threads, the others work alone) and in a forked child. A calling thread keeps up to
- * 33 MiB of scratch (more when m * k of 128 rows is more), each worker 1 MiB.
+ * the worker threads, the others work alone) and in a forked child. Every thread keeps 570 KiB of
+ * scratch, and a calling thread x in fp32, up to 32 MiB of it or 126 rows, if these are more.
  */
 typedef enum mk_epilogue {
     MK_EPILOGUE_NONE = 0,

@@ -294,18 +294,25 @@ def test_apply_rope(
 
 @archs
 def test_rope_from_theta(arch: str) -> None:
-    """Angles up to 2^24 radians: the rotation of (1, 0) gives cosine and sine themselves."""
+    """Angles up to 2^24 radians, sine and cosine to 2e-7: the vectors nearly cancel when rotated,
+    so that fp16 resolves what is left to far better than 2^-11 of the vectors."""
     d = 128
-    positions = torch.cat([torch.arange(0, 64), torch.tensor([8191, 131071, 2**20 + 1, 2**24 - 1])])
-    q = torch.zeros(len(positions), 1, d, dtype=torch.float16)
-    q[..., : d // 2] = 1
+    edges = torch.tensor([8191, 131071, 2**20 + 1, 13128257, 2**24 - 1])
+    positions = torch.cat([torch.arange(64), edges, torch.randint(0, 2**24, (200,))])
+    inv_freq = (1e4 ** -(torch.arange(0, d, 2, dtype=torch.float64) / d)).float()
+    angles = (positions.float()[:, None] * inv_freq).double()  # the angle as fp32 has it
+    a, b = (1024 * angles.sin()).half(), (1024 * angles.cos()).half()
+    q = torch.cat([a, b], dim=-1)[:, None]
     out, none = poisoned(q), q[:, :0]
     rope = rope_struct(positions, d, False, None)
     run("apply_rope", arch, apply_rope_params(q, none, out, none, rope), [q, out, positions])
-    inv_freq = (1e4 ** -(torch.arange(0, d, 2, dtype=torch.float64) / d)).float()
-    angles = (positions.float()[:, None] * inv_freq).double()  # the angle as fp32 has it
-    exact = torch.cat([angles.cos(), angles.sin()], dim=-1)[:, None]
-    assert ((out.double() - exact).abs() <= 2e-7 + 2**-11 * exact.abs()).all()
+    a, b, got = a.double(), b.double(), out[:, 0].double()
+    exact = torch.cat(
+        [a * angles.cos() - b * angles.sin(), b * angles.cos() + a * angles.sin()], dim=-1
+    )
+    terms = (a.abs() + b.abs()).repeat(1, 2)
+    assert ((got - exact).abs() <= (2e-7 + 2**-23) * terms + 2**-11 * exact.abs()).all()
+    assert exact[:, : d // 2].abs().max() < 1, "the first half does not cancel"
 
 
 def test_apply_rope_in_place_and_position_out_of_range() -> None:

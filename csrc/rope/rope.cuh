@@ -22,8 +22,9 @@ __device__ __forceinline__ SinCos sin_cos(float angle) {
     constexpr float kTwoPi = 6.283185307179586f;
     const float turns = angle * kInvTwoPiHi;
     const float turns_lo = fmaf(angle, kInvTwoPiLo, fmaf(angle, kInvTwoPiHi, -turns));
-    const float quarters = rintf(4.f * turns);
-    const float r = kTwoPi * (fmaf(-0.25f, quarters, turns) + turns_lo);
+    const float fraction = turns - rintf(turns);  // exact; turns_lo is up to 0.25 beside it
+    const float quarters = rintf(4.f * (fraction + turns_lo));
+    const float r = kTwoPi * (fmaf(-0.25f, quarters, fraction) + turns_lo);
     const float r2 = r * r;
     const float s =
         fmaf(r * r2, fmaf(r2, fmaf(r2, -1.9515295891e-4f, 8.3321608736e-3f), -1.6666654611e-1f), r);

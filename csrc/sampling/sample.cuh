@@ -67,12 +67,12 @@ struct SamplingSmem {
 // Logits this far below the largest have weight 0: e^-28 * 2^40 < 1.
 constexpr float kWindow = 28.f;
 
-// e^x * 2^40 for x <= 0, within 1 ulp; 0 from -28 down. Only fused multiply-adds, so
+// e^x * 2^40 for x <= 0, within 1.01 ulp; 0 from -28 down. Only fused multiply-adds, so
 // every device gives the same bits. Polynomial: Cephes' expf (Moshier 1992).
 __device__ __forceinline__ float exp_times_2_40(float x) {
     constexpr float kLog2E = 1.44269504088896341f;
-    constexpr float kLn2Hi = 0.693359375f;
-    constexpr float kLn2Lo = -2.12194440e-4f;
+    constexpr float kLn2Hi = 0.693147182f;
+    constexpr float kLn2Lo = -1.90465421e-9f;
     if (!(x > -kWindow)) return 0.f;
     const float n = rintf(x * kLog2E);
     const float r = fmaf(n, -kLn2Lo, fmaf(n, -kLn2Hi, x));
