@@ -5,6 +5,8 @@
 // capture a graph. A kernel that does something wrong makes the launch itself fail;
 // emu_last_report() says why.
 
+#include "driver.h"
+
 #include <dlfcn.h>
 
 #include <algorithm>
@@ -20,70 +22,9 @@
 namespace {
 
 using emu::Device;
+using namespace emu::driver;
 
-enum Result : int {
-    kSuccess = 0,
-    kInvalidValue = 1,
-    kOutOfMemory = 2,
-    kNotInitialized = 3,
-    kInvalidDevice = 101,
-    kInvalidImage = 200,
-    kInvalidContext = 201,
-    kNoBinaryForGpu = 209,
-    kInvalidPtx = 218,
-    kFileNotFound = 301,
-    kInvalidHandle = 400,
-    kNotFound = 500,
-    kIllegalAddress = 700,
-    kOutOfResources = 701,
-    kLaunchTimeout = 702,
-    kAssert = 710,
-    kIllegalInstruction = 715,
-    kMisalignedAddress = 716,
-    kLaunchFailed = 719,
-    kNotSupported = 801,
-    kCaptureUnsupported = 900,
-    kCaptureInvalidated = 901,
-    kUnknown = 999,
-};
-
-struct ErrorText {
-    int code;
-    const char *name, *text;
-};
-constexpr ErrorText kErrors[] = {
-    {kSuccess, "CUDA_SUCCESS", "no error"},
-    {kInvalidValue, "CUDA_ERROR_INVALID_VALUE", "invalid argument"},
-    {kOutOfMemory, "CUDA_ERROR_OUT_OF_MEMORY", "out of memory"},
-    {kNotInitialized, "CUDA_ERROR_NOT_INITIALIZED", "initialization error"},
-    {kInvalidDevice, "CUDA_ERROR_INVALID_DEVICE", "invalid device ordinal"},
-    {kInvalidImage, "CUDA_ERROR_INVALID_IMAGE", "device kernel image is invalid"},
-    {kInvalidContext, "CUDA_ERROR_INVALID_CONTEXT", "invalid device context"},
-    {kNoBinaryForGpu, "CUDA_ERROR_NO_BINARY_FOR_GPU",
-     "no kernel image is available for execution on the device"},
-    {kInvalidPtx, "CUDA_ERROR_INVALID_PTX", "a PTX JIT compilation failed"},
-    {kFileNotFound, "CUDA_ERROR_FILE_NOT_FOUND", "file not found"},
-    {kInvalidHandle, "CUDA_ERROR_INVALID_HANDLE", "invalid resource handle"},
-    {kNotFound, "CUDA_ERROR_NOT_FOUND", "named symbol not found"},
-    {kIllegalAddress, "CUDA_ERROR_ILLEGAL_ADDRESS", "an illegal memory access was encountered"},
-    {kOutOfResources, "CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES",
-     "too many resources requested for launch"},
-    {kLaunchTimeout, "CUDA_ERROR_LAUNCH_TIMEOUT", "the launch timed out and was terminated"},
-    {kAssert, "CUDA_ERROR_ASSERT", "device-side assert triggered"},
-    {kIllegalInstruction, "CUDA_ERROR_ILLEGAL_INSTRUCTION",
-     "an illegal instruction was encountered"},
-    {kMisalignedAddress, "CUDA_ERROR_MISALIGNED_ADDRESS", "misaligned address"},
-    {kLaunchFailed, "CUDA_ERROR_LAUNCH_FAILED", "unspecified launch failure"},
-    {kNotSupported, "CUDA_ERROR_NOT_SUPPORTED", "operation not supported"},
-    {kCaptureUnsupported, "CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED",
-     "operation not permitted when stream is capturing"},
-    {kCaptureInvalidated, "CUDA_ERROR_STREAM_CAPTURE_INVALIDATED",
-     "operation failed due to a previous error during capture"},
-    {kUnknown, "CUDA_ERROR_UNKNOWN", "unknown error"},
-};
-
-// ---- devices and contexts
-// -------------------------------------------------------------------------
+// ---- devices and contexts ----------------------------------------------------------------------
 
 struct Context {
     int ordinal;
@@ -119,8 +60,7 @@ bool bad_ordinal(int ordinal) {
     return ordinal < 0 || ordinal >= static_cast<int>(devices().size());
 }
 
-// ---- the last driver launch, for tests
-// ------------------------------------------------------------
+// ---- the last driver launch, for tests ---------------------------------------------------------
 
 std::mutex last_mutex;
 emu::Counters last_counters;
@@ -160,8 +100,7 @@ int guarded(F f) {
     }
 }
 
-// ---- modules, libraries, functions
-// ------------------------------------------------------------------
+// ---- modules, libraries, functions -------------------------------------------------------------
 
 struct Image;
 
@@ -242,8 +181,7 @@ emu::Kernel* resolve(void* function) {
     return f->image->on(current()->ordinal).kernel(f->name);
 }
 
-// ---- streams and graphs
-// -----------------------------------------------------------------------------
+// ---- streams and graphs ------------------------------------------------------------------------
 
 using Work = std::function<int()>;
 
@@ -306,8 +244,7 @@ int launch_kernel(void* function, emu::LaunchConfig config, void* stream, void**
     });
 }
 
-// ---- memory
-// -------------------------------------------------------------------------------------------
+// ---- memory ------------------------------------------------------------------------------------
 
 void mark(uint64_t address, uint64_t bytes, bool valid) {
     auto region = emu::RegionTable::instance().at(address);
@@ -443,8 +380,7 @@ int device_attribute(const Device& d, int attribute) {
 #pragma GCC visibility push(default)
 extern "C" {
 
-// ---- for tests
-// ----------------------------------------------------------------------------------------
+// ---- for tests ---------------------------------------------------------------------------------
 
 void emu_region_add(void* base, uint64_t bytes, const char* name) {
     emu::RegionTable::instance().add(emu::make_region(base, bytes, name));
@@ -464,8 +400,7 @@ void emu_last_counters(uint64_t* counters) {
     emu::write_counters(last_counters, counters);
 }
 
-// ---- initialisation, devices
-// ----------------------------------------------------------------------------
+// ---- initialisation, devices -------------------------------------------------------------------
 
 int cuInit(unsigned flags) {
     if (flags) return kInvalidValue;
@@ -505,8 +440,7 @@ int cuDeviceGetAttribute(int* value, int attribute, int device) {
     return *value = device_attribute(*devices()[static_cast<size_t>(device)], attribute), kSuccess;
 }
 
-// ---- contexts
-// ---------------------------------------------------------------------------------------------
+// ---- contexts ----------------------------------------------------------------------------------
 
 int cuDevicePrimaryCtxRetain(void** context, int device) {
     if (!initialised) return kNotInitialized;
@@ -558,8 +492,7 @@ int cuCtxGetStreamPriorityRange(int* least, int* greatest) {
     return *least = 0, *greatest = -5, kSuccess;
 }
 
-// ---- modules
-// ------------------------------------------------------------------------------------------------
+// ---- modules -----------------------------------------------------------------------------------
 
 int cuModuleLoadData(void** module, const void* image) {
     if (!current()) return kInvalidContext;
@@ -692,8 +625,7 @@ int cuOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, void* function, int
     });
 }
 
-// ---- memory
-// ---------------------------------------------------------------------------------------------------
+// ---- memory ------------------------------------------------------------------------------------
 
 int cuMemAlloc_v2(uint64_t* address, size_t bytes) {
     return current() ? allocate(address, bytes) : kInvalidContext;
@@ -753,8 +685,7 @@ int cuMemsetD32Async(uint64_t to, uint32_t value, size_t n, void* s) {
     return submit(s, [=] { return set_memory(to, value, n); });
 }
 
-// ---- streams, events, graphs
-// --------------------------------------------------------------------------------------
+// ---- streams, events, graphs -------------------------------------------------------------------
 
 int cuStreamCreate(void** stream, unsigned) {
     if (!current()) return kInvalidContext;
@@ -821,19 +752,8 @@ int cuEventElapsedTime(float* ms, void* from, void* to) {
     return *ms = std::chrono::duration<float, std::milli>(b->time - a->time).count(), kSuccess;
 }
 
-// ---- errors, entry points
-// ------------------------------------------------------------------------------------------
+// ---- entry points -------------------------------------------------------------------------------
 
-int cuGetErrorName(int error, const char** text) {
-    for (const ErrorText& e : kErrors)
-        if (e.code == error) return *text = e.name, kSuccess;
-    return *text = nullptr, kInvalidValue;
-}
-int cuGetErrorString(int error, const char** text) {
-    for (const ErrorText& e : kErrors)
-        if (e.code == error) return *text = e.text, kSuccess;
-    return *text = nullptr, kInvalidValue;
-}
 int cuGetProcAddress_v2(const char* symbol, void** function, int, uint64_t, int* status) {
     static void* self = [] {
         Dl_info info;

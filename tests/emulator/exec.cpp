@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <mutex>
 #include <numeric>
+#include <set>
 #include <thread>
 #include <utility>
 
@@ -25,6 +26,27 @@ uint32_t lower_limit(const Warp& w) {
 }
 
 }  // namespace
+
+// ---- control flow of a program -----------------------------------------------------------------
+
+uint32_t Program::block_of(uint32_t pc) const {
+    return static_cast<uint32_t>(std::upper_bound(block_start.begin(), block_start.end(), pc) -
+                                 block_start.begin() - 1);
+}
+
+bool Program::reaches(uint32_t from_pc, uint32_t to_pc) const {
+    const uint32_t target = block_of(to_pc);
+    std::set<uint32_t> seen;
+    std::vector<uint32_t> stack = successors[block_of(from_pc)];
+    while (!stack.empty()) {
+        const uint32_t b = stack.back();
+        stack.pop_back();
+        if (b == target) return true;
+        if (seen.insert(b).second)
+            stack.insert(stack.end(), successors[b].begin(), successors[b].end());
+    }
+    return false;
+}
 
 // ---- warp -------------------------------------------------------------------------------------
 

@@ -118,6 +118,8 @@ void arithmetic(Decode& d) {
     d.emit(fn, t == Type::f64 ? Class::fp64 : Class::fp32, {d.dst(0, t), a, b, c});
 }
 
+void no_integers(Decode& d) { d.unknown("type"); }
+
 // Sends an opcode to the family of its type.
 template <DecodeFn Float, DecodeFn Int>
 void by_type(Decode& d) {
@@ -126,10 +128,8 @@ void by_type(Decode& d) {
         if (!decode_half(d)) d.unknown();
     } else if (t == Type::f32 || t == Type::f64 || t == Type::f32x2) {
         Float(d);
-    } else if constexpr (Int != nullptr) {
-        Int(d);
     } else {
-        d.unknown("type");
+        Int(d);
     }
 }
 
@@ -257,8 +257,7 @@ void decode_testp(Decode& d) {
         Class::fp32, {d.dst(0, Type::pred), a, k});
 }
 
-// ---- special functions
-// ----------------------------------------------------------------------------
+// ---- special functions -------------------------------------------------------------------------
 
 // 2^x to 1e-10: the Taylor series of 2^f around the nearest integer, in double. Vectorises.
 inline float exp2_lane(float x) {
@@ -360,7 +359,7 @@ const Isa& isa_float() {
         {"add", by_type<arithmetic<kAdd>, decode_int_add>},
         {"sub", by_type<arithmetic<kSub>, decode_int_sub>},
         {"mul", by_type<arithmetic<kMul>, decode_int_mul>},
-        {"fma", by_type<arithmetic<kFma>, nullptr>},
+        {"fma", by_type<arithmetic<kFma>, no_integers>},
         {"mad", by_type<arithmetic<kFma>, decode_int_mad>},
         {"div", by_type<decode_div, decode_int_div>},
         {"min", by_type<decode_min_max<false>, decode_int_min>},

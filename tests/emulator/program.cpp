@@ -8,6 +8,7 @@
 #include <unordered_map>
 
 #include "decode.h"
+#include "definedness.h"
 #include "lanes.h"
 
 namespace emu {
@@ -55,7 +56,11 @@ class ProgramBuilder {
         for (auto [pc, function] : call_fixups_)
             p.calls[p.code[pc].target].entry_pc = p.function_pc.at(function);
         place_constants();
-        analyse_definedness();
+        std::unordered_map<uint32_t, std::string> names;
+        for (int index : functions_)
+            for (size_t r = 0; r < row_[index].size(); ++r)
+                names[row_[index][r]] = module_.functions[index].registers[r].name;
+        track_undefined(p, flows_, names);
         p.code.shrink_to_fit();
         return std::move(program_);
     }
@@ -389,93 +394,6 @@ class ProgramBuilder {
             for (uint32_t& row : in.op) place(row);
         for (auto& [list, count] : lists_)
             for (size_t i = 0; i < count; ++i) place(list[i]);
-    }
-
-    // ---- definedness --------------------------------------------------------------------------
-
-    struct Flow {
-        uint32_t first, end;  // pcs
-        std::vector<uint32_t> read, written;
-        bool consumes, crosses_lanes;
-    };
-
-    // Registers that are always written before they are read need no run-time tracking. The others,
-    // and all that is computed from them, get a Taint on every instruction that touches them.
-    void analyse_definedness() {
-        Program& p = *program_;
-        const size_t blocks = p.block_start.size();
-        std::vector<std::vector<const Flow*>> in_block(blocks);
-        for (const Flow& f : flows_) in_block[p.block_of(f.first)].push_back(&f);
-        std::unordered_map<uint32_t, int> id;
-        for (const Flow& f : flows_)
-            for (auto* rows : {&f.read, &f.written})
-                for (uint32_t row : *rows) id.try_emplace(row, static_cast<int>(id.size()));
-        const size_t words = (id.size() + 63) / 64;
-        using Bits = std::vector<uint64_t>;
-        std::vector<Bits> at_entry(blocks, Bits(words, ~0ull));
-        std::vector<std::vector<uint32_t>> predecessors(blocks);
-        for (size_t b = 0; b < blocks; ++b)
-            for (uint32_t s : p.successors[b]) predecessors[s].push_back(static_cast<uint32_t>(b));
-        auto transfer = [&](size_t b, Bits bits) {
-            for (const Flow* f : in_block[b])
-                if (p.code[f->first].guard == kNone)
-                    for (uint32_t row : f->written) bits[id[row] / 64] |= 1ull << (id[row] % 64);
-            return bits;
-        };
-        std::vector<Bits> at_exit(blocks, Bits(words, ~0ull));
-        for (bool changed = true; changed;) {
-            changed = false;
-            for (size_t b = 0; b < blocks; ++b) {
-                Bits bits(words, predecessors[b].empty() ? 0 : ~0ull);
-                if (b == 0) bits.assign(words, 0);
-                for (uint32_t q : predecessors[b])
-                    for (size_t i = 0; i < words; ++i) bits[i] &= at_exit[q][i];
-                at_entry[b] = bits;
-                Bits out = transfer(b, std::move(bits));
-                if (out != at_exit[b]) at_exit[b] = std::move(out), changed = true;
-            }
-        }
-        std::vector<bool> suspect(id.size(), false);
-        for (size_t b = 0; b < blocks; ++b) {
-            Bits bits = at_entry[b];
-            for (const Flow* f : in_block[b]) {
-                for (uint32_t row : f->read)
-                    if (!(bits[id[row] / 64] >> (id[row] % 64) & 1)) suspect[id[row]] = true;
-                if (p.code[f->first].guard == kNone)
-                    for (uint32_t row : f->written) bits[id[row] / 64] |= 1ull << (id[row] % 64);
-            }
-        }
-        auto any = [&](const std::vector<uint32_t>& rows) {
-            return std::any_of(rows.begin(), rows.end(),
-                               [&](uint32_t row) { return suspect[id[row]]; });
-        };
-        for (bool changed = true; changed;) {
-            changed = false;
-            for (const Flow& f : flows_) {
-                if (!any(f.read)) continue;
-                for (uint32_t row : f.written)
-                    if (!suspect[id[row]]) suspect[id[row]] = changed = true;
-            }
-        }
-        for (int index : functions_)
-            for (size_t r = 0; r < row_[index].size(); ++r)
-                if (auto it = id.find(row_[index][r]); it != id.end() && suspect[it->second])
-                    p.row_names[it->first] = module_.functions[index].registers[r].name;
-        for (const Flow& f : flows_) {
-            if (!any(f.read) && !any(f.written)) continue;
-            auto taint = std::make_unique<Taint>();
-            for (uint32_t row : f.read)
-                if (suspect[id[row]]) taint->sources.push_back(row);
-            for (uint32_t row : f.written)
-                if (suspect[id[row]]) taint->results.push_back(row);
-            taint->consumes = f.consumes;
-            taint->crosses_lanes = f.crosses_lanes;
-            uint32_t at =
-                f.first;  // the statement's own instruction, not a width adaption before it
-            while (at + 1 < f.end && p.code[at].cls == Class::internal) ++at;
-            p.code[at].taint = taint.get();
-            p.taints.push_back(std::move(taint));
-        }
     }
 
     const Module& module_;
@@ -858,27 +776,6 @@ uint32_t Decode::function_call(const CallTarget& call, int function) {
 void Decode::note_shared_width(int bytes) {
     int& shift = builder_.program_->granule_shift;
     while (shift > 0 && (1 << shift) > bytes) --shift;
-}
-
-// ---- Program ----------------------------------------------------------------------------------
-
-uint32_t Program::block_of(uint32_t pc) const {
-    return static_cast<uint32_t>(std::upper_bound(block_start.begin(), block_start.end(), pc) -
-                                 block_start.begin() - 1);
-}
-
-bool Program::reaches(uint32_t from_pc, uint32_t to_pc) const {
-    const uint32_t target = block_of(to_pc);
-    std::set<uint32_t> seen;
-    std::vector<uint32_t> stack = successors[block_of(from_pc)];
-    while (!stack.empty()) {
-        const uint32_t b = stack.back();
-        stack.pop_back();
-        if (b == target) return true;
-        if (seen.insert(b).second)
-            stack.insert(stack.end(), successors[b].begin(), successors[b].end());
-    }
-    return false;
 }
 
 std::unique_ptr<Program> decode(const Module& module, int entry,
