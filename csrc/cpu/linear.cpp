@@ -133,7 +133,7 @@ void for_chunks(int num_threads, int64_t num_chunks, const F& f) {
 void run_stream(const LinearKernels& kernels, const LinearTask& task, int num_threads) {
     const int64_t n = task.p.n;
     kernels.pack_x(task, 0, task.p.m);
-    constexpr int64_t kGrain = 12;  // a multiple of every tile_n
+    constexpr int64_t kGrain = 24;  // a multiple of every tile_n
     static_assert(kStreamMaxN % kGrain == 0);
     const int64_t wanted =
         std::min(kStreamChunkMacs / std::max(task.p.k, 1), ceil_div<int64_t>(n, 8 * num_threads));
@@ -148,7 +148,7 @@ void run_blocks(const LinearKernels& kernels, const LinearTask& task, int num_th
     const int64_t m = task.p.m, n = task.p.n;
     const int64_t m_blocks = ceil_div<int64_t>(m, kBlockM),
                   n_blocks = ceil_div<int64_t>(n, kBlockN);
-    constexpr int64_t kPackRows = 16;  // a multiple of every tile_m
+    constexpr int64_t kPackRows = 12;  // a multiple of every tile_m
     for_chunks(num_threads, ceil_div(m, kPackRows), [&](int64_t chunk, Scratch&) {
         kernels.pack_x(task, chunk * kPackRows, std::min(m, (chunk + 1) * kPackRows));
     });

@@ -97,10 +97,8 @@ struct Vec {
     }
 
     // sums[i] = the sum of the lanes of acc[i].
-    template <int kCount>
-    MK_INLINE static void reduce(const Vec (&acc)[kCount], float* sums) {
-        MK_UNROLL
-        for (int i = 0; i < kCount; ++i) {
+    MK_INLINE static void reduce(const Vec (&acc)[kTileN], float* sums) {
+        for (int i = 0; i < kTileN; ++i) {
             const __m256 s8 = _mm256_add_ps(acc[i].lo, acc[i].hi);
             const __m128 s4 = _mm_add_ps(_mm256_castps256_ps128(s8), _mm256_extractf128_ps(s8, 1));
             const __m128 s2 = _mm_add_ps(s4, _mm_movehl_ps(s4, s4));

@@ -14,7 +14,7 @@ namespace {
 __mmask16 first(int count) { return static_cast<__mmask16>((1u << count) - 1); }
 
 struct Vec {
-    static constexpr int kTileM = 4, kTileN = 6;  // 24 + 4 + 1 registers of 32
+    static constexpr int kTileM = 3, kTileN = 8;  // 24 + 3 + 1 registers of 32
 
     __m512 v;
 
@@ -72,27 +72,18 @@ struct Vec {
     }
     Vec scale(Vec n) const { return {_mm512_scalef_ps(v, n.v)}; }  // * 2^n
 
-    // sums[i] = the sum of the lanes of acc[i]. Eight at a time: each addition folds two registers
-    // into one, and the lanes that it adds are those of the summation order.
-    template <int kCount>
-    MK_INLINE static void reduce(const Vec (&acc)[kCount], float* sums) {
-        MK_UNROLL
-        for (int i = 0; i < kCount; i += 8) {
-            const auto at = [&](int j) {
-                return i + j < kCount ? acc[i + j].v : _mm512_setzero_ps();
-            };
-            // By quarters: [0 0 1 1], [2 2 3 3], ...: outputs whose s[l] + s[l + 8] it holds.
-            const __m512 s01 = fold8(at(0), at(1)), s23 = fold8(at(2), at(3));
-            const __m512 s45 = fold8(at(4), at(5)), s67 = fold8(at(6), at(7));
-            const __m512 s0123 = fold4(s01, s23), s4567 = fold4(s45, s67);  // [0 1 2 3], [4 5 6 7]
-            const __m512 s = fold2(s0123, s4567);  // by pairs: [0 4 1 5 2 6 3 7]
-            const __m512 sum = _mm512_add_ps(s, _mm512_permute_ps(s, 0xb1));
-            const __m512i order =
-                _mm512_setr_epi32(0, 4, 8, 12, 2, 6, 10, 14, 0, 0, 0, 0, 0, 0, 0, 0);
-            const __m256 out = _mm512_castps512_ps256(_mm512_permutexvar_ps(order, sum));
-            const int count = kCount - i < 8 ? kCount - i : 8;
-            _mm256_mask_storeu_ps(sums + i, static_cast<__mmask8>((1u << count) - 1), out);
-        }
+    // sums[i] = the sum of the lanes of acc[i]. Each addition folds two registers into one, and the
+    // lanes that it adds are those of the summation order.
+    MK_INLINE static void reduce(const Vec (&acc)[kTileN], float* sums) {
+        static_assert(kTileN == 8);
+        // By quarters, which outputs a register holds: [0 0 1 1], [2 2 3 3], [4 4 5 5], [6 6 7 7].
+        const __m512 s01 = fold8(acc[0].v, acc[1].v), s23 = fold8(acc[2].v, acc[3].v);
+        const __m512 s45 = fold8(acc[4].v, acc[5].v), s67 = fold8(acc[6].v, acc[7].v);
+        const __m512 s0123 = fold4(s01, s23), s4567 = fold4(s45, s67);  // [0 1 2 3], [4 5 6 7]
+        const __m512 s = fold2(s0123, s4567);  // by pairs: [0 4 1 5 2 6 3 7]
+        const __m512 sum = _mm512_add_ps(s, _mm512_permute_ps(s, 0xb1));
+        const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 2, 6, 10, 14, 0, 0, 0, 0, 0, 0, 0, 0);
+        _mm256_storeu_ps(sums, _mm512_castps512_ps256(_mm512_permutexvar_ps(order, sum)));
     }
     static __m512 fold8(__m512 a, __m512 b) {
         return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));

@@ -112,9 +112,8 @@ struct Vec {
     }
 
     // sums[i] = the sum of the lanes of acc[i].
-    template <int kCount>
-    static void reduce(const Vec (&acc)[kCount], float* sums) {
-        for (int i = 0; i < kCount; ++i) {
+    static void reduce(const Vec (&acc)[kTileN], float* sums) {
+        for (int i = 0; i < kTileN; ++i) {
             Vec s = acc[i];
             for (int half = kLanes / 2; half > 0; half /= 2) {
                 for (int l = 0; l < half; ++l) s.v[l] += s.v[l + half];
