@@ -34,7 +34,6 @@ class Decode {
     bool take(std::string_view mod);
     // Takes the next of `names` that is present and gives its position, or `otherwise`.
     int take_one(std::initializer_list<std::string_view> names, int otherwise);
-    bool next_is(std::string_view mod) const;
     Type take_type();  // the next untaken modifier must be a type
     Type take_type_or(Type otherwise);
     bool take_prefix(std::string_view prefix);  // L2::cache_hint, L1::evict_last, ...
@@ -46,8 +45,6 @@ class Decode {
     uint32_t dst(size_t i, Type type) { return dst(operand(i), type); }
     uint32_t src(const Operand& o, Type type);
     uint32_t dst(const Operand& o, Type type);
-    uint32_t source_width(
-        const Operand& o) const;  // bits of a register operand's storage: 32, 64 or 128
     bool is_predicate(const Operand& o) const;
     Address address(size_t i) { return address(operand(i)); }
     Address address(const Operand& o);

@@ -402,9 +402,6 @@ void fill_specials(Warp& w, const Launch& launch, const Cta& cta) {
                 case Special::param_base:
                     wide[l] = reinterpret_cast<uint64_t>(launch.params.data());
                     break;
-                case Special::dynamic_smem_base:
-                    wide[l] = p.dynamic_smem_at;
-                    break;
             }
         }
     }

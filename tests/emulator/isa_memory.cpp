@@ -108,8 +108,7 @@ Qualifiers take_qualifiers(Decode& d) {
     q.strong =
         d.take_one({"relaxed", "acquire", "release", "acq_rel", "volatile", "mmio"}, -1) >= 0;
     d.take("weak");
-    const bool mmio_scope = d.take_one({"cta", "cluster", "gpu", "sys"}, -1) >= 0;
-    (void)mmio_scope;
+    d.take_one({"cta", "cluster", "gpu", "sys"}, -1);
     if (d.take("global"))
         q.space = Space::global;
     else if (d.take("shared") || d.take("shared::cta"))
@@ -150,13 +149,12 @@ Class class_of(Space space) {
     }
 }
 
-// Fills the fields that load and store share; the address is operand `at`.
-void finish(Decode& d, Instr& in, const Address& a, Space space, bool strong, int count) {
+// Fills the fields that load and store share.
+void finish(Instr& in, const Address& a, Space space, bool strong, int count) {
     in.imm = a.offset;
     in.a = static_cast<uint8_t>((a.wide ? kWide : 0) | (strong ? kStrong : 0));
     in.b = static_cast<uint8_t>(count);
     in.c = static_cast<uint8_t>(space == Space::constant ? Space::global : space);
-    (void)d;
 }
 
 // The space a .param access really goes to: kernel parameters, or a function's, kept in local
@@ -212,7 +210,7 @@ void decode_ld(Decode& d) {
         fn, class_of(q.space == Space::param && space == Space::local ? Space::param : space),
         {a.row});
     in.list = list;
-    finish(d, in, a, space, q.strong, count);
+    finish(in, a, space, q.strong, count);
 }
 
 void decode_st(Decode& d) {
@@ -246,7 +244,7 @@ void decode_st(Decode& d) {
     }
     Instr& in = d.emit(fn, class_of(q.space == Space::param ? Space::param : space), {a.row});
     in.list = list;
-    finish(d, in, a, space, q.strong, count);
+    finish(in, a, space, q.strong, count);
 }
 
 // ---- atomics --------------------------------------------------------------------------------
@@ -416,7 +414,7 @@ void decode_atom(Decode& d) {
     const uint32_t* list = d.list(rows);
     Instr& in = d.emit(fn, class_of(space), {a.row, kNone, c});
     in.list = list;
-    finish(d, in, a, space, true, vector);
+    finish(in, a, space, true, vector);
     in.d = static_cast<uint8_t>(op);
 }
 

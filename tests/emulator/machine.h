@@ -150,7 +150,6 @@ enum class Special : uint8_t {
     is_explicit_cluster,
     warp_size,
     param_base,
-    dynamic_smem_base,
 };
 
 struct ParamSlot {
@@ -253,7 +252,6 @@ class SharedMemory {
     void arrive(int warp, Clock& clock);
     void join(int warp, const Clock& clock);
     void sync_warp(int warp) { seen(warp, warp) = ++time_; }
-    int warps() const { return warps_; }
 
   private:
     uint32_t& seen(int warp, int other) { return seen_[warp * warps_ + other]; }

@@ -544,12 +544,6 @@ int Decode::take_one(std::initializer_list<std::string_view> names, int otherwis
     return otherwise;
 }
 
-bool Decode::next_is(std::string_view mod) const {
-    for (size_t i = 0; i < st.mods.size(); ++i)
-        if (!taken_[i]) return st.mods[i] == mod;
-    return false;
-}
-
 Type Decode::take_type() {
     const Type type = take_type_or(Type::none);
     if (type == Type::none) unknown("no type");
@@ -598,12 +592,6 @@ uint32_t Decode::temporary() {
     auto& pool = builder_.temporaries_;
     if (static_cast<size_t>(temporaries_) == pool.size()) pool.push_back(builder_.allocate(64));
     return pool[temporaries_++];
-}
-
-uint32_t Decode::source_width(const Operand& o) const {
-    if (o.kind != Operand::Kind::reg) return 64;
-    const int bits = bits_of(function().registers[o.index].type);
-    return bits <= 32 ? 32 : bits;
 }
 
 bool Decode::is_predicate(const Operand& o) const {

@@ -100,7 +100,7 @@ struct Scope {
 
 class Parser {
   public:
-    explicit Parser(std::string_view text) : text_(text), tokens_(tokenize(text)) {}
+    explicit Parser(std::string_view text) : tokens_(tokenize(text)) {}
 
     Module run() {
         scopes_.push_back({next_scope_++, {}, {}, {}});
@@ -355,11 +355,6 @@ class Parser {
             Variable proto;
             proto.space = Space::param;
             std::string space = word();
-            if (space == ".reg") {  // a parameter passed in a register: a param slot of its size
-                auto [type, align, width] = declared_type();
-                proto.align = align;
-                fail("register parameters of functions are not supported");
-            }
             if (space != ".param") fail("expected .param, got '" + space + "'");
             uint64_t align = 0;
             Type type = Type::none;
@@ -675,7 +670,6 @@ class Parser {
         }
     }
 
-    std::string_view text_;
     std::vector<Token> tokens_;
     size_t pos_ = 0;
     Module module_;
@@ -699,11 +693,6 @@ int bits_of(Type type) {
 
 bool is_signed(Type type) {
     return type == Type::s8 || type == Type::s16 || type == Type::s32 || type == Type::s64;
-}
-
-bool is_float(Type type) {
-    return type == Type::f16 || type == Type::bf16 || type == Type::f32 || type == Type::f64 ||
-           type == Type::tf32;
 }
 
 std::optional<Type> parse_type(std::string_view name) {

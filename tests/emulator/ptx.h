@@ -56,7 +56,6 @@ enum class Type : uint8_t {
 int bits_of(Type type);
 inline int bytes_of(Type type) { return bits_of(type) / 8; }
 bool is_signed(Type type);
-bool is_float(Type type);
 std::optional<Type> parse_type(std::string_view name);
 
 enum class Space : uint8_t { generic, constant, global, local, param, shared };
