@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -102,6 +103,23 @@ def test_sass_is_of_the_arch_and_has_no_local_memory(arch: str) -> None:
         assert not re.search(r"\b(LDL|STL)\b", text), f"{name} uses local memory"
         waits = re.findall(r"\b(ACQBULK|DEPBAR\.PDL|PREEXIT)\b", text)
         assert bool(waits) == (arch in ("90a", "100a")), f"{name}: griddepcontrol {waits}"
+
+
+@pytest.mark.slow
+@archs
+def test_cuxray_gate(arch: str, tmp_path: Path) -> None:
+    """An independent reading of the cubins: no spill instruction, registers within the largest
+    claim, for each entry file."""
+    if not shutil.which("cuxray"):
+        pytest.skip("cuxray is not installed")
+    subprocess.run([tool("cuobjdump"), "-xelf", "all", kernel_file(arch)], cwd=tmp_path, check=True)
+    cubins = sorted(tmp_path.glob("*.cubin"))
+    assert len(cubins) == len({use["file"] for use in entries(arch).values()})
+    env = {**os.environ, "PATH": f"{Path(tool('nvdisasm')).parent}:{os.environ['PATH']}"}
+    for cubin in cubins:
+        gate = ["cuxray", "gate", str(cubin), "spill_instrs==0, regs<=128"]
+        done = subprocess.run(gate, capture_output=True, text=True, env=env)
+        assert done.returncode == 0, f"{cubin.name}: {done.stdout}{done.stderr}"
 
 
 @archs
