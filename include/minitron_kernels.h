@@ -235,9 +235,9 @@ MK_API mk_status mk_embedding_plan(const mk_embedding_params* params, const mk_d
  *   min_p  keeps, of these, those with w_i >= int64(min_p * 2^40)
  *   r      = out[1] << 32 | out[0] of Philox4x32-10, counter (step, 0, 0, 0), key = seed (low,
  * high) token  = the first id at which the running sum of the w left exceeds (r * their total) >>
- * 64 The fp32 exp is within 1.01 ulp; another one may differ in the last bit of some w_i, about 2^-24
- * of it, and then can move the token only when target lies within such a step. temperature 0 takes
- * the argmax. A row whose largest logit is not finite gives -1.
+ * 64 The fp32 exp is within 1.01 ulp; another one may differ in the last bit of some w_i, about
+ * 2^-24 of it, and then can move the token only when target lies within such a step. temperature 0
+ * takes the argmax. A row whose largest logit is not finite gives -1.
  */
 typedef struct mk_argmax_params {
     const void* logits; /* [rows, vocab] */
