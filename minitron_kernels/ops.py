@@ -724,8 +724,14 @@ def _attention_kvcache(
         k_new = k_new if rope is None else torch_ops.rotate(k_new, *rows, interleaved)
         torch_ops.append(k_new, v_new, k_cache, v_cache, torch.tensor(slots, device=q.device))
     scale = 1 / math.sqrt(d) if softmax_scale is None else softmax_scale
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = _fake_attention(q, return_lse)[1]
+    if batch == 1 and not return_lse and 0 < q.shape[0] <= before[0] + added[0]:
+        k, v = (
+            torch_ops.cached_rows(c, tables[0], before[0] + added[0]) for c in (k_cache, v_cache)
+        )
+        out = torch_ops.attend(q, k, v, causal, scale, window)  # as it is, with no copy
+        return out.contiguous(), lse
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
     for i in range(batch):
         own = slice(starts[i], starts[i + 1])
         length = before[i] + added[i]

@@ -21,8 +21,9 @@ Tensor = torch.Tensor
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Normalise in fp32, round to x's dtype, multiply (transformers' order)."""
     x32 = x.float()
-    y = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
-    return y.to(x.dtype) * weight
+    squares = x32.square()  # its memory is used again: this is memory-bound
+    scale = squares.mean(-1, keepdim=True).add_(eps).rsqrt_()
+    return torch.mul(x32, scale, out=squares).to(x.dtype).mul_(weight)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
@@ -97,7 +98,7 @@ def matmul(
     return out
 
 
-def _attend(
+def attend(
     q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, window: int | None
 ) -> Tensor:
     """One sequence on PyTorch's SDPA: q [Lq, Hq, D], k, v [Lk, Hk, D] -> [Lq, Hq, D]."""
@@ -153,7 +154,7 @@ def attend_into(
         lse[:, :blind] = -math.inf
     if blind == q.shape[0]:
         return
-    out[blind:] = _attend(q[blind:], k, v, causal, scale, window)
+    out[blind:] = attend(q[blind:], k, v, causal, scale, window)
     if lse is not None:
         lse[:, blind:] = _lse(q[blind:], k, causal, scale, window)
 

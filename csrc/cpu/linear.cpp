@@ -146,15 +146,18 @@ void run_stream(const LinearKernels& kernels, const LinearTask& task, int num_th
 
 void run_blocks(const LinearKernels& kernels, const LinearTask& task, int num_threads) {
     const int64_t m = task.p.m, n = task.p.n;
-    const int64_t m_blocks = ceil_div<int64_t>(m, kBlockM),
-                  n_blocks = ceil_div<int64_t>(n, kBlockN);
     constexpr int64_t kPackRows = 12;  // a multiple of every tile_m
+    static_assert(kBlockM % kPackRows == 0);
+    // Blocks of equal size: the last one would convert all of w for a few rows.
+    const int64_t even = ceil_div<int64_t>(m, ceil_div<int64_t>(m, kBlockM));
+    const int64_t block_m = ceil_div(even, kPackRows) * kPackRows;
+    const int64_t m_blocks = ceil_div(m, block_m), n_blocks = ceil_div<int64_t>(n, kBlockN);
     for_chunks(num_threads, ceil_div(m, kPackRows), [&](int64_t chunk, Scratch&) {
         kernels.pack_x(task, chunk * kPackRows, std::min(m, (chunk + 1) * kPackRows));
     });
     for_chunks(num_threads, n_blocks * m_blocks, [&](int64_t chunk, Scratch& scratch) {
-        const int64_t i = chunk % m_blocks * kBlockM, j = chunk / m_blocks * kBlockN;
-        kernels.block(task, i, std::min(m, i + kBlockM), j, std::min(n, j + kBlockN), scratch);
+        const int64_t i = chunk % m_blocks * block_m, j = chunk / m_blocks * kBlockN;
+        kernels.block(task, i, std::min(m, i + block_m), j, std::min(n, j + kBlockN), scratch);
     });
 }
 
