@@ -263,7 +263,17 @@ void block_sums(const LinearTask& task, const void* w, int64_t stride, int64_t m
             const T* rows[kTileN];
             tile_rows(w, stride, j, n_end, rows);
             pack(rows, kTileN, k, k_end, panel);
+            // Meanwhile the next panel's rows are fetched, a few cache lines with each tile.
+            if (j + kTileN < n_end) tile_rows(w, stride, j + kTileN, n_end, rows);
+            const int64_t row_lines = (k_end - k) * static_cast<int64_t>(sizeof(T)) / 64 + 1;
+            const int64_t tile_lines = kTileN * row_lines * kTileM / (m_end - m) + 1;
+            int64_t next_row = 0, next_line = 0;
             for (int64_t i = m; i < m_end; i += kTileM, partial += kTileM * kTileN * kLanes) {
+                for (int64_t l = 0; l < tile_lines && next_row < kTileN; ++l) {
+                    const char* const next = reinterpret_cast<const char*>(rows[next_row] + k);
+                    __builtin_prefetch(next + next_line * 64);
+                    if (++next_line == row_lines) next_line = 0, ++next_row;
+                }
                 const float* x = task.packed_x + i * task.packed_k;
                 float* tile_sums = sums + (i - m) * kBlockN + (j - n);
                 with_tile_rows(m_end - i, [&](auto count) {
