@@ -67,11 +67,6 @@ emu::Counters last_counters;
 std::string last_report;
 std::atomic<uint64_t> launch_seed = 0;
 
-void report(const std::string& text) {
-    std::lock_guard lock(last_mutex);
-    last_report = text;
-}
-
 // Runs f; exceptions of the emulator become codes, their text the report.
 template <class F>
 int guarded(F f) {
@@ -376,6 +371,15 @@ int device_attribute(const Device& d, int attribute) {
 }
 
 }  // namespace
+
+const Device* emu::driver::current_device() {
+    return current() ? devices()[static_cast<size_t>(current()->ordinal)] : nullptr;
+}
+
+void emu::driver::report(const std::string& text) {
+    std::lock_guard lock(last_mutex);
+    last_report = text;
+}
 
 #pragma GCC visibility push(default)
 extern "C" {

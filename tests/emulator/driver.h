@@ -1,5 +1,11 @@
-// The driver API's result codes that the emulator gives.
+// What the files of the driver API share; first the result codes that the emulator gives.
 #pragma once
+
+#include <string>
+
+namespace emu {
+struct Device;
+}
 
 namespace emu::driver {
 
@@ -28,5 +34,11 @@ enum Result : int {
     kCaptureInvalidated = 901,
     kUnknown = 999,
 };
+
+// Of the calling thread's context; null without one.
+const Device* current_device();
+
+// Sets what emu_last_report() says.
+void report(const std::string& text);
 
 }  // namespace emu::driver
