@@ -161,12 +161,19 @@ def attend_into(
 
 def append(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
     """Write rows of k, v [T, Hk, D] into the slots of the cache; a negative slot is skipped."""
-    if slots.device.type == "cpu" and slots.numel() and int(slots.min()) < 0:
-        kept = slots >= 0
+    caches = tuple(cache.view(-1, *k.shape[1:]) for cache in (k_cache, v_cache))
+    if slots.device.type == "cpu" and slots.numel():
+        rows: list[int] = slots.tolist()
+        first = rows[0]
+        if first >= 0 and rows == list(range(first, first + len(rows))):  # as in most prompts
+            for cache, new in zip(caches, (k, v), strict=True):
+                cache[first : first + len(rows)].copy_(new)
+            return
+    kept = slots >= 0
+    if not kept.all():
         k, v, slots = k[kept], v[kept], slots[kept]
-    slots = slots.long()
-    k_cache.view(-1, *k.shape[1:]).index_copy_(0, slots, k)
-    v_cache.view(-1, *v.shape[1:]).index_copy_(0, slots, v)
+    for cache, new in zip(caches, (k, v), strict=True):
+        cache.index_copy_(0, slots.long(), new)
 
 
 def cached_rows(cache: Tensor, pages: Sequence[int], num_tokens: int) -> Tensor:
