@@ -1,8 +1,8 @@
 """Write a checkpoint of random weights: Minitron-8B's shape, or any other Llama-shaped model's.
 
-    python bench/random_checkpoint.py /tmp/minitron-8b                      # safetensors, bf16
-    python bench/random_checkpoint.py /tmp/minitron-8b.gguf --type q8_0
-    python bench/random_checkpoint.py /tmp/tiny --layers 2 --vocab 512 --preset smollm2-135m
+    python bench/random_checkpoint.py minitron-8b                      # safetensors, bf16
+    python bench/random_checkpoint.py minitron-8b.gguf --type q8_0
+    python bench/random_checkpoint.py tiny --layers 2 --vocab 512 --preset smollm2-135m
 
 Weights are normal with standard deviation 0.02 and norms are 1, so activations stay in range; the
 text generated from them is nonsense. Every matrix is a window, at an offset of its own, into one

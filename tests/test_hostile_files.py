@@ -431,7 +431,7 @@ def write_index(folder: Path, weight_map: Any) -> None:
     [
         "../one.safetensors",
         "/etc/passwd",
-        "/tmp/one.safetensors",
+        "/elsewhere/one.safetensors",
         "sub/one.safetensors",
         "..\\one.safetensors",
         "C:one.safetensors",
