@@ -8,7 +8,7 @@
  *   nothing, never synchronises, and can be captured into a CUDA graph.
  * - mk_<op>_plan(&params, &device, &plan) tells what mk_<op> would launch; it needs no GPU and no
  *   driver. Pointers of params are looked at for NULL and for alignment only.
- * - mk_<op>_workspace_bytes exists for the ops that need a workspace.
+ * - mk_<op>_workspace_bytes(&params, &bytes) exists for the ops that need a workspace.
  * - A status other than MK_OK means that nothing was launched; mk_last_error() says what was wrong.
  * - Empty tensors are legal, and then nothing is launched.
  * - All functions may be called from any thread.
@@ -30,7 +30,7 @@
 extern "C" {
 #endif
 
-#define MK_ABI_VERSION 1
+#define MK_ABI_VERSION 2
 
 typedef enum mk_status {
     MK_OK = 0,
@@ -221,6 +221,183 @@ typedef struct mk_embedding_params {
 MK_API mk_status mk_embedding(const mk_embedding_params* params, void* stream);
 MK_API mk_status mk_embedding_plan(const mk_embedding_params* params, const mk_device* device,
                                    mk_plan* plan);
+
+/* ---- Linear -------------------------------------------------------------------------------------
+ * y[m, n] = sum over k of x[m, k] * w[n, k], in fp32 on mma.sync.m16n8k16, x as A and w as B:
+ * groups of 16 k are added to one accumulator in ascending order (zeros past the last k). So the
+ * bits of an output depend on its row of x and its row of w only: not on m, n, the kernel or the
+ * device's size.
+ *
+ *   mk_linear         out = y, + residual where given, rounded once
+ *   mk_linear_swiglu  row 2i of w is gate i and row 2i + 1 is up i:
+ *                     out[m, i] = silu(y[m, 2i]) * y[m, 2i + 1] in fp32, rounded once
+ *
+ * norm_weight: x is RMS-normalised first, with the bits of mk_rms_norm; m <= MK_LINEAR_MAX_NORM_M.
+ * Above that the product is bound by arithmetic: normalise x by mk_rms_norm, for the same bits.
+ */
+#define MK_LINEAR_MAX_NORM_M 16
+
+typedef struct mk_linear_params {
+    const void* x;           /* [m, k] */
+    const void* w;           /* [n, k] */
+    const void* norm_weight; /* [k]; NULL: x as it is */
+    const void* residual;    /* [m, n], mk_linear only; NULL: none. May be out */
+    void* out;               /* [m, n]; of mk_linear_swiglu [m, n / 2] */
+    int64_t x_stride, w_stride, residual_stride, out_stride; /* between rows */
+    int32_t m;                                               /* 0 ... 2^30 */
+    int32_t n;         /* 1 ... 2^24; mk_linear_swiglu: even */
+    int32_t k;         /* 1 ... 2^20; 2^14 with norm_weight */
+    float eps;         /* of the norm */
+    int32_t dtype;     /* MK_BF16, MK_F16: all but out */
+    int32_t out_dtype; /* dtype, or MK_F32 (mk_linear without residual) */
+} mk_linear_params;
+
+MK_API mk_status mk_linear(const mk_linear_params* params, void* stream);
+MK_API mk_status mk_linear_plan(const mk_linear_params* params, const mk_device* device,
+                                mk_plan* plan);
+MK_API mk_status mk_linear_swiglu(const mk_linear_params* params, void* stream);
+MK_API mk_status mk_linear_swiglu_plan(const mk_linear_params* params, const mk_device* device,
+                                       mk_plan* plan);
+
+/* Q, K and V projection with RoPE and KV append in its epilogue. The rows of w are those of all
+ * heads of Q, then of K, then of V; within a head of Q or K in *pair order*: rows 2i and 2i + 1
+ * make pair i of the rotation (i < rotary_dim / 2), then the rows of the features that pass. The
+ * outputs are in the order of features that rope.interleaved tells: pair i goes to features (2i, 2i
+ * + 1), or (i, i + rotary_dim / 2). q = rotated Q; k_cache[slot] = rotated K and v_cache[slot] = V
+ * for the slot of each token, as mk_rope_append does. Everything is computed in fp32 and rounded
+ * once; the product and norm_weight are mk_linear's.
+ */
+typedef struct mk_qkv_rope_append_params {
+    const void* x;              /* [tokens, hidden] */
+    const void* w;              /* [(num_q_heads + 2 * num_kv_heads) * head_dim, hidden] */
+    const void* norm_weight;    /* [hidden]; NULL: x as it is */
+    void* q;                    /* [tokens, num_q_heads, head_dim] */
+    void* k_cache;              /* [num_pages, page_size, num_kv_heads, head_dim] */
+    void* v_cache;              /* [num_pages, page_size, num_kv_heads, head_dim] */
+    const void* slots;          /* [tokens]; negative, or past the cache's end: not written */
+    int64_t x_stride, w_stride; /* between rows */
+    int64_t q_stride, q_head_stride;
+    int64_t cache_page_stride, cache_stride, cache_head_stride; /* of both caches */
+    int32_t tokens;       /* 0 ... 2^30; at most MK_LINEAR_MAX_NORM_M with norm_weight */
+    int32_t hidden;       /* 1 ... 2^20; 2^14 with norm_weight */
+    int32_t num_q_heads;  /* 1 ... 1024 */
+    int32_t num_kv_heads; /* 1 ... 1024 */
+    int32_t head_dim;     /* a multiple of 16, 16 ... 256 */
+    int32_t num_pages;
+    int32_t page_size;
+    float eps;           /* of the norm */
+    int32_t slots_dtype; /* MK_I32, MK_I64 */
+    int32_t dtype;       /* MK_BF16, MK_F16 */
+    mk_rope rope;        /* by tables only: cos and sin are not NULL */
+} mk_qkv_rope_append_params;
+
+MK_API mk_status mk_qkv_rope_append(const mk_qkv_rope_append_params* params, void* stream);
+MK_API mk_status mk_qkv_rope_append_plan(const mk_qkv_rope_append_params* params,
+                                         const mk_device* device, mk_plan* plan);
+
+/* ---- Attention ----------------------------------------------------------------------------------
+ * out = softmax(softmax_scale * rotate(q) k^T + mask) v for each sequence and query head h, over
+ * the keys of head h / (num_q_heads / num_kv_heads). The last query of a sequence stands on its
+ * last key. causal hides the keys after a query's own place, window = W those at a distance of W or
+ * more. A query that sees no key gives 0 (lse -inf). Logits, softmax and sums are fp32; the weights
+ * are rounded to the dtype before they meet v. rope (by tables only) rotates q in fp32, rounded
+ * once; rope.cos NULL: q as it is. rope.positions NULL: a query's place in its sequence.
+ *
+ * k and v are packed ([tokens_k, num_kv_heads, head_dim], cu_seqlens_k given, page_size 0), or
+ * paged
+ * ([num_pages, page_size, num_kv_heads, head_dim], with seqlens_k and block_table given). A page
+ * number outside 0 ... num_pages-1 gives NaN. Index arrays are int32. All strides are multiples of
+ * 16 bytes, and so are the pointers of q, k, v and out.
+ *
+ * mk_attention is for prompts: a block of the grid does one tile of queries of one head. Sequences
+ * with at most skip_seqlen_q queries are left alone, out and lse too: they are another launch's.
+ * mk_attention_decode is for few new tokens: it reads the keys once for all queries of a KV group,
+ * in splits whose number and bounds depend on the sequence's length alone, and the last block of a
+ * sequence and KV head to end combines them in order. Sequences of more than max_seqlen_q queries
+ * are left alone. k_new and v_new, where given, are appended: k_new is rotated as q is, both are
+ * written into the cache behind the seqlens_k keys that are there, and take part.
+ * A row's bits depend on its own sequence only.
+ */
+typedef struct mk_attention_params {
+    const void* q;               /* [tokens_q, num_q_heads, head_dim] */
+    const void* k;               /* packed or paged */
+    const void* v;               /* as k */
+    void* out;                   /* [tokens_q, num_q_heads, head_dim] */
+    float* lse;                  /* [num_q_heads, tokens_q], natural logarithm; NULL: not wanted */
+    const int32_t* cu_seqlens_q; /* [batch + 1] */
+    const int32_t* cu_seqlens_k; /* packed: [batch + 1], else NULL */
+    const int32_t* seqlens_k;    /* paged: [batch] keys of each sequence, else NULL */
+    const int32_t* block_table;  /* paged: [batch, max_pages], pages in order, else NULL */
+    int64_t q_stride, q_head_stride;
+    int64_t k_page_stride, k_stride, k_head_stride;
+    int64_t v_page_stride, v_stride, v_head_stride;
+    int64_t out_stride, out_head_stride;
+    int64_t lse_stride, block_table_stride;
+    int32_t tokens_q, tokens_k; /* rows of q; rows of packed k */
+    int32_t batch;              /* 0 ... 65535 */
+    int32_t num_q_heads;        /* a multiple of num_kv_heads, ... 1024 */
+    int32_t num_kv_heads;
+    int32_t head_dim;      /* 64, 128 */
+    int32_t num_pages;     /* of the cache */
+    int32_t page_size;     /* 16, 32, 64, 128; 0: packed */
+    int32_t max_pages;     /* columns of block_table */
+    int32_t max_seqlen_q;  /* no sequence has more queries */
+    int32_t skip_seqlen_q; /* 0: none is skipped */
+    int32_t seqlens_k_add; /* paged: 1 if seqlens_k counts the keys before these queries' own */
+    int32_t causal;        /* 0 or 1 */
+    int32_t window;        /* 0: none */
+    float softmax_scale;
+    int32_t dtype; /* MK_BF16, MK_F16 */
+    mk_rope rope;
+} mk_attention_params;
+
+MK_API mk_status mk_attention(const mk_attention_params* params, void* stream);
+MK_API mk_status mk_attention_plan(const mk_attention_params* params, const mk_device* device,
+                                   mk_plan* plan);
+
+typedef struct mk_attention_decode_params {
+    const void* q;               /* [tokens, num_q_heads, head_dim] */
+    const void* k_new;           /* [tokens, num_kv_heads, head_dim]; NULL: in the cache already */
+    const void* v_new;           /* as k_new */
+    void* k_cache;               /* [num_pages, page_size, num_kv_heads, head_dim] */
+    void* v_cache;               /* [num_pages, page_size, num_kv_heads, head_dim] */
+    void* out;                   /* [tokens, num_q_heads, head_dim] */
+    float* lse;                  /* [num_q_heads, tokens], natural logarithm; NULL: not wanted */
+    const int32_t* cu_seqlens_q; /* [batch + 1]; NULL: one query each */
+    const int32_t* seqlens_k;    /* [batch] keys in the cache before k_new */
+    const int32_t* block_table;  /* [batch, max_pages] */
+    void* workspace; /* of mk_attention_decode_workspace_bytes, all 0 before its first use; a launch
+                      * leaves its counters 0 again. Launches on several streams need one each */
+    int64_t workspace_bytes;
+    int64_t q_stride, q_head_stride;
+    int64_t k_new_stride, k_new_head_stride;
+    int64_t v_new_stride, v_new_head_stride;
+    int64_t cache_page_stride, cache_stride, cache_head_stride; /* of both caches */
+    int64_t out_stride, out_head_stride;
+    int64_t lse_stride, block_table_stride;
+    int32_t tokens;
+    int32_t batch; /* 0 ... 65535 */
+    int32_t num_q_heads;
+    int32_t num_kv_heads;
+    int32_t head_dim; /* 64, 128 */
+    int32_t num_pages;
+    int32_t page_size; /* 16, 32, 64, 128 */
+    int32_t max_pages;
+    int32_t max_seqlen_q; /* 1 ... 8; longer sequences are left alone */
+    int32_t causal;
+    int32_t window; /* 0: none */
+    float softmax_scale;
+    int32_t dtype; /* MK_BF16, MK_F16 */
+    mk_rope rope;
+} mk_attention_decode_params;
+
+MK_API mk_status mk_attention_decode(const mk_attention_decode_params* params, void* stream);
+MK_API mk_status mk_attention_decode_plan(const mk_attention_decode_params* params,
+                                          const mk_device* device, mk_plan* plan);
+/* Bytes that any launch with this batch, heads, head_dim, max_pages * page_size and max_seqlen_q
+ * may use; other fields are not looked at. */
+MK_API mk_status mk_attention_decode_workspace_bytes(const mk_attention_decode_params* params,
+                                                     int64_t* bytes);
 
 /* ---- Picking the next token -------------------------------------------------------------------
  * mk_argmax: the first of the largest logits of each row; a NaN counts as largest (PyTorch's rule).

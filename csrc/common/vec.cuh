@@ -22,6 +22,9 @@ struct Bf16 {
     static __device__ uint32_t mul(uint32_t a, uint32_t b) {
         return ptx::fma_rn_bf16x2(a, b, 0x80008000u);
     }
+    static __device__ void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+        ptx::mma_m16n8k16_f32_bf16(d, a, b0, b1);
+    }
 };
 
 struct F16 {
@@ -31,6 +34,9 @@ struct F16 {
     }
     static __device__ uint32_t pack(float lo, float hi) { return ptx::cvt_rn_f16x2_f32(hi, lo); }
     static __device__ uint32_t mul(uint32_t a, uint32_t b) { return ptx::mul_rn_f16x2(a, b); }
+    static __device__ void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+        ptx::mma_m16n8k16_f32_f16(d, a, b0, b1);
+    }
 };
 
 enum class Reuse { kOnce, kOften };  // kOften: worth keeping in L1

@@ -5,6 +5,7 @@
 #include <pybind11/pybind11.h>
 
 #include <string>
+#include <type_traits>
 #include <utility>
 
 #include "minitron_kernels.h"
@@ -17,7 +18,7 @@ namespace {
 
 using Pointer = uintptr_t;
 
-template <class T = void>
+template <class T = const void>
 T* pointer(Pointer address) {
     return reinterpret_cast<T*>(address);
 }
@@ -49,52 +50,54 @@ py::dict to_dict(const mk_plan& plan) {
                     "smem_bytes"_a = plan.smem_bytes, "pdl"_a = plan.pdl != 0);
 }
 
-// Defines <name> and <name>_plan from the function that fills the op's struct.
-template <class Params, class... Fields, class... Names>
-void def_op(py::module_& m, const std::string& name, Params (*fill)(Fields...),
-            mk_status (*run)(const Params*, void*),
-            mk_status (*plan)(const Params*, const mk_device*, mk_plan*), const Names&... names) {
-    static_assert(sizeof...(Fields) == sizeof...(Names));
+// A field of an op's struct as Python passes it: pointers are plain ints.
+template <class T>
+using Argument = std::conditional_t<std::is_pointer_v<T>, Pointer, T>;
+
+template <class T>
+T convert(const Argument<T>& value) {
+    if constexpr (std::is_pointer_v<T>) {
+        return reinterpret_cast<T>(value);
+    } else {
+        return value;
+    }
+}
+
+template <class Params, class T>
+struct Field {
+    const char* name;
+    T Params::* member;
+};
+template <class Params, class T>
+Field(const char*, T Params::*) -> Field<Params, T>;
+
+// Defines <name> and <name>_plan, whose arguments are these fields; the others stay 0.
+template <class Params, class... T>
+void def_op(py::module_& m, const std::string& name, mk_status (*run)(const Params*, void*),
+            mk_status (*plan)(const Params*, const mk_device*, mk_plan*),
+            Field<Params, T>... fields) {
+    const auto fill = [fields...](const Argument<T>&... values) {
+        Params params{};
+        ((params.*fields.member = convert<T>(values)), ...);
+        return params;
+    };
     m.def(
         name.c_str(),
-        [fill, run](Fields... fields, Pointer stream) {
-            const Params params = fill(fields...);
-            check(run(&params, pointer(stream)));
+        [fill, run](const Argument<T>&... values, Pointer stream) {
+            const Params params = fill(values...);
+            check(run(&params, reinterpret_cast<void*>(stream)));
         },
-        py::arg(names)..., "stream"_a);
+        py::arg(fields.name)..., "stream"_a);
     m.def((name + "_plan").c_str(),
-          [fill, plan](Fields... fields, int32_t sm, int32_t num_sms, int32_t smem_per_block) {
-              const Params params = fill(fields...);
+          [fill, plan](const Argument<T>&... values, int32_t sm, int32_t num_sms,
+                       int32_t smem_per_block) {
+              const Params params = fill(values...);
               const mk_device device{sm, num_sms, smem_per_block};
               mk_plan result;
               check(plan(&params, &device, &result));
               return to_dict(result);
           },
-          py::arg(names)..., py::kw_only(), "sm"_a, "num_sms"_a, "smem_per_block"_a);
-}
-
-mk_rms_norm_params add_rms_norm_params(Pointer x, Pointer residual, Pointer weight, Pointer out,
-                                       int64_t x_stride, int64_t residual_stride,
-                                       int64_t out_stride, int32_t rows, int32_t hidden, float eps,
-                                       int32_t dtype) {
-    return {pointer(x),
-            pointer(residual),
-            pointer(weight),
-            pointer(out),
-            x_stride,
-            residual_stride,
-            out_stride,
-            rows,
-            hidden,
-            eps,
-            dtype};
-}
-
-mk_rms_norm_params rms_norm_params(Pointer x, Pointer weight, Pointer out, int64_t x_stride,
-                                   int64_t out_stride, int32_t rows, int32_t hidden, float eps,
-                                   int32_t dtype) {
-    return add_rms_norm_params(x, 0, weight, out, x_stride, 0, out_stride, rows, hidden, eps,
-                               dtype);
+          py::arg(fields.name)..., py::kw_only(), "sm"_a, "num_sms"_a, "smem_per_block"_a);
 }
 
 mk_rope rope(Pointer cos, Pointer sin, int64_t table_stride, Pointer positions,
@@ -109,83 +112,6 @@ mk_rope rope(Pointer cos, Pointer sin, int64_t table_stride, Pointer positions,
             rotary_dim,
             interleaved,
             theta};
-}
-
-mk_apply_rope_params apply_rope_params(Pointer q, Pointer k, Pointer q_out, Pointer k_out,
-                                       int64_t q_stride, int64_t q_head_stride, int64_t k_stride,
-                                       int64_t k_head_stride, int64_t q_out_stride,
-                                       int64_t q_out_head_stride, int64_t k_out_stride,
-                                       int64_t k_out_head_stride, int32_t tokens,
-                                       int32_t num_q_heads, int32_t num_k_heads, int32_t head_dim,
-                                       int32_t dtype, const mk_rope& rope) {
-    return {pointer(q),     pointer(k),
-            pointer(q_out), pointer(k_out),
-            q_stride,       q_head_stride,
-            k_stride,       k_head_stride,
-            q_out_stride,   q_out_head_stride,
-            k_out_stride,   k_out_head_stride,
-            tokens,         num_q_heads,
-            num_k_heads,    head_dim,
-            dtype,          rope};
-}
-
-mk_rope_append_params rope_append_params(Pointer k, Pointer v, Pointer k_cache, Pointer v_cache,
-                                         Pointer slots, int64_t k_stride, int64_t k_head_stride,
-                                         int64_t v_stride, int64_t v_head_stride,
-                                         int64_t cache_page_stride, int64_t cache_stride,
-                                         int64_t cache_head_stride, int32_t tokens,
-                                         int32_t num_heads, int32_t head_dim, int32_t num_pages,
-                                         int32_t page_size, int32_t slots_dtype, int32_t dtype,
-                                         const mk_rope& rope) {
-    return {pointer(k),
-            pointer(v),
-            pointer(k_cache),
-            pointer(v_cache),
-            pointer(slots),
-            k_stride,
-            k_head_stride,
-            v_stride,
-            v_head_stride,
-            cache_page_stride,
-            cache_stride,
-            cache_head_stride,
-            tokens,
-            num_heads,
-            head_dim,
-            num_pages,
-            page_size,
-            slots_dtype,
-            dtype,
-            rope};
-}
-
-mk_silu_and_mul_params silu_and_mul_params(Pointer gate_up, Pointer out, int64_t gate_up_stride,
-                                           int64_t out_stride, int32_t rows, int32_t size,
-                                           int32_t dtype) {
-    return {pointer(gate_up), pointer(out), gate_up_stride, out_stride, rows, size, dtype};
-}
-
-mk_embedding_params embedding_params(Pointer ids, Pointer table, Pointer out, int64_t table_stride,
-                                     int64_t out_stride, int32_t tokens, int32_t vocab,
-                                     int32_t hidden, int32_t ids_dtype, int32_t dtype) {
-    return {pointer(ids), pointer(table), pointer(out), table_stride, out_stride,
-            tokens,       vocab,          hidden,       ids_dtype,    dtype};
-}
-
-mk_argmax_params argmax_params(Pointer logits, Pointer out, int64_t logits_stride, int32_t rows,
-                               int32_t vocab, int32_t dtype) {
-    return {pointer(logits), pointer<int64_t>(out), logits_stride, rows, vocab, dtype};
-}
-
-mk_sample_params sample_params(Pointer logits, Pointer sampling, Pointer out, int64_t logits_stride,
-                               int32_t rows, int32_t vocab, int32_t dtype) {
-    return {pointer(logits),
-            pointer<const mk_sampling>(sampling),
-            pointer<int64_t>(out),
-            logits_stride,
-            rows,
-            vocab,
-            dtype};
 }
 
 }  // namespace
@@ -216,29 +142,136 @@ PYBIND11_MODULE(_native, m) {
         },
         "major"_a, "minor"_a);
 
-    def_op(m, "rms_norm", &rms_norm_params, &mk_rms_norm, &mk_rms_norm_plan, "x", "weight", "out",
-           "x_stride", "out_stride", "rows", "hidden", "eps", "dtype");
-    def_op(m, "add_rms_norm", &add_rms_norm_params, &mk_add_rms_norm, &mk_add_rms_norm_plan, "x",
-           "residual", "weight", "out", "x_stride", "residual_stride", "out_stride", "rows",
-           "hidden", "eps", "dtype");
     py::class_<mk_rope>(m, "Rope").def(py::init(&rope), "cos"_a, "sin"_a, "table_stride"_a,
                                        "positions"_a, "positions_dtype"_a, "max_position"_a,
                                        "rotary_dim"_a, "interleaved"_a = false, "theta"_a = 0.f);
-    def_op(m, "apply_rope", &apply_rope_params, &mk_apply_rope, &mk_apply_rope_plan, "q", "k",
-           "q_out", "k_out", "q_stride", "q_head_stride", "k_stride", "k_head_stride",
-           "q_out_stride", "q_out_head_stride", "k_out_stride", "k_out_head_stride", "tokens",
-           "num_q_heads", "num_k_heads", "head_dim", "dtype", "rope");
-    def_op(m, "rope_append", &rope_append_params, &mk_rope_append, &mk_rope_append_plan, "k", "v",
-           "k_cache", "v_cache", "slots", "k_stride", "k_head_stride", "v_stride", "v_head_stride",
-           "cache_page_stride", "cache_stride", "cache_head_stride", "tokens", "num_heads",
-           "head_dim", "num_pages", "page_size", "slots_dtype", "dtype", "rope");
-    def_op(m, "silu_and_mul", &silu_and_mul_params, &mk_silu_and_mul, &mk_silu_and_mul_plan,
-           "gate_up", "out", "gate_up_stride", "out_stride", "rows", "size", "dtype");
-    def_op(m, "embedding", &embedding_params, &mk_embedding, &mk_embedding_plan, "ids", "table",
-           "out", "table_stride", "out_stride", "tokens", "vocab", "hidden", "ids_dtype", "dtype");
-    def_op(m, "argmax", &argmax_params, &mk_argmax, &mk_argmax_plan, "logits", "out",
-           "logits_stride", "rows", "vocab", "dtype");
-    def_op(m, "sample", &sample_params, &mk_sample, &mk_sample_plan, "logits", "sampling", "out",
-           "logits_stride", "rows", "vocab", "dtype");
+    m.def(
+        "attention_decode_workspace_bytes",
+        [](int32_t batch, int32_t num_q_heads, int32_t num_kv_heads, int32_t head_dim,
+           int32_t max_pages, int32_t page_size, int32_t max_seqlen_q) {
+            mk_attention_decode_params params{};
+            params.batch = batch;
+            params.num_q_heads = num_q_heads;
+            params.num_kv_heads = num_kv_heads;
+            params.head_dim = head_dim;
+            params.max_pages = max_pages;
+            params.page_size = page_size;
+            params.max_seqlen_q = max_seqlen_q;
+            int64_t bytes = 0;
+            check(mk_attention_decode_workspace_bytes(&params, &bytes));
+            return bytes;
+        },
+        "batch"_a, "num_q_heads"_a, "num_kv_heads"_a, "head_dim"_a, "max_pages"_a, "page_size"_a,
+        "max_seqlen_q"_a);
+#define MK_FIELD(op, field) Field{#field, &mk_##op##_params::field}
+    def_op(m, "rms_norm", &mk_rms_norm, &mk_rms_norm_plan, MK_FIELD(rms_norm, x),
+           MK_FIELD(rms_norm, weight), MK_FIELD(rms_norm, out), MK_FIELD(rms_norm, x_stride),
+           MK_FIELD(rms_norm, out_stride), MK_FIELD(rms_norm, rows), MK_FIELD(rms_norm, hidden),
+           MK_FIELD(rms_norm, eps), MK_FIELD(rms_norm, dtype));
+    def_op(m, "add_rms_norm", &mk_add_rms_norm, &mk_add_rms_norm_plan, MK_FIELD(rms_norm, x),
+           MK_FIELD(rms_norm, residual), MK_FIELD(rms_norm, weight), MK_FIELD(rms_norm, out),
+           MK_FIELD(rms_norm, x_stride), MK_FIELD(rms_norm, residual_stride),
+           MK_FIELD(rms_norm, out_stride), MK_FIELD(rms_norm, rows), MK_FIELD(rms_norm, hidden),
+           MK_FIELD(rms_norm, eps), MK_FIELD(rms_norm, dtype));
+    def_op(m, "apply_rope", &mk_apply_rope, &mk_apply_rope_plan, MK_FIELD(apply_rope, q),
+           MK_FIELD(apply_rope, k), MK_FIELD(apply_rope, q_out), MK_FIELD(apply_rope, k_out),
+           MK_FIELD(apply_rope, q_stride), MK_FIELD(apply_rope, q_head_stride),
+           MK_FIELD(apply_rope, k_stride), MK_FIELD(apply_rope, k_head_stride),
+           MK_FIELD(apply_rope, q_out_stride), MK_FIELD(apply_rope, q_out_head_stride),
+           MK_FIELD(apply_rope, k_out_stride), MK_FIELD(apply_rope, k_out_head_stride),
+           MK_FIELD(apply_rope, tokens), MK_FIELD(apply_rope, num_q_heads),
+           MK_FIELD(apply_rope, num_k_heads), MK_FIELD(apply_rope, head_dim),
+           MK_FIELD(apply_rope, dtype), MK_FIELD(apply_rope, rope));
+    def_op(m, "rope_append", &mk_rope_append, &mk_rope_append_plan, MK_FIELD(rope_append, k),
+           MK_FIELD(rope_append, v), MK_FIELD(rope_append, k_cache), MK_FIELD(rope_append, v_cache),
+           MK_FIELD(rope_append, slots), MK_FIELD(rope_append, k_stride),
+           MK_FIELD(rope_append, k_head_stride), MK_FIELD(rope_append, v_stride),
+           MK_FIELD(rope_append, v_head_stride), MK_FIELD(rope_append, cache_page_stride),
+           MK_FIELD(rope_append, cache_stride), MK_FIELD(rope_append, cache_head_stride),
+           MK_FIELD(rope_append, tokens), MK_FIELD(rope_append, num_heads),
+           MK_FIELD(rope_append, head_dim), MK_FIELD(rope_append, num_pages),
+           MK_FIELD(rope_append, page_size), MK_FIELD(rope_append, slots_dtype),
+           MK_FIELD(rope_append, dtype), MK_FIELD(rope_append, rope));
+    def_op(m, "linear", &mk_linear, &mk_linear_plan, MK_FIELD(linear, x), MK_FIELD(linear, w),
+           MK_FIELD(linear, norm_weight), MK_FIELD(linear, residual), MK_FIELD(linear, out),
+           MK_FIELD(linear, x_stride), MK_FIELD(linear, w_stride),
+           MK_FIELD(linear, residual_stride), MK_FIELD(linear, out_stride), MK_FIELD(linear, m),
+           MK_FIELD(linear, n), MK_FIELD(linear, k), MK_FIELD(linear, eps), MK_FIELD(linear, dtype),
+           MK_FIELD(linear, out_dtype));
+    def_op(m, "linear_swiglu", &mk_linear_swiglu, &mk_linear_swiglu_plan, MK_FIELD(linear, x),
+           MK_FIELD(linear, w), MK_FIELD(linear, norm_weight), MK_FIELD(linear, out),
+           MK_FIELD(linear, x_stride), MK_FIELD(linear, w_stride), MK_FIELD(linear, out_stride),
+           MK_FIELD(linear, m), MK_FIELD(linear, n), MK_FIELD(linear, k), MK_FIELD(linear, eps),
+           MK_FIELD(linear, dtype));
+    def_op(m, "qkv_rope_append", &mk_qkv_rope_append, &mk_qkv_rope_append_plan,
+           MK_FIELD(qkv_rope_append, x), MK_FIELD(qkv_rope_append, w),
+           MK_FIELD(qkv_rope_append, norm_weight), MK_FIELD(qkv_rope_append, q),
+           MK_FIELD(qkv_rope_append, k_cache), MK_FIELD(qkv_rope_append, v_cache),
+           MK_FIELD(qkv_rope_append, slots), MK_FIELD(qkv_rope_append, x_stride),
+           MK_FIELD(qkv_rope_append, w_stride), MK_FIELD(qkv_rope_append, q_stride),
+           MK_FIELD(qkv_rope_append, q_head_stride), MK_FIELD(qkv_rope_append, cache_page_stride),
+           MK_FIELD(qkv_rope_append, cache_stride), MK_FIELD(qkv_rope_append, cache_head_stride),
+           MK_FIELD(qkv_rope_append, tokens), MK_FIELD(qkv_rope_append, hidden),
+           MK_FIELD(qkv_rope_append, num_q_heads), MK_FIELD(qkv_rope_append, num_kv_heads),
+           MK_FIELD(qkv_rope_append, head_dim), MK_FIELD(qkv_rope_append, num_pages),
+           MK_FIELD(qkv_rope_append, page_size), MK_FIELD(qkv_rope_append, eps),
+           MK_FIELD(qkv_rope_append, slots_dtype), MK_FIELD(qkv_rope_append, dtype),
+           MK_FIELD(qkv_rope_append, rope));
+    def_op(m, "attention", &mk_attention, &mk_attention_plan, MK_FIELD(attention, q),
+           MK_FIELD(attention, k), MK_FIELD(attention, v), MK_FIELD(attention, out),
+           MK_FIELD(attention, lse), MK_FIELD(attention, cu_seqlens_q),
+           MK_FIELD(attention, cu_seqlens_k), MK_FIELD(attention, seqlens_k),
+           MK_FIELD(attention, block_table), MK_FIELD(attention, q_stride),
+           MK_FIELD(attention, q_head_stride), MK_FIELD(attention, k_page_stride),
+           MK_FIELD(attention, k_stride), MK_FIELD(attention, k_head_stride),
+           MK_FIELD(attention, v_page_stride), MK_FIELD(attention, v_stride),
+           MK_FIELD(attention, v_head_stride), MK_FIELD(attention, out_stride),
+           MK_FIELD(attention, out_head_stride), MK_FIELD(attention, lse_stride),
+           MK_FIELD(attention, block_table_stride), MK_FIELD(attention, tokens_q),
+           MK_FIELD(attention, tokens_k), MK_FIELD(attention, batch),
+           MK_FIELD(attention, num_q_heads), MK_FIELD(attention, num_kv_heads),
+           MK_FIELD(attention, head_dim), MK_FIELD(attention, num_pages),
+           MK_FIELD(attention, page_size), MK_FIELD(attention, max_pages),
+           MK_FIELD(attention, max_seqlen_q), MK_FIELD(attention, skip_seqlen_q),
+           MK_FIELD(attention, seqlens_k_add), MK_FIELD(attention, causal),
+           MK_FIELD(attention, window), MK_FIELD(attention, softmax_scale),
+           MK_FIELD(attention, dtype), MK_FIELD(attention, rope));
+    def_op(m, "attention_decode", &mk_attention_decode, &mk_attention_decode_plan,
+           MK_FIELD(attention_decode, q), MK_FIELD(attention_decode, k_new),
+           MK_FIELD(attention_decode, v_new), MK_FIELD(attention_decode, k_cache),
+           MK_FIELD(attention_decode, v_cache), MK_FIELD(attention_decode, out),
+           MK_FIELD(attention_decode, lse), MK_FIELD(attention_decode, cu_seqlens_q),
+           MK_FIELD(attention_decode, seqlens_k), MK_FIELD(attention_decode, block_table),
+           MK_FIELD(attention_decode, workspace), MK_FIELD(attention_decode, workspace_bytes),
+           MK_FIELD(attention_decode, q_stride), MK_FIELD(attention_decode, q_head_stride),
+           MK_FIELD(attention_decode, k_new_stride), MK_FIELD(attention_decode, k_new_head_stride),
+           MK_FIELD(attention_decode, v_new_stride), MK_FIELD(attention_decode, v_new_head_stride),
+           MK_FIELD(attention_decode, cache_page_stride), MK_FIELD(attention_decode, cache_stride),
+           MK_FIELD(attention_decode, cache_head_stride), MK_FIELD(attention_decode, out_stride),
+           MK_FIELD(attention_decode, out_head_stride), MK_FIELD(attention_decode, lse_stride),
+           MK_FIELD(attention_decode, block_table_stride), MK_FIELD(attention_decode, tokens),
+           MK_FIELD(attention_decode, batch), MK_FIELD(attention_decode, num_q_heads),
+           MK_FIELD(attention_decode, num_kv_heads), MK_FIELD(attention_decode, head_dim),
+           MK_FIELD(attention_decode, num_pages), MK_FIELD(attention_decode, page_size),
+           MK_FIELD(attention_decode, max_pages), MK_FIELD(attention_decode, max_seqlen_q),
+           MK_FIELD(attention_decode, causal), MK_FIELD(attention_decode, window),
+           MK_FIELD(attention_decode, softmax_scale), MK_FIELD(attention_decode, dtype),
+           MK_FIELD(attention_decode, rope));
+    def_op(m, "silu_and_mul", &mk_silu_and_mul, &mk_silu_and_mul_plan,
+           MK_FIELD(silu_and_mul, gate_up), MK_FIELD(silu_and_mul, out),
+           MK_FIELD(silu_and_mul, gate_up_stride), MK_FIELD(silu_and_mul, out_stride),
+           MK_FIELD(silu_and_mul, rows), MK_FIELD(silu_and_mul, size),
+           MK_FIELD(silu_and_mul, dtype));
+    def_op(m, "embedding", &mk_embedding, &mk_embedding_plan, MK_FIELD(embedding, ids),
+           MK_FIELD(embedding, table), MK_FIELD(embedding, out), MK_FIELD(embedding, table_stride),
+           MK_FIELD(embedding, out_stride), MK_FIELD(embedding, tokens), MK_FIELD(embedding, vocab),
+           MK_FIELD(embedding, hidden), MK_FIELD(embedding, ids_dtype), MK_FIELD(embedding, dtype));
+    def_op(m, "argmax", &mk_argmax, &mk_argmax_plan, MK_FIELD(argmax, logits),
+           MK_FIELD(argmax, out), MK_FIELD(argmax, logits_stride), MK_FIELD(argmax, rows),
+           MK_FIELD(argmax, vocab), MK_FIELD(argmax, dtype));
+    def_op(m, "sample", &mk_sample, &mk_sample_plan, MK_FIELD(sample, logits),
+           MK_FIELD(sample, sampling), MK_FIELD(sample, out), MK_FIELD(sample, logits_stride),
+           MK_FIELD(sample, rows), MK_FIELD(sample, vocab), MK_FIELD(sample, dtype));
+#undef MK_FIELD
     def_cpu_linear(m, &check);
 }
