@@ -69,6 +69,7 @@ mk_status query(const cuda::Driver& driver, cuda::CUdevice ordinal, Device* devi
     }
     device->info.sm = arch->sm;
     device->arch = arch->name;
+    device->ordinal = ordinal;
     return MK_OK;
 }
 

@@ -8,6 +8,7 @@ namespace mk {
 struct Device {
     mk_device info;
     const char* arch;  // "90a": the kernels that run on it
+    cuda::CUdevice ordinal;
 };
 
 // The device of the current context; looked up once per device ordinal.

@@ -39,6 +39,7 @@ Loaded load() {
     find(d.cuCtxGetDevice, "cuCtxGetDevice");
     find(d.cuLibraryLoadData, "cuLibraryLoadData");
     find(d.cuLibraryGetKernel, "cuLibraryGetKernel");
+    find(d.cuKernelSetAttribute, "cuKernelSetAttribute");
     find(d.cuThreadExchangeStreamCaptureMode, "cuThreadExchangeStreamCaptureMode");
     find(d.cuLaunchKernelEx, "cuLaunchKernelEx");
     if (missing) {

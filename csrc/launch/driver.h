@@ -25,6 +25,8 @@ constexpr int kAttributeMajor = 75;
 constexpr int kAttributeMinor = 76;
 constexpr int kAttributeSmemPerBlockOptin = 97;
 
+constexpr int kKernelMaxDynamicSmem = 8;
+
 constexpr int kCaptureModeRelaxed = 2;
 
 constexpr int kLaunchCluster = 4;
@@ -60,6 +62,7 @@ struct Driver {
     CUresult (*cuLibraryLoadData)(CUlibrary*, const void* code, int*, void**, unsigned, int*,
                                   void**, unsigned);
     CUresult (*cuLibraryGetKernel)(CUkernel*, CUlibrary, const char* name);
+    CUresult (*cuKernelSetAttribute)(int attribute, int value, CUkernel, CUdevice);
     CUresult (*cuThreadExchangeStreamCaptureMode)(int*);
     CUresult (*cuLaunchKernelEx)(const CUlaunchConfig*, CUkernel, void** params, void** extra);
 };

@@ -28,10 +28,18 @@ struct FatbinHeader {
 };
 constexpr uint32_t kFatbinMagic = 0xBA55ED50;
 
+// Dynamic shared memory that a launch may have without asking for more.
+constexpr int32_t kDefaultSmemBytes = 48 << 10;
+
+struct Kernel {
+    cuda::CUkernel handle;
+    std::map<cuda::CUdevice, int32_t> smem_bytes;  // the limit asked for, if above the default
+};
+
 struct Kernels {
     std::vector<cuda::CUlibrary> libraries;
     // Those asked for so far. Looked up by C string: a launch allocates nothing.
-    std::map<std::string, cuda::CUkernel, std::less<>> kernels;
+    std::map<std::string, Kernel, std::less<>> kernels;
 };
 
 mk_status load_libraries(const cuda::Driver& driver, const char* arch, Kernels* kernels) {
@@ -77,9 +85,30 @@ class RelaxedCapture {
     int mode_ = cuda::kCaptureModeRelaxed;
 };
 
-// The kernel `entry` (null: only load the libraries), loading on first use.
-mk_status find_kernel(const cuda::Driver& driver, const char* arch, const char* entry,
-                      cuda::CUkernel* kernel) {
+mk_status look_up(const cuda::Driver& driver, const char* arch, const char* entry, Kernels* kernels,
+                  Kernel** kernel) {
+    if (const auto found = kernels->kernels.find(entry); found != kernels->kernels.end()) {
+        *kernel = &found->second;
+        return MK_OK;
+    }
+    for (const cuda::CUlibrary library : kernels->libraries) {
+        cuda::CUkernel handle = nullptr;
+        const cuda::CUresult result = driver.cuLibraryGetKernel(&handle, library, entry);
+        if (result == cuda::kNotFound) continue;
+        if (result != cuda::kSuccess) {
+            return cuda::fail_driver(driver, "cuLibraryGetKernel", result);
+        }
+        *kernel = &kernels->kernels.emplace(entry, Kernel{handle, {}}).first->second;
+        return MK_OK;
+    }
+    return fail(MK_ERR_UNSUPPORTED, "%s has no kernel %s", kernel_file(arch).c_str(), entry);
+}
+
+// The kernel of `plan` (null: only load the libraries), loading on first use, and allowed the
+// shared memory of the plan.
+mk_status find_kernel(const cuda::Driver& driver, const Device& device, const mk_plan* plan,
+                      cuda::CUkernel* handle) {
+    const char* const arch = device.arch;
     static std::mutex mutex;
     static std::map<std::string, Kernels, std::less<>> loaded;
     const std::lock_guard lock(mutex);
@@ -90,22 +119,20 @@ mk_status find_kernel(const cuda::Driver& driver, const char* arch, const char* 
         MK_TRY(load_libraries(driver, arch, &kernels));
         archs = loaded.emplace(arch, std::move(kernels)).first;
     }
-    if (!entry) return MK_OK;
-    Kernels& kernels = archs->second;
-    if (const auto found = kernels.kernels.find(entry); found != kernels.kernels.end()) {
-        *kernel = found->second;
-        return MK_OK;
-    }
-    for (const cuda::CUlibrary library : kernels.libraries) {
-        const cuda::CUresult result = driver.cuLibraryGetKernel(kernel, library, entry);
-        if (result == cuda::kNotFound) continue;
-        if (result != cuda::kSuccess) {
-            return cuda::fail_driver(driver, "cuLibraryGetKernel", result);
+    if (!plan) return MK_OK;
+    Kernel* kernel = nullptr;
+    MK_TRY(look_up(driver, arch, plan->entry, &archs->second, &kernel));
+    if (plan->smem_bytes > kDefaultSmemBytes) {
+        // The limit only grows, so that no other thread's launch loses what it was given.
+        int32_t& limit = kernel->smem_bytes[device.ordinal];
+        if (plan->smem_bytes > limit) {
+            MK_CUDA(driver, cuKernelSetAttribute, cuda::kKernelMaxDynamicSmem, plan->smem_bytes,
+                    kernel->handle, device.ordinal);
+            limit = plan->smem_bytes;
         }
-        kernels.kernels.emplace(entry, *kernel);
-        return MK_OK;
     }
-    return fail(MK_ERR_UNSUPPORTED, "%s has no kernel %s", kernel_file(arch).c_str(), entry);
+    *handle = kernel->handle;
+    return MK_OK;
 }
 
 void print_once(const mk_plan& plan, const std::string& shape) {
@@ -132,7 +159,7 @@ mk_status launch(const mk_plan& plan, const Device& device, const void* args, vo
     const cuda::Driver* driver = nullptr;
     MK_TRY(cuda::get_driver(&driver));
     cuda::CUkernel kernel = nullptr;
-    MK_TRY(find_kernel(*driver, device.arch, plan.entry, &kernel));
+    MK_TRY(find_kernel(*driver, device, &plan, &kernel));
 
     cuda::CUlaunchAttribute pdl{};
     pdl.id = cuda::kLaunchProgrammaticStreamSerialization;
@@ -158,5 +185,5 @@ extern "C" mk_status mk_load(void) {
     MK_TRY(mk::current_device(&device));
     const mk::cuda::Driver* driver = nullptr;
     MK_TRY(mk::cuda::get_driver(&driver));
-    return mk::find_kernel(*driver, device->arch, nullptr, nullptr);
+    return mk::find_kernel(*driver, *device, nullptr, nullptr);
 }

@@ -1,29 +1,215 @@
+// Plans of mk_linear, mk_linear_swiglu and mk_qkv_rope_append: one product, three epilogues.
+#include <algorithm>
+#include <cmath>
+
 #include "launch/op.h"
+#include "linear/linear_tiles.h"
+#include "rope/rope_plan.h"
+
+namespace mk {
+namespace {
+
+Product make_product(const void* x, const void* w, const void* norm_weight, int64_t x_stride,
+                     int64_t w_stride, int32_t m, int32_t n, int32_t k, float eps) {
+    const bool is_aligned = k % 8 == 0 && is_16_byte(x, MK_BF16, {x_stride}) &&
+                            is_16_byte(w, MK_BF16, {w_stride}) &&
+                            is_16_byte(norm_weight, MK_BF16, {});
+    return {x, w, norm_weight, x_stride, w_stride, m, n, k, eps, is_aligned};
+}
+
+Product make_product(const mk_linear_params& p) {
+    return make_product(p.x, p.w, p.norm_weight, p.x_stride, p.w_stride, p.m, p.n, p.k, p.eps);
+}
+
+Product make_product(const mk_qkv_rope_append_params& p) {
+    const int32_t heads = p.num_q_heads + 2 * p.num_kv_heads;
+    return make_product(p.x, p.w, p.norm_weight, p.x_stride, p.w_stride, p.tokens,
+                        heads * p.head_dim, p.hidden, p.eps);
+}
+
+// The fields of a product; m and k under the names that the op gives them.
+mk_status check_product(const Product& a, const char* m, const char* k, int32_t dtype) {
+    MK_TRY(check_activation_dtype(dtype));
+    MK_TRY(check_size(m, a.m, 0, 1 << 30));
+    MK_TRY(check_size(k, a.k, 1, a.norm_weight ? kSkinnyMaxNormK : 1 << 20));
+    if (a.norm_weight) {
+        MK_REQUIRE(a.m <= MK_LINEAR_MAX_NORM_M, MK_ERR_VALUE,
+                   "norm_weight must be NULL when %s is above %d, got %s = %d: use mk_rms_norm", m,
+                   MK_LINEAR_MAX_NORM_M, m, a.m);
+        MK_REQUIRE(a.eps >= 0 && std::isfinite(a.eps), MK_ERR_VALUE,
+                   "eps must be finite and not negative, got %g", static_cast<double>(a.eps));
+        MK_TRY(check_pointer("norm_weight", a.norm_weight, dtype));
+    }
+    MK_TRY(check_rows("x", a.x, a.x_stride, a.m, a.k, dtype));
+    return check_rows("w", a.w, a.w_stride, a.m ? a.n : 0, a.k, dtype);
+}
+
+// Blocks of `warps` strips of 8 columns, one block per SM. Of the largest number of warps that the
+// SMs have strips for, and down to half of it, that with the fewest strips on the busiest SM.
+void plan_skinny(const Product& a, const mk_device& device, mk_plan* plan) {
+    const int32_t strips = ceil_div(a.n, kSkinnyCols);
+    const int32_t most = std::min(ceil_div(strips, device.num_sms), kSkinnyMaxWarps);
+    int32_t warps = most, least = INT32_MAX;
+    for (int32_t w = ceil_div(most, 2); w <= most; ++w) {
+        const int32_t strips_per_sm = ceil_div(ceil_div(strips, w), device.num_sms) * w;
+        if (strips_per_sm <= least) warps = w, least = strips_per_sm;
+    }
+    const int32_t tiles = ceil_div(strips, warps);
+    plan->grid[0] = ceil_div(tiles, ceil_div(tiles, device.num_sms));
+    plan->grid[1] = std::min(ceil_div(a.m, kSkinnyRows), 65535);
+    plan->block[0] = 32 * warps;
+    plan->smem_bytes =
+        skinny_smem_bytes(device.sm, warps, std::min(a.m, kSkinnyRows), a.norm_weight, a.k);
+}
+
+void plan_gemm(const Product& a, const GemmTile& tile, mk_plan* plan) {
+    const int64_t tiles = static_cast<int64_t>(ceil_div(a.m, tile.m)) * ceil_div(a.n, tile.n);
+    plan->grid[0] = static_cast<int32_t>(std::min<int64_t>(tiles, INT32_MAX));
+    plan->block[0] = tile.threads;
+    plan->smem_bytes = gemm_smem_bytes(tile);
+}
+
+// Few rows read w once and go by bandwidth. So does, slowly, what has no 16-byte rows.
+bool is_skinny(const Product& a) { return a.m <= kSkinnyRows || !a.is_aligned; }
+
+mk_plan plan_product(const char* op, int32_t dtype, const Product& a, const mk_device& device) {
+    const std::string name = dtype_name(dtype);
+    if (is_skinny(a)) {
+        mk_plan plan = make_plan(op, device, name + "_m" + std::to_string(kSkinnyRows));
+        plan.grid[0] = 0;
+        if (a.m) plan_skinny(a, device, &plan);
+        return plan;
+    }
+    const GemmTile large = gemm_large(device.sm);
+    const int64_t tiles = static_cast<int64_t>(ceil_div(a.m, large.m)) * ceil_div(a.n, large.n);
+    const GemmTile& tile = tiles >= device.num_sms ? large : kGemmSmall;
+    mk_plan plan =
+        make_plan(op, device, name + "_m" + std::to_string(tile.m) + "_n" + std::to_string(tile.n));
+    plan_gemm(a, tile, &plan);
+    return plan;
+}
+
+std::string product_shape(const char* op, int32_t dtype, const Product& a) {
+    return std::string(op) + " " + dtype_name(dtype) + " m " + std::to_string(a.m) + " n " +
+           std::to_string(a.n) + " k " + std::to_string(a.k) + (a.norm_weight ? " norm" : "");
+}
+
+struct Linear {
+    using Params = mk_linear_params;
+
+    static mk_status check(const Params& p) {
+        MK_TRY(check_size("n", p.n, 1, 1 << 24));
+        MK_TRY(check_product(make_product(p), "m", "k", p.dtype));
+        MK_REQUIRE(p.out_dtype == p.dtype || (p.out_dtype == MK_F32 && !p.residual), MK_ERR_DTYPE,
+                   "out_dtype must be dtype = %d, or MK_F32 (3) without residual, got %d", p.dtype,
+                   p.out_dtype);
+        MK_TRY(check_rows("out", p.out, p.out_stride, p.m, p.n, p.out_dtype));
+        if (!p.residual) return MK_OK;
+        return check_rows("residual", p.residual, p.residual_stride, p.m, p.n, p.dtype);
+    }
+
+    static mk_plan plan(const Params& p, const mk_device& device) {
+        return plan_product("linear", p.dtype, make_product(p), device);
+    }
+
+    static LinearArgs<Params> args(const Params& p) { return {make_product(p), p}; }
+
+    static std::string shape(const Params& p) {
+        return product_shape("linear", p.dtype, make_product(p)) + " out " +
+               dtype_name(p.out_dtype) + (p.residual ? " residual" : "");
+    }
+};
+
+struct LinearSwiglu {
+    using Params = mk_linear_params;
+
+    static mk_status check(const Params& p) {
+        MK_TRY(check_size("n", p.n, 1, 1 << 24));
+        MK_REQUIRE(p.n % 2 == 0, MK_ERR_SHAPE, "n must be even (gate and up), got %d", p.n);
+        MK_TRY(check_product(make_product(p), "m", "k", p.dtype));
+        MK_REQUIRE(!p.residual, MK_ERR_VALUE, "residual must be NULL: mk_linear has one");
+        return check_rows("out", p.out, p.out_stride, p.m, p.n / 2, p.dtype);
+    }
+
+    static mk_plan plan(const Params& p, const mk_device& device) {
+        return plan_product("linear_swiglu", p.dtype, make_product(p), device);
+    }
+
+    static LinearArgs<Params> args(const Params& p) { return {make_product(p), p}; }
+
+    static std::string shape(const Params& p) {
+        return product_shape("linear_swiglu", p.dtype, make_product(p));
+    }
+};
+
+struct QkvRopeAppend {
+    using Params = mk_qkv_rope_append_params;
+
+    static mk_status check(const Params& p) {
+        MK_TRY(check_size("num_q_heads", p.num_q_heads, 1, 1024));
+        MK_TRY(check_size("num_kv_heads", p.num_kv_heads, 1, 1024));
+        MK_TRY(check_size("head_dim", p.head_dim, 16, 256));
+        MK_REQUIRE(p.head_dim % 16 == 0, MK_ERR_SHAPE, "head_dim must be a multiple of 16, got %d",
+                   p.head_dim);
+        MK_TRY(check_size("num_pages", p.num_pages, 0, INT32_MAX));
+        MK_TRY(check_size("page_size", p.page_size, 1, 1 << 20));
+        MK_TRY(check_product(make_product(p), "tokens", "hidden", p.dtype));
+        if (p.tokens) MK_TRY(check_pointer("rope.cos", p.rope.cos, MK_F32));
+        MK_TRY(check_rope(p.rope, p.tokens, p.head_dim));
+        MK_TRY(check_indices("slots", p.slots, p.tokens, p.slots_dtype));
+        if (p.tokens == 0) return MK_OK;
+        MK_TRY(check_rows("q", p.q, p.q_stride, p.tokens, p.head_dim, p.dtype));
+        MK_TRY(check_stride("q_head", p.q_head_stride, p.num_q_heads, p.head_dim));
+        if (p.num_pages == 0) return MK_OK;
+        MK_TRY(check_pointer("k_cache", p.k_cache, p.dtype));
+        MK_TRY(check_pointer("v_cache", p.v_cache, p.dtype));
+        MK_TRY(check_stride("cache_page", p.cache_page_stride, p.num_pages, p.head_dim));
+        MK_TRY(check_stride("cache", p.cache_stride, p.page_size, p.head_dim));
+        return check_stride("cache_head", p.cache_head_stride, p.num_kv_heads, p.head_dim);
+    }
+
+    static mk_plan plan(const Params& p, const mk_device& device) {
+        return plan_product("qkv_rope_append", p.dtype, make_product(p), device);
+    }
+
+    static LinearArgs<Params> args(const Params& p) { return {make_product(p), p}; }
+
+    static std::string shape(const Params& p) {
+        return product_shape("qkv_rope_append", p.dtype, make_product(p)) + " heads " +
+               std::to_string(p.num_q_heads) + "+" + std::to_string(p.num_kv_heads) + " head_dim " +
+               std::to_string(p.head_dim);
+    }
+};
+
+}  // namespace
+}  // namespace mk
 
 extern "C" {
 
-mk_status mk_linear(const mk_linear_params*, void*) {
-    return mk::fail(MK_ERR_UNSUPPORTED, "mk_linear is being written");
+mk_status mk_linear(const mk_linear_params* params, void* stream) {
+    return mk::run<mk::Linear>(params, stream);
 }
 
-mk_status mk_linear_plan(const mk_linear_params*, const mk_device*, mk_plan*) {
-    return mk::fail(MK_ERR_UNSUPPORTED, "mk_linear is being written");
+mk_status mk_linear_plan(const mk_linear_params* params, const mk_device* device, mk_plan* plan) {
+    return mk::plan<mk::Linear>(params, device, plan);
 }
 
-mk_status mk_linear_swiglu(const mk_linear_params*, void*) {
-    return mk::fail(MK_ERR_UNSUPPORTED, "mk_linear_swiglu is being written");
+mk_status mk_linear_swiglu(const mk_linear_params* params, void* stream) {
+    return mk::run<mk::LinearSwiglu>(params, stream);
 }
 
-mk_status mk_linear_swiglu_plan(const mk_linear_params*, const mk_device*, mk_plan*) {
-    return mk::fail(MK_ERR_UNSUPPORTED, "mk_linear_swiglu is being written");
+mk_status mk_linear_swiglu_plan(const mk_linear_params* params, const mk_device* device,
+                                mk_plan* plan) {
+    return mk::plan<mk::LinearSwiglu>(params, device, plan);
 }
 
-mk_status mk_qkv_rope_append(const mk_qkv_rope_append_params*, void*) {
-    return mk::fail(MK_ERR_UNSUPPORTED, "mk_qkv_rope_append is being written");
+mk_status mk_qkv_rope_append(const mk_qkv_rope_append_params* params, void* stream) {
+    return mk::run<mk::QkvRopeAppend>(params, stream);
 }
 
-mk_status mk_qkv_rope_append_plan(const mk_qkv_rope_append_params*, const mk_device*, mk_plan*) {
-    return mk::fail(MK_ERR_UNSUPPORTED, "mk_qkv_rope_append is being written");
+mk_status mk_qkv_rope_append_plan(const mk_qkv_rope_append_params* params, const mk_device* device,
+                                  mk_plan* plan) {
+    return mk::plan<mk::QkvRopeAppend>(params, device, plan);
 }
 
 }  // extern "C"

@@ -1,12 +1,12 @@
+#include "rope/rope_plan.h"
+
 #include <algorithm>
 #include <cmath>
 #include <string>
 
-#include "launch/op.h"
 #include "rope/rope_tiles.h"
 
 namespace mk {
-namespace {
 
 mk_status check_rope(const mk_rope& rope, int32_t tokens, int32_t head_dim) {
     MK_REQUIRE(rope.rotary_dim % 2 == 0 && rope.rotary_dim >= 2 && rope.rotary_dim <= head_dim,
@@ -27,6 +27,8 @@ mk_status check_rope(const mk_rope& rope, int32_t tokens, int32_t head_dim) {
     MK_TRY(check_pointer("rope.sin", rope.sin, MK_F32));
     return check_stride("rope.table", rope.table_stride, rope.max_position, rope.rotary_dim / 2);
 }
+
+namespace {
 
 // A tensor [tokens, heads, head_dim].
 mk_status check_heads(const char* name, const void* pointer, int64_t stride, int64_t head_stride,

@@ -1,0 +1,257 @@
+// What the linear kernels do with the sums of y = x w^T.
+//
+//   plain            out[r, c] = y[r, c] (+ residual[r, c])             dtype, or fp32
+//   swiglu           out[r, c/2] = silu(y[r, c]) * y[r, c + 1]          c even
+//   qkv_rope_append  (y[r, c], y[r, c + 1]) rotated by the angle of row r and pair c/2 of the head,
+//                    into q, k_cache or v_cache
+//
+// A thread of mma.m16n8k16 holds columns c and c + 1 (c even) of a row: gate and up, or a
+// rotation's pair. So no epilogue needs another thread's sums. An epilogue has
+//   Params, Row                the op's struct; what is looked up once per row
+//   row(r)                     r < m
+//   apply(row, c, y0, y1)      the outputs of columns c and c + 1, rounded, the first in the low
+//                              half (swiglu: that one only); c + 1 < n
+//   store(row, c, y0, y1)      the same and writes them, element by element where they are not
+//                              aligned; columns from n on are skipped
+// and, for a kernel that collects a tile of outputs in shared memory to write 16 bytes at a time,
+//   kPerPair                   outputs of a pair of columns: 2, swiglu 1
+//   has_vectors()              whether 8 outputs in staged order are 16 aligned, contiguous bytes
+//   place(c)                   {where they are staged, how much further the second is}
+//   vector(row, s)             where the 8 outputs staged at s (a multiple of 8) go; null: nowhere
+// The staged order is that of the outputs, but for halves of a rotation (features i and i + R/2):
+// of each 16 columns the first features come first, then the second ones.
+#pragma once
+
+#include "common/vec.cuh"
+#include "linear/linear_tiles.h"
+#include "silu_and_mul/silu.cuh"
+
+namespace mk {
+
+__device__ __forceinline__ bool is_multiple(const void* pointer, int64_t stride_bytes, int bytes) {
+    return ((reinterpret_cast<uintptr_t>(pointer) | stride_bytes) & (bytes - 1)) == 0;
+}
+
+// One 4-byte store, or two of 2 bytes; has_second false: the first element only.
+__device__ __forceinline__ void store_pair(uint16_t* to, uint32_t pair, bool is_one_access,
+                                           bool has_second) {
+    if (is_one_access && has_second) {
+        *reinterpret_cast<uint32_t*>(to) = pair;
+    } else {
+        to[0] = static_cast<uint16_t>(pair);
+        if (has_second) to[1] = static_cast<uint16_t>(pair >> 16);
+    }
+}
+
+struct Place {
+    int first, step;
+};
+
+template <class Dtype>
+struct PlainEpilogue {
+    using Params = mk_linear_params;
+    static constexpr int kPerPair = 2;
+
+    struct Row {
+        void* out;
+        const uint16_t* residual;
+    };
+
+    const Params& p;
+    bool is_f32;
+    bool out_in_pairs, residual_in_pairs;  // a pair is one access
+
+    __device__ __forceinline__ explicit PlainEpilogue(const Params& params)
+        : p(params), is_f32(params.out_dtype == MK_F32) {
+        const int bytes = is_f32 ? 4 : 2;
+        out_in_pairs = is_multiple(p.out, p.out_stride * bytes, 2 * bytes);
+        residual_in_pairs = is_multiple(p.residual, p.residual_stride * 2, 4);
+    }
+
+    __device__ __forceinline__ Row row(int r) const {
+        return {static_cast<char*>(p.out) + r * p.out_stride * (is_f32 ? 4 : 2),
+                p.residual ? static_cast<const uint16_t*>(p.residual) + r * p.residual_stride
+                           : nullptr};
+    }
+
+    __device__ __forceinline__ uint32_t apply(const Row& row, int c, float y0, float y1) const {
+        if (row.residual) {
+            const uint16_t* const from = row.residual + c;
+            const uint32_t pair = residual_in_pairs ? *reinterpret_cast<const uint32_t*>(from)
+                                                    : from[0] | uint32_t{from[1]} << 16;
+            const float2 f = Dtype::unpack(pair);
+            y0 += f.x;
+            y1 += f.y;
+        }
+        return Dtype::pack(y0, y1);
+    }
+
+    __device__ __forceinline__ void store(const Row& row, int c, float y0, float y1) const {
+        if (c >= p.n) return;
+        const bool has_second = c + 1 < p.n;
+        if (is_f32) {
+            float* const to = static_cast<float*>(row.out) + c;
+            if (out_in_pairs && has_second) {
+                *reinterpret_cast<float2*>(to) = {y0, y1};
+            } else {
+                to[0] = y0;
+                if (has_second) to[1] = y1;
+            }
+            return;
+        }
+        uint16_t* const to = static_cast<uint16_t*>(row.out) + c;
+        if (has_second || !row.residual) {
+            store_pair(to, has_second ? apply(row, c, y0, y1) : Dtype::pack(y0, 0.f), out_in_pairs,
+                       has_second);
+        } else {
+            store_pair(to, Dtype::pack(y0 + Dtype::unpack(row.residual[c]).x, 0.f), false, false);
+        }
+    }
+
+    __device__ __forceinline__ bool has_vectors() const {
+        return !is_f32 && p.n % kVec == 0 && is_multiple(p.out, p.out_stride * 2, 16);
+    }
+    __device__ __forceinline__ Place place(int c) const { return {c, 1}; }
+    __device__ __forceinline__ void* vector(const Row& row, int s) const {
+        return s < p.n ? static_cast<uint16_t*>(row.out) + s : nullptr;
+    }
+};
+
+template <class Dtype>
+struct SwigluEpilogue {
+    using Params = mk_linear_params;
+    static constexpr int kPerPair = 1;
+
+    struct Row {
+        uint16_t* out;
+    };
+
+    const Params& p;
+
+    __device__ __forceinline__ explicit SwigluEpilogue(const Params& params) : p(params) {}
+
+    __device__ __forceinline__ Row row(int r) const {
+        return {static_cast<uint16_t*>(p.out) + r * p.out_stride};
+    }
+
+    __device__ __forceinline__ uint32_t apply(const Row&, int, float gate, float up) const {
+        return Dtype::pack(silu(gate) * up, 0.f);
+    }
+
+    __device__ __forceinline__ void store(const Row& row, int c, float gate, float up) const {
+        if (c < p.n) row.out[c / 2] = static_cast<uint16_t>(apply(row, c, gate, up));
+    }
+
+    __device__ __forceinline__ bool has_vectors() const {
+        return p.n % (2 * kVec) == 0 && is_multiple(p.out, p.out_stride * 2, 16);
+    }
+    __device__ __forceinline__ Place place(int c) const { return {c / 2, 0}; }
+    __device__ __forceinline__ void* vector(const Row& row, int s) const {
+        return s < p.n / 2 ? row.out + s : nullptr;
+    }
+};
+
+template <class Dtype>
+struct QkvEpilogue {
+    using Params = mk_qkv_rope_append_params;
+    static constexpr int kPerPair = 2;
+
+    struct Row {
+        uint16_t* q;
+        int64_t cache;     // elements from the caches' start; negative: not written
+        const float* cos;  // null: the position is out of range, and the results NaN
+        const float* sin;
+    };
+
+    const Params& p;
+    int num_q, num_qk, n;  // columns of Q, of Q and K, of all
+    int gap;               // from the first to the second feature of a pair
+
+    __device__ __forceinline__ explicit QkvEpilogue(const Params& params)
+        : p(params),
+          num_q(params.num_q_heads * params.head_dim),
+          num_qk(num_q + params.num_kv_heads * params.head_dim),
+          n(num_qk + params.num_kv_heads * params.head_dim),
+          gap(params.rope.interleaved ? 1 : params.rope.rotary_dim / 2) {}
+
+    __device__ __forceinline__ Row row(int r) const {
+        const int64_t slot = load_index(p.slots, p.slots_dtype, r);
+        const int64_t position = load_index(p.rope.positions, p.rope.positions_dtype, r);
+        Row row{static_cast<uint16_t*>(p.q) + r * p.q_stride, -1, nullptr, nullptr};
+        if (0 <= slot && slot < static_cast<int64_t>(p.num_pages) * p.page_size) {
+            const int64_t page = slot / p.page_size;
+            row.cache = page * p.cache_page_stride + (slot - page * p.page_size) * p.cache_stride;
+        }
+        if (0 <= position && position < p.rope.max_position) {
+            row.cos = p.rope.cos + position * p.rope.table_stride;
+            row.sin = p.rope.sin + position * p.rope.table_stride;
+        }
+        return row;
+    }
+
+    // Of a column: where its head starts in q or a cache (null: not written), and its place there.
+    struct Head {
+        uint16_t* to;
+        int d;
+        bool is_rotated;
+    };
+    __device__ __forceinline__ Head head(const Row& row, int c) const {
+        const int first = c < num_q ? 0 : c < num_qk ? num_q : num_qk;
+        const int h = (c - first) / p.head_dim;
+        const int d = (c - first) - h * p.head_dim;
+        const bool is_rotated = c < num_qk && d < p.rope.rotary_dim;
+        if (c < num_q) return {row.q + h * p.q_head_stride, d, is_rotated};
+        if (row.cache < 0) return {nullptr, d, is_rotated};
+        auto* const cache = static_cast<uint16_t*>(c < num_qk ? p.k_cache : p.v_cache);
+        return {cache + row.cache + h * p.cache_head_stride, d, is_rotated};
+    }
+
+    __device__ __forceinline__ uint32_t rotate(const Row& row, int pair, float a, float b) const {
+        const float nan = __int_as_float(0x7FC00000);
+        const float cos = row.cos ? row.cos[pair] : nan;
+        const float sin = row.cos ? row.sin[pair] : nan;
+        return Dtype::pack(fmaf(a, cos, -(b * sin)), fmaf(b, cos, a * sin));
+    }
+
+    __device__ __forceinline__ uint32_t apply(const Row& row, int c, float y0, float y1) const {
+        const Head to = head(row, c);
+        return to.is_rotated ? rotate(row, to.d / 2, y0, y1) : Dtype::pack(y0, y1);
+    }
+
+    __device__ __forceinline__ void store(const Row& row, int c, float y0, float y1) const {
+        if (c >= n) return;
+        const Head head = this->head(row, c);
+        if (!head.to) return;
+        const uint32_t pair =
+            head.is_rotated ? rotate(row, head.d / 2, y0, y1) : Dtype::pack(y0, y1);
+        uint16_t* const to = head.to + (is_split(head) ? head.d / 2 : head.d);
+        to[0] = static_cast<uint16_t>(pair);
+        to[is_split(head) ? gap : 1] = static_cast<uint16_t>(pair >> 16);
+    }
+
+    __device__ __forceinline__ bool has_vectors() const {
+        return (gap == 1 || p.rope.rotary_dim % 16 == 0) &&
+               is_multiple(p.q, (p.q_stride | p.q_head_stride) * 2, 16) &&
+               is_multiple(p.k_cache, cache_strides() * 2, 16) &&
+               is_multiple(p.v_cache, cache_strides() * 2, 16);
+    }
+    __device__ __forceinline__ int64_t cache_strides() const {
+        return p.cache_page_stride | p.cache_stride | p.cache_head_stride;
+    }
+    __device__ __forceinline__ bool is_split(const Head& head) const {
+        return head.is_rotated && gap != 1;
+    }
+    __device__ __forceinline__ Place place(int c) const {
+        if (gap == 1 || c >= num_qk || c % p.head_dim >= p.rope.rotary_dim) return {c, 1};
+        return {c / 16 * 16 + c % 16 / 2, kVec};
+    }
+    __device__ __forceinline__ void* vector(const Row& row, int s) const {
+        if (s >= n) return nullptr;
+        const Head head = this->head(row, s);
+        if (!head.to) return nullptr;
+        if (!is_split(head)) return head.to + head.d;
+        return head.to + head.d / 16 * kVec + (head.d % 16 ? gap : 0);
+    }
+};
+
+}  // namespace mk
