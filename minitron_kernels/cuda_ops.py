@@ -11,6 +11,7 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from minitron_kernels import _native
@@ -28,8 +29,21 @@ _DTYPES = {
     torch.int32: _native.I32,
     torch.int64: _native.I64,
 }
-# Tests set this to run CPU tensors through the kernels, on the emulator (MK_CUDA_DRIVER).
+SAMPLING = np.dtype(  # mk_sampling
+    [
+        ("top_p", "<f8"),
+        ("min_p", "<f8"),
+        ("seed", "<u8"),
+        ("step", "<u4"),
+        ("temperature", "<f4"),
+        ("top_k", "<i4"),
+        ("reserved", "<i4"),
+    ]
+)
+# Tests set these to run CPU tensors through the kernels, on the emulator (MK_CUDA_DRIVER), and on
+# one of its streams (to capture them in a graph).
 emulate = False
+emulated_stream = 0
 
 
 @functools.cache
@@ -41,7 +55,7 @@ def _call(name: str, like: Tensor, *args: object) -> None:
     """Enqueue mk_<name> on the current stream of the device of ``like``."""
     function: Callable[..., None] = getattr(_native, name)
     if not like.is_cuda:
-        function(*args, 0)
+        function(*args, emulated_stream)
         return
     index = like.device.index
     if index == torch.cuda.current_device():
@@ -247,10 +261,8 @@ def argmax(logits: Tensor) -> Tensor:
     return out
 
 
-def sample(logits: Tensor, states: Sequence[SamplingState]) -> Tensor:
-    """One draw for each row of logits [B, V] by the rule of sampling.py; ids int64 [B], or -1."""
-    import numpy as np
-
+def sampling_rows(states: Sequence[SamplingState]) -> np.ndarray:
+    """The next draw of each state as an array of mk_sampling."""
     rows = [
         (
             s.params.top_p,
@@ -263,8 +275,14 @@ def sample(logits: Tensor, states: Sequence[SamplingState]) -> Tensor:
         )
         for s in states
     ]
-    packed = np.array(rows, dtype="<f8,<f8,<u8,<u4,<f4,<i4,<i4")  # mk_sampling
-    sampling = torch.from_numpy(packed.view(np.uint8).copy()).to(logits.device)
+    return np.array(rows, dtype=SAMPLING)
+
+
+def sample(logits: Tensor, sampling: Tensor) -> Tensor:
+    """One draw for each row of logits [B, V] by the rule of sampling.py; ids int64 [B], or -1.
+
+    ``sampling``: uint8 [B * SAMPLING.itemsize], the bytes of `sampling_rows`.
+    """
     logits = _features_adjoin(logits)
     out = torch.empty(logits.shape[0], dtype=torch.int64, device=logits.device)
     _call(

@@ -35,7 +35,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minitron_kernels import cuda_ops
+from minitron_kernels import cuda_ops, devices
 
 WEIGHT_ONE = 2**40  # w of the most likely token; a sum of 2**22 of them still fits int64
 MIN_TEMPERATURE = 1e-5  # below, logit / temperature may overflow fp32
@@ -278,23 +278,38 @@ def _sample(logits: Tensor, states: Sequence[SamplingState]) -> list[Sampled]:
         for i in processed:
             _process(scores[i], states[i])
 
+    if cuda_ops.serves_logits(scores):
+        rows = torch.from_numpy(cuda_ops.sampling_rows(states).view(np.uint8))
+        tokens = cuda_ops.sample(scores, devices.upload(rows, scores.device))
+    else:
+        tokens = _pick(scores, states)
+    return settle(tokens, logits, states)
+
+
+def _pick(scores: Tensor, states: Sequence[SamplingState]) -> Tensor:
+    """Token ids [B] int64 by PyTorch; -1 where the largest score is not finite."""
     drawn = [i for i, state in enumerate(states) if state.params.temperature > 0]
     if len(drawn) == len(states):
-        tokens = _draw(scores.float(), states)
-    else:
-        # The first of several equal ones; NaN counts as largest.
-        on_gpu = cuda_ops.serves_logits(scores)
-        tokens = cuda_ops.argmax(scores) if on_gpu else scores.argmax(-1)
-        best = scores.gather(-1, tokens[:, None])[:, 0]
-        tokens = torch.where(best.isfinite(), tokens, -1)
-        if drawn:
-            tokens[drawn] = _draw(scores[drawn].float(), [states[i] for i in drawn])
+        return _draw(scores.float(), states)
+    tokens = scores.argmax(-1)  # the first of several equal ones; NaN counts as largest
+    best = scores.gather(-1, tokens[:, None])[:, 0]
+    tokens = torch.where(best.isfinite(), tokens, -1)
+    if drawn:
+        tokens[drawn] = _draw(scores[drawn].float(), [states[i] for i in drawn])
+    return tokens
 
+
+def settle(tokens: Tensor, logits: Tensor, states: Sequence[SamplingState]) -> list[Sampled]:
+    """Reads the token ids [B] that were taken of logits [B, V], and advances the states.
+
+    The host waits for the device here. Raises ValueError if an id is negative: its row had no token
+    to take. No state has advanced then.
+    """
     # Everything is enqueued before the first value is read.
     asked = [i for i, state in enumerate(states) if state.params.logprobs is not None]
     if asked:
-        logprobs = logits[asked].float().log_softmax(-1)
-        chosen = logprobs.gather(-1, tokens[asked, None].clamp(min=0))
+        logprobs = _rows(logits, asked).float().log_softmax(-1)
+        chosen = logprobs.gather(-1, _rows(tokens, asked)[:, None].clamp(min=0))
         top_ids = _most_likely(logprobs, max(states[i].params.logprobs or 0 for i in asked))
         top = logprobs.gather(-1, top_ids)
     token_ids = tokens.tolist()
@@ -304,14 +319,21 @@ def _sample(logits: Tensor, states: Sequence[SamplingState]) -> list[Sampled]:
 
     results = [Sampled(token_id) for token_id in token_ids]
     if asked:
-        rows = zip(asked, chosen.tolist(), top_ids.tolist(), top.tolist(), strict=True)
-        for i, (logprob,), ids, values in rows:
+        values = zip(asked, chosen.tolist(), top_ids.tolist(), top.tolist(), strict=True)
+        for i, (logprob,), ids, top_logprobs in values:
             results[i].logprob = logprob
             n = states[i].params.logprobs
-            results[i].top_logprobs = list(zip(ids, values, strict=True))[:n]
+            results[i].top_logprobs = list(zip(ids, top_logprobs, strict=True))[:n]
     for state, token_id in zip(states, token_ids, strict=True):
         state.advance(token_id)
     return results
+
+
+def _rows(x: Tensor, rows: Sequence[int]) -> Tensor:
+    """x[rows], without waiting for the device of x."""
+    if len(rows) == x.shape[0]:
+        return x
+    return x.index_select(0, devices.upload(torch.tensor(rows), x.device))
 
 
 def _no_token(row: Tensor) -> str:
@@ -326,6 +348,11 @@ def _no_token(row: Tensor) -> str:
 
 
 # ---- processors: a row of fp32 logits, changed in place
+
+
+def takes_logits_as_they_are(state: SamplingState) -> bool:
+    """Whether the next token is taken from the model's own logits, and nothing else is told."""
+    return state.params.logprobs is None and not _has_processors(state)
 
 
 def _has_processors(state: SamplingState) -> bool:
@@ -343,7 +370,10 @@ def _process(row: Tensor, state: SamplingState) -> None:
     p = state.params
 
     def ids(tokens: Iterable[int]) -> Tensor:
-        return torch.tensor(list(tokens), dtype=torch.int64, device=row.device)
+        return devices.upload(torch.tensor(list(tokens), dtype=torch.int64), row.device)
+
+    def numbers(values: Iterable[float]) -> Tensor:
+        return devices.upload(torch.tensor(list(values), dtype=row.dtype), row.device)
 
     if p.repetition_penalty != 1:
         seen = ids(state.prompt_ids | state.counts.keys())
@@ -352,12 +382,12 @@ def _process(row: Tensor, state: SamplingState) -> None:
             values < 0, values * p.repetition_penalty, values / p.repetition_penalty
         )
     if state.counts and (p.presence_penalty != 0 or p.frequency_penalty != 0):
-        counts = torch.tensor(list(state.counts.values()), dtype=row.dtype, device=row.device)
+        counts = numbers(state.counts.values())
         row[ids(state.counts)] -= p.presence_penalty + p.frequency_penalty * counts
     if p.logit_bias:
-        row[ids(p.logit_bias)] += row.new_tensor(list(p.logit_bias.values()))
+        row[ids(p.logit_bias)] += numbers(p.logit_bias.values())
     if state.step < p.min_new_tokens:
-        row[ids(state.stop_ids)] = -math.inf
+        row.index_fill_(0, ids(state.stop_ids), -math.inf)
 
 
 # ---- the draw (steps 1 to 6 of the module's rule)
@@ -365,8 +395,6 @@ def _process(row: Tensor, state: SamplingState) -> None:
 
 def _draw(logits: Tensor, states: Sequence[SamplingState]) -> Tensor:
     """Token ids [R] int64 for fp32 logits [R, V]; -1 where the largest logit is not finite."""
-    if cuda_ops.serves_logits(logits):
-        return cuda_ops.sample(logits, states)
     if logits.device.type == "cpu" and len(states) > 1:
         # One row's intermediates stay in the L2 cache: up to twice as fast as all rows at once.
         return torch.cat([_draw(logits[i : i + 1], [state]) for i, state in enumerate(states)])
