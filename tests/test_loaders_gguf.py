@@ -15,9 +15,11 @@ from gguf import GGMLQuantizationType, quants
 
 from minitron_kernels.loaders.checkpoint import check_memory, open_checkpoint
 from minitron_kernels.loaders.gguf import BLOCK_TYPES, GGUFFile, part_paths
+from minitron_kernels.quantized import QuantizedTensor
 from tests.gguf_files import (
     ALL_TYPES,
     DENSE_TYPES,
+    SCALE_OFFSETS,
     TINY_METADATA,
     random_rows,
     tiny_tensors,
@@ -183,6 +185,64 @@ def test_same_dtype_is_a_view_of_the_file_and_costs_nothing(tmp_path: Path, kind
         assert (tmp_path / "m.gguf").read_bytes() == before
 
 
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("kind", SCALE_OFFSETS)
+def test_load_quantized_keeps_the_stored_blocks(
+    tmp_path: Path, kind: str, interleaved: bool
+) -> None:
+    """Views of the file, but for Q and K in half-split order; what they decode to is load's."""
+    path = tmp_path / "m.gguf"
+    tensors = tiny_tensors(kind)
+    write_gguf(path, tensors)
+    checkpoint = open_checkpoint(path)
+    names = [name for name, info in checkpoint.tensors.items() if info.is_quantized_matrix]
+    assert len(names) == 9  # all but the norms
+    loaded = {n: checkpoint.load_quantized(n, interleaved=interleaved) for n in names}
+    for name, w in loaded.items():
+        assert isinstance(w, QuantizedTensor) and w.quant_type == kind
+        copied = name in (Q_PROJ, K_PROJ) and not interleaved
+        assert in_file_mapping(w.blocks, path) != copied
+        if name in (Q_PROJ, K_PROJ) and interleaved:
+            stored = tensors[f"blk.0.attn_{name.split('.')[-2][0]}.weight"][1]
+            assert (w.blocks.numpy() == stored).all()
+        else:
+            assert torch.equal(w.dequantize(), checkpoint.load(name, torch.float32))
+    norms = sum(i.nbytes for n, i in checkpoint.tensors.items() if n not in names)
+    for dtype, dense in ((torch.float32, 0), (torch.bfloat16, norms // 2)):
+        copies = sum(w.nbytes for w in loaded.values() if not in_file_mapping(w.blocks, path))
+        needed = checkpoint.ram_needed(dtype, keep_quantized=True, interleaved=interleaved)
+        assert needed == copies + dense
+        assert needed < checkpoint.ram_needed(dtype)
+    before = path.read_bytes()
+    loaded[V_PROJ].blocks.zero_()
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("kind", SCALE_OFFSETS)
+@pytest.mark.parametrize("which", [0, -1])
+def test_nonfinite_scales_are_rejected_by_name(tmp_path: Path, kind: str, which: int) -> None:
+    tensors = tiny_tensors(kind)
+    rows = tensors["blk.0.attn_q.weight"][1]
+    offset = SCALE_OFFSETS[kind][which]
+    rows[77, offset : offset + 2] = np.array([np.nan], "<f2").view(np.uint8)
+    write_gguf(tmp_path / "m.gguf", tensors)
+    checkpoint = open_checkpoint(tmp_path / "m.gguf")
+    with pytest.raises(ValueError, match=rf"m\.gguf: tensor '{Q_PROJ}' \({kind}\): stored row 77 "):
+        checkpoint.load_quantized(Q_PROJ)
+    w = checkpoint.load_quantized(Q_PROJ, allow_nonfinite=True)
+    assert int((~w.dequantize().isfinite()).any(1).sum()) == 1
+    assert checkpoint.load_quantized(K_PROJ).shape == (128, 256)
+
+
+def test_load_quantized_takes_quantised_matrices_only(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "m.gguf", tiny_tensors("F16"))
+    checkpoint = open_checkpoint(tmp_path / "m.gguf")
+    with pytest.raises(ValueError, match=r"m\.gguf: .*v_proj.weight' is F16 \[128, 256\], not a "):
+        checkpoint.load_quantized(V_PROJ)
+    with pytest.raises(ValueError, match=r"m\.gguf: no tensor 'nope'"):
+        checkpoint.load_quantized("nope")
+
+
 def in_file_mapping(tensor: torch.Tensor, file: Path) -> bool:
     for line in Path("/proc/self/maps").read_text().splitlines():
         if line.endswith(str(file)):
@@ -238,7 +298,7 @@ def test_check_memory_names_need_and_have(tmp_path: Path, monkeypatch: pytest.Mo
     write_gguf(tmp_path / "m.gguf", tiny_tensors("Q4_K"))
     checkpoint = open_checkpoint(tmp_path / "m.gguf")
     check_memory(checkpoint, torch.float32)
-    monkeypatch.setattr(type(checkpoint), "ram_needed", lambda self, dtype: 3 << 50)
+    monkeypatch.setattr(type(checkpoint), "ram_needed", lambda self, dtype, **options: 3 << 50)
     with pytest.raises(MemoryError, match=r"m\.gguf.*bfloat16 need 3145728\.0 GiB.*available"):
         check_memory(checkpoint, torch.bfloat16)
 

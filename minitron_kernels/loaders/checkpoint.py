@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 
 from minitron_kernels.config import ModelConfig
+from minitron_kernels.quantized import QUANT_TYPES, QuantizedTensor
 
 # The types that GGUF and safetensors share, and that load() returns.
 TORCH_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -35,6 +36,11 @@ class TensorInfo:
         """Number of elements."""
         return math.prod(self.shape)
 
+    @property
+    def is_quantized_matrix(self) -> bool:
+        """Whether `Checkpoint.load_quantized` takes it."""
+        return self.type in QUANT_TYPES and len(self.shape) == 2
+
 
 class Checkpoint(Protocol):
     """An opened checkpoint: headers are read and checked, weights stay on disk until loaded."""
@@ -53,8 +59,25 @@ class Checkpoint(Protocol):
         """
         ...
 
-    def ram_needed(self, dtype: torch.dtype) -> int:
-        """Bytes that loading every tensor as ``dtype`` allocates (memory-mapped views: none)."""
+    def load_quantized(
+        self, name: str, *, interleaved: bool = False, allow_nonfinite: bool = False
+    ) -> QuantizedTensor:
+        """The quantised matrix ``name`` as its stored blocks: a view of the memory-mapped file.
+
+        The rows of Q and K of a GGUF file, where consecutive ones are a RoPE pair, are copied into
+        Hugging Face's half-split order, unless ``interleaved`` asks for them as they are. Raises
+        ValueError for a tensor that is no quantised matrix (see TensorInfo.is_quantized_matrix)
+        and, unless ``allow_nonfinite``, for one with a block scale that is infinite or NaN.
+        """
+        ...
+
+    def ram_needed(
+        self, dtype: torch.dtype, *, keep_quantized: bool = False, interleaved: bool = False
+    ) -> int:
+        """Bytes that loading every tensor as ``dtype`` allocates (memory-mapped views: none).
+
+        With ``keep_quantized``, of loading quantised matrices by `load_quantized`.
+        """
         ...
 
 
@@ -76,11 +99,18 @@ def open_checkpoint(path: Path) -> Checkpoint:
     return GGUFCheckpoint(path)
 
 
-def check_memory(checkpoint: Checkpoint, dtype: torch.dtype) -> None:
+def check_memory(
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    *,
+    keep_quantized: bool = False,
+    interleaved: bool = False,
+) -> None:
     """Raise MemoryError, naming need and have, when the weights as ``dtype`` do not fit in RAM."""
     import psutil
 
-    need, have = checkpoint.ram_needed(dtype), psutil.virtual_memory().available
+    need = checkpoint.ram_needed(dtype, keep_quantized=keep_quantized, interleaved=interleaved)
+    have = psutil.virtual_memory().available
     if need > have:
         raise MemoryError(
             f"{checkpoint.path}: the weights as {dtype_name(dtype)} need {need / 2**30:.1f} GiB of "
@@ -98,6 +128,21 @@ def check_load(checkpoint: Checkpoint, name: str, dtype: torch.dtype) -> TensorI
     if dtype not in TORCH_DTYPES.values():
         accepted = ", ".join(dtype_name(d) for d in TORCH_DTYPES.values())
         raise ValueError(f"dtype: got {dtype}, accepted: {accepted}")
+    return _find(checkpoint, name)
+
+
+def check_load_quantized(checkpoint: Checkpoint, name: str) -> TensorInfo:
+    """The argument of ``Checkpoint.load_quantized``, checked."""
+    info = _find(checkpoint, name)
+    if not info.is_quantized_matrix:
+        raise ValueError(
+            f"{info.file}: tensor {name!r} is {info.type} {list(info.shape)}, not a quantised "
+            f"matrix ({', '.join(QUANT_TYPES)})"
+        )
+    return info
+
+
+def _find(checkpoint: Checkpoint, name: str) -> TensorInfo:
     info = checkpoint.tensors.get(name)
     if info is None:
         raise ValueError(f"{checkpoint.path}: no tensor {name!r}")

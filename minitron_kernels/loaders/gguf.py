@@ -3,7 +3,7 @@
 The format is that of ggml's docs/gguf.md. The header is read here and not by gguf.GGUFReader, which
 trusts the counts and offsets it finds (a hostile file makes it allocate or crash) and needs 20 s
 and more for a vocabulary of 131k tokens and 269k merges; this one checks all of them and needs
-0.3 s. Blocks are decoded by gguf.quants, a chunk at a time.
+0.3 s. Quantised matrices are expanded by `load`, or handed out as stored by `load_quantized`.
 """
 
 from __future__ import annotations
@@ -26,33 +26,32 @@ from minitron_kernels.loaders.checkpoint import (
     TensorInfo,
     check_finite,
     check_load,
+    check_load_quantized,
     convert,
     require_file,
 )
+from minitron_kernels.quantized import (
+    QUANT_TYPES,
+    BlockType,
+    QuantizedTensor,
+    decode,
+    nonfinite_scale_row,
+)
 
-
-@dataclass(frozen=True)
-class BlockType:
-    """A ggml tensor type: rows are made of blocks of ``elements`` weights in ``nbytes`` bytes."""
-
-    name: str
-    elements: int
-    nbytes: int
-
-
+# Tensor types by their number in the file.
 BLOCK_TYPES = {
     0: BlockType("F32", 1, 4),
     1: BlockType("F16", 1, 2),
-    2: BlockType("Q4_0", 32, 18),
-    3: BlockType("Q4_1", 32, 20),
-    6: BlockType("Q5_0", 32, 22),
-    7: BlockType("Q5_1", 32, 24),
-    8: BlockType("Q8_0", 32, 34),
-    10: BlockType("Q2_K", 256, 84),
-    11: BlockType("Q3_K", 256, 110),
-    12: BlockType("Q4_K", 256, 144),
-    13: BlockType("Q5_K", 256, 176),
-    14: BlockType("Q6_K", 256, 210),
+    2: QUANT_TYPES["Q4_0"],
+    3: QUANT_TYPES["Q4_1"],
+    6: QUANT_TYPES["Q5_0"],
+    7: QUANT_TYPES["Q5_1"],
+    8: QUANT_TYPES["Q8_0"],
+    10: QUANT_TYPES["Q2_K"],
+    11: QUANT_TYPES["Q3_K"],
+    12: QUANT_TYPES["Q4_K"],
+    13: QUANT_TYPES["Q5_K"],
+    14: QUANT_TYPES["Q6_K"],
     30: BlockType("BF16", 1, 2),
 }
 
@@ -62,9 +61,8 @@ _MAX_HEADER_BYTES = 32 << 20
 _MAX_TENSORS = _MAX_PAIRS = 1 << 16
 _MAX_ARRAY_ITEMS = 1 << 22  # over all arrays of the file
 _MAX_DIMS = 4
-# Elements decoded at a time: temporaries stay in the L2 cache (250 M weights/s; whole tensors
-# 60 M/s), and below torch's threshold for waking its thread pool, which costs more than the work.
-_CHUNK_ELEMENTS = 1 << 15
+# Elements decoded between two looks at whether they are finite.
+_CHECK_ELEMENTS = 1 << 15
 
 _SCALARS: dict[int, np.dtype[Any]] = {
     0: np.dtype("<u1"),
@@ -103,7 +101,7 @@ class GGUFTensor:
     @property
     def row_nbytes(self) -> int:
         """Stored bytes of a row."""
-        return self.shape[-1] // self.type.elements * self.type.nbytes
+        return self.type.row_nbytes(self.shape[-1])
 
     @property
     def nbytes(self) -> int:
@@ -303,11 +301,10 @@ def _read_tensor(reader: _HeaderReader, name: str, alignment: int) -> GGUFTensor
     kind, offset = reader.u32(field), reader.u64(field)
     if (block := BLOCK_TYPES.get(kind)) is None:
         raise _unknown_type(reader, field, kind)
-    if shape[-1] % block.elements:
-        raise reader.error(
-            field,
-            f"rows of {shape[-1]} are not a multiple of {block.name}'s {block.elements} elements",
-        )
+    try:
+        block.row_nbytes(shape[-1])
+    except ValueError as error:
+        raise reader.error(field, str(error)) from None
     if offset % alignment:
         raise reader.error(field, f"offset {offset} is not a multiple of {alignment}")
     return GGUFTensor(name, block, shape, offset)
@@ -370,7 +367,7 @@ class GGUFCheckpoint:
     """A Llama-shaped model in a GGUF file or in all parts of a split one (see Checkpoint).
 
     ``metadata`` is that of the (first) file. Of Q and K, whose rows the converter to GGUF permutes
-    for consecutive RoPE pairs, ``load`` restores the half-split order of Hugging Face.
+    for consecutive RoPE pairs, loading restores the half-split order of Hugging Face.
     """
 
     def __init__(self, path: Path) -> None:
@@ -412,13 +409,36 @@ class GGUFCheckpoint:
             return convert(torch.from_numpy(rows).view(stored_dtype).view(info.shape), dtype, info)
         return _dequantize(rows, dtype, info)
 
-    def ram_needed(self, dtype: torch.dtype) -> int:
+    def load_quantized(
+        self, name: str, *, interleaved: bool = False, allow_nonfinite: bool = False
+    ) -> QuantizedTensor:
+        """See Checkpoint.load_quantized."""
+        info = check_load_quantized(self, name)
+        file, stored_name = self._stored[name]
+        rows = file.rows(stored_name)
+        blocks = torch.from_numpy(rows)
+        row = None if allow_nonfinite else nonfinite_scale_row(blocks, info.type)
+        if row is not None:
+            raise ValueError(
+                f"{info.file}: tensor {name!r} ({info.type}): stored row {row} has a block scale "
+                "that is not finite (allow_nonfinite loads it anyway)"
+            )
+        if (heads := self._permuted_heads(name)) and not interleaved:
+            blocks = torch.from_numpy(_unpermute_rows(rows, heads, info))
+        return QuantizedTensor(blocks, info.type, info.shape)
+
+    def ram_needed(
+        self, dtype: torch.dtype, *, keep_quantized: bool = False, interleaved: bool = False
+    ) -> int:
         """See Checkpoint.ram_needed."""
-        return sum(
-            info.numel * dtype.itemsize
-            for name, info in self.tensors.items()
-            if TORCH_DTYPES.get(info.type) != dtype or self._permuted_heads(name)
-        )
+        total = 0
+        for name, info in self.tensors.items():
+            permuted = self._permuted_heads(name) > 0
+            if keep_quantized and info.is_quantized_matrix:
+                total += info.nbytes if permuted and not interleaved else 0
+            elif TORCH_DTYPES.get(info.type) != dtype or permuted:
+                total += info.numel * dtype.itemsize
+        return total
 
     def _permuted_heads(self, name: str) -> int:
         """Number of heads whose rows the converter permuted; 0 for other weights."""
@@ -507,20 +527,13 @@ def _unpermute_rows(
 
 def _dequantize(rows: npt.NDArray[np.uint8], dtype: torch.dtype, info: TensorInfo) -> torch.Tensor:
     """Decode packed rows, uint8 [rows, row bytes], into a new tensor of ``dtype``, in chunks."""
-    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
-
-    kind = GGMLQuantizationType[info.type]
-    elements, nbytes = GGML_QUANT_SIZES[kind]
-    step = _CHUNK_ELEMENTS // elements * nbytes
-    # Blocks run on from row to row, so a chunk may be given as one long row: gguf.quants would
-    # split rows into groups of 16, which is slow when they are short.
-    packed = rows.reshape(1, -1)
+    block = QUANT_TYPES[info.type]
+    packed = torch.from_numpy(rows).view(-1)
+    step = _CHECK_ELEMENTS // block.elements * block.nbytes
     out = torch.empty(info.numel, dtype=dtype)
-    for i, start in enumerate(range(0, packed.size, step)):
-        # Corrupt scales overflow; what comes of it is reported below, by name.
-        with np.errstate(over="ignore", invalid="ignore"):
-            chunk = quants.dequantize(packed[:, start : start + step], kind)[0]
-            low, high = float(chunk.min()), float(chunk.max())
-        check_finite(low, high, dtype, info)
-        out[i * _CHUNK_ELEMENTS :][: len(chunk)] = torch.from_numpy(chunk)
+    for i, start in enumerate(range(0, len(packed), step)):
+        chunk = decode(packed[start : start + step], info.type, torch.float32)
+        low, high = chunk.aminmax()
+        check_finite(float(low), float(high), dtype, info)
+        out[i * _CHECK_ELEMENTS :][: len(chunk)] = chunk
     return out.view(info.shape)

@@ -14,10 +14,12 @@ from minitron_kernels.loaders.checkpoint import (
     TORCH_DTYPES,
     TensorInfo,
     check_load,
+    check_load_quantized,
     convert,
     read_json_object,
     require_file,
 )
+from minitron_kernels.quantized import QuantizedTensor
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -58,7 +60,16 @@ class SafetensorsCheckpoint:
         info = check_load(self, name, dtype)
         return convert(self._handles[info.file].get_tensor(name), dtype, info)
 
-    def ram_needed(self, dtype: torch.dtype) -> int:
+    def load_quantized(
+        self, name: str, *, interleaved: bool = False, allow_nonfinite: bool = False
+    ) -> QuantizedTensor:
+        """See Checkpoint.load_quantized: safetensors hold no quantised matrix, so this raises."""
+        info = check_load_quantized(self, name)
+        raise AssertionError(f"{info.type} passed for a quantised type")
+
+    def ram_needed(
+        self, dtype: torch.dtype, *, keep_quantized: bool = False, interleaved: bool = False
+    ) -> int:
         """See Checkpoint.ram_needed."""
         return sum(
             info.numel * dtype.itemsize
