@@ -62,10 +62,29 @@ void plan_skinny(const Product& a, const mk_device& device, mk_plan* plan) {
         skinny_smem_bytes(device.sm, warps, std::min(a.m, kSkinnyRows), a.norm_weight, a.k);
 }
 
+int64_t gemm_blocks(const Product& a, const GemmTile& tile) {
+    return static_cast<int64_t>(ceil_div(a.m, tile.m)) * ceil_div(a.n, tile.n);
+}
+
+// The tile with the least work on the busiest SM. A middle tile's output costs 1.1 times, a small
+// one's 1.8 times as much as a large one's: their bytes from L2 and shared memory per MMA. Up to 64
+// rows it is the bytes of w that count, and small tiles read them with most in flight.
+const GemmTile& gemm_tile(const Product& a, const mk_device& device) {
+    const GemmTiles& tiles = gemm_tiles(device.sm);
+    if (a.m <= tiles.small.m) return tiles.small;
+    const auto cost = [&](const GemmTile& t, int percent) {
+        return ceil_div<int64_t>(gemm_blocks(a, t), device.num_sms) * t.m * t.n * percent;
+    };
+    const int64_t large = cost(tiles.large, 100);
+    const int64_t middle = cost(tiles.middle, 110);
+    const int64_t small = cost(tiles.small, 180);
+    if (large <= std::min(middle, small)) return tiles.large;
+    return middle <= small ? tiles.middle : tiles.small;
+}
+
 void plan_gemm(const Product& a, const GemmTile& tile, mk_plan* plan) {
-    const int64_t tiles = static_cast<int64_t>(ceil_div(a.m, tile.m)) * ceil_div(a.n, tile.n);
-    plan->grid[0] = static_cast<int32_t>(std::min<int64_t>(tiles, INT32_MAX));
-    plan->block[0] = tile.threads;
+    plan->grid[0] = static_cast<int32_t>(std::min<int64_t>(gemm_blocks(a, tile), INT32_MAX));
+    plan->block[0] = gemm_threads(tile);
     plan->smem_bytes = gemm_smem_bytes(tile);
 }
 
@@ -80,9 +99,7 @@ mk_plan plan_product(const char* op, int32_t dtype, const Product& a, const mk_d
         if (a.m) plan_skinny(a, device, &plan);
         return plan;
     }
-    const GemmTile large = gemm_large(device.sm);
-    const int64_t tiles = static_cast<int64_t>(ceil_div(a.m, large.m)) * ceil_div(a.n, large.n);
-    const GemmTile& tile = tiles >= device.num_sms ? large : kGemmSmall;
+    const GemmTile& tile = gemm_tile(a, device);
     mk_plan plan =
         make_plan(op, device, name + "_m" + std::to_string(tile.m) + "_n" + std::to_string(tile.n));
     plan_gemm(a, tile, &plan);

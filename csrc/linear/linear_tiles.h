@@ -54,20 +54,51 @@ static_assert(skinny_smem_bytes(89, kSkinnyMaxWarps, kSkinnyRows, true, kSkinnyM
 
 // ---- more rows: linear_gemm_sm80.cuh ----
 
+// A block makes m x n outputs from stages of k; a warp warp_m x warp_n of them.
 struct GemmTile {
-    int m, n, k;  // of the output, and of a stage
+    int m, n, k;
     int stages;
-    int threads;
+    int warp_m, warp_n;
+    int blocks_per_sm;
 };
+constexpr int gemm_threads(const GemmTile& t) { return t.m / t.warp_m * (t.n / t.warp_n) * 32; }
 constexpr int gemm_smem_bytes(const GemmTile& t) { return t.stages * (t.m + t.n) * t.k * 2; }
 
-// Two shapes an arch: large ones when they fill the SMs, else small ones.
-constexpr GemmTile kGemmLarge = {128, 256, 64, 3, 256};
-constexpr GemmTile kGemmLargeSm89 = {128, 128, 64, 3, 256};
-constexpr GemmTile kGemmSmall = {64, 64, 64, 4, 128};
-constexpr GemmTile gemm_large(int sm) { return sm == 89 ? kGemmLargeSm89 : kGemmLarge; }
-static_assert(gemm_smem_bytes(kGemmLarge) <= 163 << 10);
-static_assert(gemm_smem_bytes(kGemmLargeSm89) <= 99 << 10);
-static_assert(gemm_smem_bytes(kGemmSmall) <= 99 << 10);
+// Three shapes, each as deep as the arch's shared memory allows:
+//   large    most MMAs per byte read from shared memory and L2: prompts
+//   middle   the same warp tile, two blocks an SM: where large ones leave too many SMs idle in
+//   their
+//            last round
+//   small    few rows, where w's bytes count: two blocks keep 128 KB per SM in flight (A100), of
+//            which half is w, and 64 columns still give N = 4096 to 64 SMs
+// Stages of 32 k are half as wide as a cache line, and pass twice as many barriers: they stand
+// where 64 would leave two stages.
+struct GemmTiles {
+    GemmTile large, middle, small;
+};
+constexpr GemmTiles kGemmSm80 = {
+    {128, 256, 64, 3, 64, 64, 1}, {128, 128, 32, 5, 64, 64, 2}, {64, 64, 64, 5, 32, 32, 2}};
+constexpr GemmTiles kGemmSm89 = {
+    {128, 256, 32, 4, 64, 64, 1}, {128, 128, 32, 3, 64, 64, 2}, {64, 64, 64, 3, 32, 32, 2}};
+constexpr GemmTiles kGemmSm90 = {
+    {128, 256, 64, 4, 64, 64, 1}, {128, 128, 64, 3, 64, 64, 2}, {64, 64, 64, 7, 32, 32, 2}};
+constexpr const GemmTiles& gemm_tiles(int sm) {
+    return sm == 80 ? kGemmSm80 : sm == 89 ? kGemmSm89 : kGemmSm90;
+}
+
+// An SM has `kilobytes` of shared memory, of which each block takes 1 for itself.
+constexpr bool gemm_tile_fits(const GemmTile& t, int kilobytes) {
+    return t.blocks_per_sm * (gemm_smem_bytes(t) + 1024) <= kilobytes * 1024;
+}
+constexpr bool gemm_tiles_fit(const GemmTiles& t, int kilobytes) {
+    return gemm_tile_fits(t.large, kilobytes) && gemm_tile_fits(t.middle, kilobytes) &&
+           gemm_tile_fits(t.small, kilobytes);
+}
+static_assert(gemm_tiles_fit(kGemmSm80, 164));
+static_assert(gemm_tiles_fit(kGemmSm89, 100));
+static_assert(gemm_tiles_fit(kGemmSm90, 228));
+
+// Rows of x that the tiles of a column of w share while they are in L2 (16 MB at k = 4096).
+constexpr int kGemmGroupRows = 2048;
 
 }  // namespace mk
