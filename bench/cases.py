@@ -1,0 +1,519 @@
+"""The kernels and shapes of docs/modelled.md: Minitron-8B's, and Triton's kernels beside them.
+
+Each case is made of units that hold the same numbers (accounting.py). Inputs that steer branches
+(q and k of attention, whose largest logits decide on rescaling) are normal; all others are 0, which
+no count depends on and which costs no memory until it is touched.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import math
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import triton
+from triton import language as tl
+
+from bench import triton_peers
+from bench.accounting import Bar, Binary, Case, Plan, compiled
+from minitron_kernels import native
+from tests import native_abi as abi
+from tests.emulator import Counters, Emulator, triton_cases, triton_kernels
+from tests.native_emulator import dtype_id, kernel_file, ptx_of, run
+
+Tensor = torch.Tensor
+BF16 = torch.bfloat16
+HIDDEN, Q_HEADS, KV_HEADS, HEAD_DIM, MLP, VOCAB = 4096, 32, 8, 128, 11520, 131072
+GROUP = Q_HEADS // KV_HEADS
+PAGE_SIZE, MAX_POSITION = 16, 8200  # of the cache; the longest context and a few tokens more
+SOFTMAX_SCALE = HEAD_DIM**-0.5
+ALIGNMENT = 256
+
+# (params, tensors that the launch may touch)
+Build = Callable[[int, bool], tuple[ctypes.Structure, list[Tensor]]]
+
+COALESCED = Bar("sectors", 1.01)  # an index that is read alone takes a sector
+CONFLICT_FREE = Bar("wavefronts", 1.0)
+
+
+def zeros(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
+    """Zeros whose pages the system provides when they are touched, aligned as a GPU's allocator
+    does it: sectors are counted by address."""
+    size = math.prod(shape) * dtype.itemsize
+    memory = torch.from_numpy(np.zeros(size + ALIGNMENT, dtype=np.uint8))
+    start = -memory.data_ptr() % ALIGNMENT
+    return memory[start : start + size].view(dtype).view(shape)
+
+
+def normal(*shape: int, units: int, dim: int, filled: bool, seed: int) -> Tensor:
+    """Normal values, the same in each of `units` equal parts of dimension `dim`."""
+    if not filled:
+        return zeros(*shape)
+    part = [n // units if i == dim else n for i, n in enumerate(shape)]
+    x = torch.randn(part, generator=torch.Generator().manual_seed(seed)).to(BF16)
+    return torch.cat([x] * units, dim)
+
+
+def pointers(**tensors: Tensor | None) -> dict[str, int | None]:
+    return {name: None if t is None else t.data_ptr() for name, t in tensors.items()}
+
+
+# --------------------------------------------------------------------------- this project's kernels
+
+
+def native_case(op: str, build: Build, **options: Any) -> Case:
+    """build(units, filled) -> params and tensors; `filled`: with numbers, for a launch."""
+
+    def plan(arch: str, units: int) -> Plan:
+        params, _tensors = build(units, False)
+        p = abi.plan(op, params, arch)
+        return Plan(p.entry.decode(), tuple(p.grid), tuple(p.block), p.smem_bytes)
+
+    def count(arch: str, units: int) -> Counters:
+        params, tensors = build(units, True)
+        counters = run(op, arch, params, tensors)
+        assert counters is not None
+        return counters
+
+    return Case(kernel=op, plan=plan, run=count, binary=native_binary, **options)
+
+
+def supported(case: Case, arch: str) -> bool:
+    """Whether this build has the case's kernel."""
+    try:
+        entry = case.plan(arch, case.units).entry
+    except abi.StatusError as e:
+        if e.status != "MK_ERR_UNSUPPORTED":
+            raise
+        return False
+    return is_peer(case) or entry in native.build_info()["entries"].get(arch, {})
+
+
+def is_peer(case: Case) -> bool:
+    return case.kernel.startswith("Triton")
+
+
+@functools.cache
+def ptx_by_entry(arch: str) -> dict[str, str]:
+    found = {}
+    for text in ptx_of(arch):
+        parts = re.split(r"\.entry (\w+)\(", text)
+        found |= dict(zip(parts[1::2], parts[2::2], strict=True))
+    return found
+
+
+def native_binary(arch: str, plan: Plan) -> Binary:
+    use = native.build_info()["entries"][arch][plan.entry]
+    ptx = ptx_by_entry(arch)[plan.entry]
+    return compiled(plan.entry, ptx, use["registers"], use["smem_bytes"], kernel_file(arch))
+
+
+def rope_struct(positions: Tensor, cos: Tensor, sin: Tensor) -> ctypes.Structure:
+    return abi.structs()["mk_rope"](
+        **pointers(cos=cos, sin=sin, positions=positions), table_stride=cos.stride(0),
+        positions_dtype=dtype_id(positions), max_position=cos.shape[0], rotary_dim=HEAD_DIM,
+        theta=1e6,
+    )  # fmt: skip
+
+
+def rope_tables() -> tuple[Tensor, Tensor]:
+    """Angle 0: no rotation, at the cost of any."""
+    half = HEAD_DIM // 2
+    return torch.ones(MAX_POSITION, half), torch.zeros(MAX_POSITION, half)
+
+
+def causal_work(rows: int, heads: int) -> Callable[[Plan], list[float]]:
+    """Keys that each tile of queries sees, longest tiles first, each for all heads."""
+
+    def work(plan: Plan) -> list[float]:
+        tiles = math.prod(plan.grid) // heads
+        tile = rows / tiles
+        return [tile * (i + 1) for i in reversed(range(tiles)) for _ in range(heads)]
+
+    return work
+
+
+def attention_flop(rows: int, causal: bool) -> int:
+    pairs = rows * (rows + 1) // 2 if causal else rows * rows
+    return 4 * pairs * HEAD_DIM * Q_HEADS
+
+
+def prefill(rows: int, causal: bool, paged: bool = False) -> Case:
+    """A unit is a KV head with its 4 query heads. Q is rotated by tables, K is in place."""
+
+    def build(units: int, filled: bool) -> tuple[ctypes.Structure, list[Tensor]]:
+        heads = {"units": units, "dim": 1, "filled": filled}
+        q = normal(rows, units * GROUP, HEAD_DIM, seed=1, **heads)
+        k, v = (normal(rows, units, HEAD_DIM, seed=s, **heads) for s in (2, 3))
+        out = zeros(rows, units * GROUP, HEAD_DIM)
+        cu = torch.tensor([0, rows], dtype=torch.int32)
+        positions, (cos, sin) = torch.arange(rows, dtype=torch.int32), rope_tables()
+        tensors = [q, k, v, out, cu, positions, cos, sin]
+        where: dict[str, Any] = {"cu_seqlens_k": cu.data_ptr(), "tokens_k": rows}
+        if paged:
+            seqlens, table = torch.tensor([rows], dtype=torch.int32), block_table(1, rows)
+            tensors += [seqlens, table]
+            where = {
+                **pointers(seqlens_k=seqlens, block_table=table),
+                "block_table_stride": table.stride(0), "num_pages": table.numel(),
+                "page_size": PAGE_SIZE, "max_pages": table.shape[1],
+                "k_page_stride": PAGE_SIZE * k.stride(0), "v_page_stride": PAGE_SIZE * v.stride(0),
+            }  # fmt: skip
+        params = abi.structs()["mk_attention_params"](
+            **pointers(q=q, k=k, v=v, out=out, cu_seqlens_q=cu), **where,
+            q_stride=q.stride(0), q_head_stride=HEAD_DIM,
+            k_stride=k.stride(0), k_head_stride=HEAD_DIM,
+            v_stride=v.stride(0), v_head_stride=HEAD_DIM,
+            out_stride=out.stride(0), out_head_stride=HEAD_DIM,
+            tokens_q=rows, batch=1, num_q_heads=units * GROUP, num_kv_heads=units,
+            head_dim=HEAD_DIM, max_seqlen_q=rows, causal=causal, softmax_scale=SOFTMAX_SCALE,
+            dtype=dtype_id(q), rope=rope_struct(positions, cos, sin),
+        )  # fmt: skip
+        return params, tensors
+
+    mask = "causal" if causal else "full"
+    return native_case(
+        "attention",
+        build,
+        group="prefill attention",
+        shape=f"{rows} x {rows} {mask}{f' paged {PAGE_SIZE}' if paged else ''}",
+        units=KV_HEADS,
+        exact_units=2,
+        compulsory_bytes=2 * rows * HEAD_DIM * 2 * (Q_HEADS + KV_HEADS),
+        flop=attention_flop(rows, causal),
+        bars=(Bar("issue", 0.44 if causal else 0.40, "80"), COALESCED, CONFLICT_FREE),
+        work=causal_work(rows, Q_HEADS) if causal else None,
+    )
+
+
+def block_table(batch: int, keys: int) -> Tensor:
+    """[batch, pages] with the pages of all sequences in a scattered order, the same in each."""
+    pages = -(-keys // PAGE_SIZE)
+    order = torch.randperm(pages, generator=torch.Generator().manual_seed(4))
+    return (order + pages * torch.arange(batch)[:, None]).to(torch.int32)
+
+
+def decode(batch: int, context: int) -> Case:
+    """One new token per sequence behind `context` keys: rotated, appended and attended. A unit is a
+    sequence. The block table has room for the longest context."""
+
+    def build(units: int, filled: bool) -> tuple[ctypes.Structure, list[Tensor]]:
+        table = block_table(units, context + 1)
+        by_sequence = {"units": units, "dim": 0, "filled": filled}
+        q = normal(units, Q_HEADS, HEAD_DIM, seed=1, **by_sequence)
+        k_new, v_new = (normal(units, KV_HEADS, HEAD_DIM, seed=s, **by_sequence) for s in (2, 3))
+        cache_shape = (table.numel(), PAGE_SIZE, KV_HEADS, HEAD_DIM)
+        k, v = (normal(*cache_shape, seed=s, **by_sequence) for s in (4, 5))
+        out = zeros(units, Q_HEADS, HEAD_DIM)
+        seqlens = torch.full((units,), context, dtype=torch.int32)
+        positions, (cos, sin) = torch.full((units,), context, dtype=torch.int32), rope_tables()
+        params = abi.structs()["mk_attention_decode_params"](
+            **pointers(q=q, k_new=k_new, v_new=v_new, k_cache=k, v_cache=v, out=out),
+            **pointers(seqlens_k=seqlens, block_table=table),
+            q_stride=q.stride(0), q_head_stride=HEAD_DIM,
+            k_new_stride=k_new.stride(0), k_new_head_stride=HEAD_DIM,
+            v_new_stride=v_new.stride(0), v_new_head_stride=HEAD_DIM,
+            cache_page_stride=k.stride(0), cache_stride=k.stride(1), cache_head_stride=HEAD_DIM,
+            out_stride=out.stride(0), out_head_stride=HEAD_DIM,
+            block_table_stride=table.stride(0), tokens=units, batch=units, num_q_heads=Q_HEADS,
+            num_kv_heads=KV_HEADS, head_dim=HEAD_DIM, num_pages=table.numel(), page_size=PAGE_SIZE,
+            max_pages=table.shape[1], max_seqlen_q=1, causal=1, softmax_scale=SOFTMAX_SCALE,
+            dtype=dtype_id(q), rope=rope_struct(positions, cos, sin),
+        )  # fmt: skip
+        size = ctypes.c_int64()
+        sized = abi.library().mk_attention_decode_workspace_bytes
+        abi.check(sized(ctypes.byref(params), ctypes.byref(size)))
+        workspace = zeros(max(size.value, 16), dtype=torch.uint8)
+        params.workspace, params.workspace_bytes = workspace.data_ptr(), size.value
+        tensors = [q, k_new, v_new, k, v, out, seqlens, table, positions, cos, sin, workspace]
+        return params, tensors
+
+    new = 2 * HEAD_DIM * (2 * Q_HEADS + 2 * 2 * KV_HEADS)  # q, out; k and v read and written
+    return native_case(
+        "attention_decode",
+        build,
+        group="decode attention",
+        shape=f"context {context}, batch {batch}",
+        units=batch,
+        exact_units=2,
+        compulsory_bytes=batch * (new + 2 * 2 * context * KV_HEADS * HEAD_DIM),
+        flop=batch * 4 * (context + 1) * HEAD_DIM * Q_HEADS,
+        bars=(Bar("dram", 1.03), COALESCED, CONFLICT_FREE),
+    )
+
+
+def linear(name: str, n: int, k: int, m: int) -> Case:
+    """A unit: the columns of a KV head and its queries for qkv, 1024 for lm_head, else 256. Few
+    rows: the norm and the residual ride along, as in a decode step."""
+    few = m <= 16
+    op = {"qkv": "qkv_rope_append", "gate_up": "linear_swiglu"}.get(name, "linear")
+    columns = {"qkv": n // KV_HEADS, "lm_head": 1024}.get(name, 256)
+    out_dtype = torch.float32 if name == "lm_head" else BF16
+
+    def build(units: int, filled: bool) -> tuple[ctypes.Structure, list[Tensor]]:
+        width = units * columns
+        x, w, norm = zeros(m, k), zeros(width, k), zeros(k) if few else None
+        common: dict[str, Any] = {"x_stride": k, "w_stride": k, "dtype": dtype_id(x), "eps": 1e-5}
+        if name == "qkv":
+            q, slots = zeros(m, units * GROUP, HEAD_DIM), torch.arange(m)
+            caches = [zeros(-(-m // PAGE_SIZE), PAGE_SIZE, units, HEAD_DIM) for _ in range(2)]
+            positions, (cos, sin) = torch.arange(m, dtype=torch.int32), rope_tables()
+            params = abi.structs()["mk_qkv_rope_append_params"](
+                **pointers(x=x, w=w, norm_weight=norm, q=q, k_cache=caches[0], v_cache=caches[1]),
+                **pointers(slots=slots), **common, q_stride=q.stride(0), q_head_stride=HEAD_DIM,
+                cache_page_stride=caches[0].stride(0), cache_stride=caches[0].stride(1),
+                cache_head_stride=HEAD_DIM, tokens=m, hidden=k, num_q_heads=units * GROUP,
+                num_kv_heads=units, head_dim=HEAD_DIM, num_pages=caches[0].shape[0],
+                page_size=PAGE_SIZE, slots_dtype=dtype_id(slots),
+                rope=rope_struct(positions, cos, sin),
+            )  # fmt: skip
+            tensors = [x, w, q, *caches, slots, positions, cos, sin]
+        else:
+            out = zeros(m, width // 2 if name == "gate_up" else width, dtype=out_dtype)
+            residual = zeros(m, width) if name in ("o", "down") else None
+            norm = norm if name == "gate_up" else None
+            params = abi.structs()["mk_linear_params"](
+                **pointers(x=x, w=w, norm_weight=norm, residual=residual, out=out), **common,
+                out_stride=out.stride(0), residual_stride=width if residual is not None else 0,
+                m=m, n=width, k=k, out_dtype=dtype_id(out),
+            )  # fmt: skip
+            tensors = [x, w, out, *([] if residual is None else [residual])]
+        return params, tensors + ([] if norm is None else [norm])
+
+    columns_out = n // 2 if name == "gate_up" else n * (2 if name in ("o", "down") else 1)
+    bars = (Bar("dram", 1.10),) if few else ()
+    if m == 2048:
+        bars = (Bar("issue", 0.28, "80"),)
+    return native_case(
+        op,
+        build,
+        group="GEMM, few rows" if few else "GEMM",
+        shape=f"{name} {n} x {k}, M {m}",
+        units=n // columns,
+        exact_units=n // columns if few else 2,
+        compulsory_bytes=2 * (m * k + n * k) + m * columns_out * out_dtype.itemsize,
+        flop=2 * m * n * k,
+        bars=(*bars, COALESCED, CONFLICT_FREE),
+    )
+
+
+# Row-wise kernels. A unit is a row (they are small enough to run whole).
+
+
+def rows_case(op: str, rows: int, shape: str, moved: int, build: Build) -> Case:
+    return native_case(
+        op,
+        build,
+        group="row-wise",
+        shape=shape,
+        units=rows,
+        exact_units=rows,
+        compulsory_bytes=moved,
+        bars=(COALESCED,),
+    )
+
+
+def rms_norm(rows: int, add: bool) -> Case:
+    def build(units: int, filled: bool) -> tuple[ctypes.Structure, list[Tensor]]:
+        x, out, weight = zeros(units, HIDDEN), zeros(units, HIDDEN), zeros(HIDDEN)
+        residual = zeros(units, HIDDEN) if add else None
+        params = abi.structs()["mk_rms_norm_params"](
+            **pointers(x=x, residual=residual, weight=weight, out=out), x_stride=HIDDEN,
+            residual_stride=HIDDEN if add else 0, out_stride=HIDDEN, rows=units, hidden=HIDDEN,
+            eps=1e-5, dtype=dtype_id(x),
+        )  # fmt: skip
+        return params, [x, weight, out, *([] if residual is None else [residual])]
+
+    moved = 2 * HIDDEN * (rows * (4 if add else 2) + 1)
+    return rows_case(
+        "add_rms_norm" if add else "rms_norm", rows, f"{rows} x {HIDDEN}", moved, build
+    )
+
+
+def apply_rope(rows: int) -> Case:
+    def build(units: int, filled: bool) -> tuple[ctypes.Structure, list[Tensor]]:
+        q, k = zeros(units, Q_HEADS, HEAD_DIM), zeros(units, KV_HEADS, HEAD_DIM)
+        positions, (cos, sin) = torch.arange(units, dtype=torch.int32), rope_tables()
+        params = abi.structs()["mk_apply_rope_params"](
+            **pointers(q=q, k=k, q_out=q, k_out=k), q_stride=q.stride(0), q_head_stride=HEAD_DIM,
+            k_stride=k.stride(0), k_head_stride=HEAD_DIM, q_out_stride=q.stride(0),
+            q_out_head_stride=HEAD_DIM, k_out_stride=k.stride(0), k_out_head_stride=HEAD_DIM,
+            tokens=units, num_q_heads=Q_HEADS, num_k_heads=KV_HEADS, head_dim=HEAD_DIM,
+            dtype=dtype_id(q), rope=rope_struct(positions, cos, sin),
+        )  # fmt: skip
+        return params, [q, k, positions, cos, sin]
+
+    tables = rows * (4 + 4 * HEAD_DIM)
+    moved = 2 * 2 * rows * (Q_HEADS + KV_HEADS) * HEAD_DIM + tables
+    return rows_case("apply_rope", rows, f"{rows} x (32 + 8) x 128", moved, build)
+
+
+def silu_and_mul(rows: int) -> Case:
+    def build(units: int, filled: bool) -> tuple[ctypes.Structure, list[Tensor]]:
+        gate_up, out = zeros(units, 2 * MLP), zeros(units, MLP)
+        params = abi.structs()["mk_silu_and_mul_params"](
+            **pointers(gate_up=gate_up, out=out), gate_up_stride=2 * MLP, out_stride=MLP,
+            rows=units, size=MLP, dtype=dtype_id(out),
+        )  # fmt: skip
+        return params, [gate_up, out]
+
+    return rows_case("silu_and_mul", rows, f"{rows} x {MLP}", 2 * 3 * rows * MLP, build)
+
+
+def embedding(rows: int) -> Case:
+    def build(units: int, filled: bool) -> tuple[ctypes.Structure, list[Tensor]]:
+        ids = torch.arange(units, dtype=torch.int64) * (VOCAB // 2048)
+        table, out = zeros(VOCAB, HIDDEN), zeros(units, HIDDEN)
+        params = abi.structs()["mk_embedding_params"](
+            **pointers(ids=ids, table=table, out=out), table_stride=HIDDEN, out_stride=HIDDEN,
+            tokens=units, vocab=VOCAB, hidden=HIDDEN, ids_dtype=dtype_id(ids), dtype=dtype_id(out),
+        )  # fmt: skip
+        return params, [ids, table, out]
+
+    moved = rows * (8 + 2 * 2 * HIDDEN)
+    return rows_case("embedding", rows, f"{rows} x {HIDDEN}", moved, build)
+
+
+# --------------------------------------------------------------------------------- Triton's kernels
+
+
+@dataclass(frozen=True)
+class TritonKernel:
+    """A Triton kernel with its tile, compiled for sm_80. build(units) -> Problem without
+    reference: that the emulator runs Triton's code rightly is what test_emulator_triton shows."""
+
+    kernel: Any
+    constexprs: dict[str, Any]
+    build: Callable[[int], Any]
+    num_warps: int
+    num_stages: int
+
+    @functools.cached_property
+    def compiled(self) -> Any:
+        case = triton_cases.Case(
+            self.kernel.__name__, self.kernel, self.constexprs, lambda _: self.build(1),
+            num_warps=self.num_warps, num_stages=self.num_stages,
+        )  # fmt: skip
+        return triton_cases.compile_case(case, 80)
+
+    def plan(self, arch: str, units: int) -> Plan:
+        compiled = self.compiled
+        return Plan(compiled.name, self.build(units).grid, compiled.block, compiled.smem)
+
+    def run(self, arch: str, units: int) -> Counters:
+        compiled, problem = self.compiled, self.build(units)
+        kernel = Emulator(f"sm_{arch}").load(compiled.ptx).kernel(compiled.name)
+        args = compiled.args(problem)
+        return kernel.launch(problem.grid, compiled.block, args, smem=compiled.smem)
+
+    def binary(self, arch: str, plan: Plan) -> Binary:
+        ptxas = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+        with tempfile.TemporaryDirectory() as folder:
+            ptx, cubin = Path(folder) / "kernel.ptx", Path(folder) / "kernel.cubin"
+            ptx.write_text(self.compiled.ptx)
+            command = [ptxas, "-v", f"--gpu-name=sm_{arch}", ptx, "-o", cubin]
+            said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+            registers = int(re.search(r"Used (\d+) registers", said)[1])
+            return compiled(self.compiled.name, self.compiled.ptx, registers, 0, cubin)
+
+
+def triton_attention(rows: int, causal: bool) -> Case:
+    """A unit is a KV head with its 4 query heads."""
+    tile, warps, stages = (128, 64), 8, 2
+
+    def build(units: int) -> triton_cases.Problem:
+        same = {"units": units, "dim": 1, "filled": True}
+        q = normal(rows, units * GROUP, HEAD_DIM, seed=1, **same)
+        k, v = (normal(rows, units, HEAD_DIM, seed=s, **same) for s in (2, 3))
+        out, scale = zeros(*q.shape), SOFTMAX_SCALE * math.log2(math.e)
+        strides = [q.stride(0), k.stride(0)]
+        grid = (units * GROUP, rows // tile[0], 1)
+        return triton_cases.Problem([q, k, v, out, rows, *strides, scale], grid, out, out)
+
+    constexprs = {"GROUP": GROUP, "CAUSAL": causal, "HEAD_DIM": HEAD_DIM, "BLOCK_M": tile[0]}
+    constexprs["BLOCK_N"] = tile[1]
+    return triton_case(
+        TritonKernel(triton_peers.flash_attention, constexprs, build, warps, stages),
+        tile,
+        group="prefill attention",
+        shape=f"{rows} x {rows} {'causal' if causal else 'full'}",
+        units=KV_HEADS,
+        compulsory_bytes=2 * 2 * rows * HEAD_DIM * (Q_HEADS + KV_HEADS),
+        flop=attention_flop(rows, causal),
+        work=causal_work(rows, Q_HEADS) if causal else None,
+    )
+
+
+def triton_matmul(
+    name: str, n: int, k: int, m: int, tile: tuple[int, int, int], warps: int, stages: int
+) -> Case:
+    """No epilogue; w as [k, n]. A unit is a column of tiles."""
+
+    def build(units: int) -> triton_cases.Problem:
+        width = units * tile[1]
+        x, w, out = zeros(m, k), zeros(k, width), zeros(m, width)
+        grid = (-(-m // tile[0]), units, 1)
+        return triton_cases.Problem([x, w, out, m, width, k], grid, out, out)
+
+    constexprs = dict(zip(("BLOCK_M", "BLOCK_N", "BLOCK_K"), tile, strict=True))
+    constexprs |= {"ACC": tl.float32, "PRECISION": "tf32"}
+    return triton_case(
+        TritonKernel(triton_kernels.matmul, constexprs, build, warps, stages),
+        tile,
+        group="GEMM, few rows" if m <= 16 else "GEMM",
+        shape=f"{name} {n} x {k}, M {m}",
+        units=n // tile[1],
+        compulsory_bytes=2 * (m * k + n * k + m * n),
+        flop=2 * m * n * k,
+    )
+
+
+def triton_case(kernel: TritonKernel, tile: tuple[int, ...], **options: Any) -> Case:
+    name = f"Triton {kernel.kernel.__name__} {'x'.join(map(str, tile))}, {kernel.num_warps} warps"
+    return Case(
+        kernel=name,
+        plan=kernel.plan,
+        run=kernel.run,
+        binary=kernel.binary,
+        archs=("80",),
+        **options,
+    )
+
+
+# ---------------------------------------------------------------------------------------- the table
+
+MATRICES = {
+    "qkv": (6144, HIDDEN),
+    "o": (HIDDEN, HIDDEN),
+    "gate_up": (2 * MLP, HIDDEN),
+    "down": (HIDDEN, MLP),
+    "lm_head": (VOCAB, HIDDEN),
+}
+
+
+def all_cases() -> list[Case]:
+    cases = []
+    for rows in (1024, 2048, 8192):
+        for causal in (False, True):
+            cases += [prefill(rows, causal), triton_attention(rows, causal)]
+    cases.append(prefill(2048, True, paged=True))
+    cases += [decode(batch, context) for context in (1024, 8192) for batch in (1, 8, 64)]
+    for m in (1, 8, 16):
+        cases += [linear(name, *shape, m) for name, shape in MATRICES.items()]
+    cases.append(triton_matmul("o", *MATRICES["o"], 16, (16, 128, 64), 4, 4))
+    for m in (512, 2048):
+        cases += [linear(name, *shape, m) for name, shape in MATRICES.items()]
+    cases.append(triton_matmul("gate_up", *MATRICES["gate_up"], 2048, (128, 256, 64), 8, 3))
+    for rows in (1, 64, 2048):
+        cases += [rms_norm(rows, False), rms_norm(rows, True), apply_rope(rows)]
+        cases += [silu_and_mul(rows), embedding(rows)]
+    return cases

@@ -1,0 +1,275 @@
+"""Writes docs/modelled.md: how long the kernels take at least on an A100 and an L40S, by counting.
+
+    python -m bench.modelled                  # everything, then docs/modelled.md
+    python -m bench.modelled --only decode    # cases with this in their name, printed only
+    python -m bench.modelled --format         # docs/modelled.md again from the committed counts
+
+No GPU is used: the emulator executes the compiled kernels and counts (accounting.py tells how).
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import math
+import os
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+
+from bench.accounting import RESOURCES, Case, Measured, issued, measure, ratios, times
+from bench.architectures import ARCHITECTURES, Architecture
+from bench.cases import all_cases, supported
+from bench.sass import find_tool
+from minitron_kernels import native
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench" / "results" / "modelled.json"
+PAGE = ROOT / "docs" / "modelled.md"
+DEVICES = {"80": ARCHITECTURES["A100"], "89": ARCHITECTURES["L40S"]}
+
+USE = "docs/modelled.md is out of date: run python -m bench.modelled"
+QUICK_COST = 3e6  # warp-instructions: less than a second
+
+METHOD = """\
+# Modelled times
+
+How long the kernels take at least on an A100 and an L40S, from counts. Written by `python -m
+bench.modelled`. **No line here was measured on a GPU.**
+
+**Counted**, by executing the compiled PTX on the emulator (`tests/emulator`): warp-instructions by
+class (without `mov`, which ptxas mostly deletes), 32-byte sectors requested and distinct over the
+launch, shared-memory wavefronts. From the compiler: registers, shared memory, and the SASS of the
+main loop, instructions per HMMA; those that some path around the loop leaves out, such as a
+rescaling of the accumulator, are given in brackets.
+
+**Modelled**: the time that each resource needs for what was counted at its published rate
+(`bench/architectures.py`).
+
+| resource | work | rate |
+|---|---|---|
+| tensor pipe | FLOP of the MMAs executed | 2048 (A100), 1024 (L40S) per clock and SM |
+| exp2 unit | MUFU operations of lanes | 16 per clock and SM |
+| issue slots | warp-instructions | 4 per clock and SM |
+| shared memory | wavefronts of loads, stores, ldmatrix and cp.async | 1 per clock and SM |
+| L2 | sectors requested, as if L1 caught nothing | 7.2, 5 TB/s; 64 bytes per clock and SM |
+| DRAM | distinct sectors, as if L2 caught every repeated access | 2.04 TB/s, 0.864 TB/s |
+
+Times are of the busiest SM (of L2: at least) when each one takes the next block as it gets free;
+blocks count by their tiles. `t` is the tensor pipe's time. The largest time is the bound, and the
+last column says what throughput it admits and its share of the published peak. The clock is the
+boost clock.
+
+**What it cannot tell**: latencies and stalls, the overlap that a kernel really reaches, clocks
+under load, DRAM efficiency (90 to 93 % is the most that is usually seen), misses of L2, launches
+(some us, which is what counts for the smallest rows). It is a lower bound on time: a kernel with a
+higher bound than another one's is not always slower, but never faster than the bound.
+
+**Large problems** are made of equal units (KV heads with their queries, sequences, columns of w),
+and each count is a + b * units: it is taken at two smaller numbers of units, n and 2 n, with the
+same kernel, block and shared memory, which gives the rest exactly (`bench/accounting.py`; a test
+compares it with whole runs). Inputs of attention are normal, so a row's largest logit seldom grows
+by much; that decides how often accumulators are rescaled.
+
+**Bars**: DRAM bytes over compulsory ones <= 1.03 for decode attention, 1.10 for products with at
+most 16 rows; sectors as if each access used whole ones (1.01: an index that is read alone takes a
+sector); shared memory without bank conflicts; issue slots over tensor time on the A100 <= 0.40 for
+attention, 0.44 causal, 0.28 for products of many rows. Triton's kernels (`bench/triton_peers.py`,
+and the matrix product of `tests/emulator/triton_kernels.py`) go through the same accounting.
+"""
+
+Row = dict[str, Any]
+
+
+def row_of(case: Case, arch: str, m: Measured) -> Row:
+    """Everything that the page says of a case on an architecture."""
+    gpu = DEVICES[arch]
+    metrics = ratios(m, case, gpu)
+    threads = math.prod(m.plan.block)
+    smem = m.plan.smem_bytes + m.binary.smem_bytes
+    return {
+        "group": case.group, "kernel": case.kernel, "shape": case.shape, "device": gpu.name,
+        "entry": m.plan.entry, "grid": list(m.plan.grid), "threads": threads, "smem_bytes": smem,
+        "registers": m.binary.registers,
+        "blocks_per_sm": gpu.occupancy(threads, m.binary.registers, smem),
+        "units": case.units, "emulated_units": list(m.emulated_units),
+        "compulsory_bytes": case.compulsory_bytes, "flop": case.flop,
+        "counters": asdict(m.counters), "issued": issued(m.counters),
+        "sass_loop": asdict(m.binary.loop) if m.binary.loop else None,
+        "metrics": {k: None if v is None else round(v, 4) for k, v in metrics.items()},
+        "times_us": {k: round(v, 4) for k, v in times(m, case, gpu).items()},
+        "bars": [asdict(bar) for bar in case.bars if bar.arch in ("", arch)],
+    }  # fmt: skip
+
+
+def produce(cases: list[Case], archs: tuple[str, ...]) -> list[Row]:
+    rows = []
+    for number, case in enumerate(cases, 1):
+        for arch in (a for a in case.archs if a in archs):
+            if not supported(case, arch):
+                click.echo(f"[{number}/{len(cases)}] {case.id} sm_{arch}: not in this build")
+                continue
+            start = time.perf_counter()
+            rows.append(row_of(case, arch, measure(case, arch)))
+            took = time.perf_counter() - start
+            click.echo(f"[{number}/{len(cases)}] {case.id} sm_{arch}: {took:.1f} s", nl=False)
+            click.echo(f", {bound_text(rows[-1])}")
+    return rows
+
+
+def is_quick(case: Case) -> bool:
+    """Takes less than about a second."""
+    return all(supported(case, a) and case.cost(a) < QUICK_COST for a in case.archs)
+
+
+# ----------------------------------------------------------------------------------------- the page
+
+
+def bound(row: Row) -> tuple[str, float]:
+    """The busiest resource and its time, us."""
+    return max(row["times_us"].items(), key=lambda item: item[1])
+
+
+def number(x: float | None, digits: int = 3) -> str:
+    if x is None:
+        return "-"
+    if x == 0:
+        return "0"
+    places = max(0, digits - 1 - math.floor(math.log10(abs(x))))
+    return f"{x:.{places}f}"
+
+
+def ratio(x: float | None) -> str:
+    return "-" if x is None else f"{x:.3f}"
+
+
+def bound_text(row: Row) -> str:
+    resource, us = bound(row)
+    return f"modelled {number(us)} us ({resource})"
+
+
+def throughput(row: Row) -> str:
+    """What the bound lets through, of useful work: TFLOP/s where the tensor pipe or what feeds it
+    binds, else GB/s of compulsory bytes; and its share of the peak."""
+    gpu: Architecture = ARCHITECTURES[row["device"]]
+    resource, us = bound(row)
+    if resource == "DRAM" or not row["flop"]:
+        gb_s = row["compulsory_bytes"] / us / 1e3
+        return f"{number(gb_s)} GB/s, {100 * gb_s / gpu.dram_tb_s / 1e3:.0f} %"
+    tflop_s = row["flop"] / us / 1e6
+    return f"{number(tflop_s)} TFLOP/s, {100 * tflop_s / gpu.tensor_tflop_s:.0f} %"
+
+
+METRIC_NAMES = {
+    "dram": "DRAM bytes / compulsory",
+    "sectors": "sector bytes / requested bytes",
+    "wavefronts": "shared wavefronts / minimum",
+    "issue": "issue slots / tensor time",
+}
+
+
+def verdict(value: float, limit: float) -> str:
+    return "met" if value <= limit else f"missed by {number(value - limit, 2)}"
+
+
+def bar_lines(rows: list[Row]) -> list[str]:
+    lines = ["| kernel | shape | device | bar | modelled | |", "|---|---|---|---|---|---|"]
+    for row in rows:
+        for bar in row["bars"]:
+            value = row["metrics"][bar["metric"]]
+            lines.append(
+                f"| {row['kernel']} | {row['shape']} | {row['device']} | "
+                f"{METRIC_NAMES[bar['metric']]} <= {bar['limit']:.2f} | {value:.3f} | "
+                f"{verdict(value, bar['limit'])} |"
+            )
+    return lines
+
+
+def count_lines(rows: list[Row]) -> list[str]:
+    names = (
+        "kernel", "shape", "device", "DRAM / compulsory", "sector / requested bytes",
+        "sectors per request", "wavefronts / minimum", "issue / t, PTX", "issue / t, SASS loop",
+        "SASS per HMMA", "exp2 / t", "shared / t", "registers", "threads", "smem",
+        "blocks per SM", "blocks",
+    )  # fmt: skip
+    lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
+    for row in rows:
+        m, loop = row["metrics"], row["sass_loop"]
+        conditional = (
+            f" (+{loop['conditional'] / loop['hmma']:.2f})" if loop and loop["conditional"] else ""
+        )
+        cells = [
+            row["kernel"], row["shape"], row["device"], ratio(m["dram"]), ratio(m["sectors"]),
+            number(m["sectors_per_request"]), ratio(m["wavefronts"]), ratio(m["issue"]),
+            ratio(m["issue_sass"]), number(m["sass_per_hmma"]) + conditional, ratio(m["exp2"]),
+            ratio(m["shared"]), str(row["registers"]), str(row["threads"]),
+            f"{row['smem_bytes'] / 1024:.4g} K", str(row["blocks_per_sm"]),
+            str(math.prod(row["grid"])),
+        ]  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def time_lines(rows: list[Row]) -> list[str]:
+    names = ("kernel", "shape", "device", *RESOURCES, "bound", "at the bound")
+    lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
+    for row in rows:
+        cells = [row["kernel"], row["shape"], row["device"]]
+        cells += [number(row["times_us"][r]) for r in RESOURCES]
+        lines.append(f"| {' | '.join([*cells, bound_text(row), throughput(row)])} |")
+    return lines
+
+
+def page(results: dict[str, Any]) -> str:
+    """docs/modelled.md: the text, then the tables of the results."""
+    rows = results["rows"]
+    missed = sum(
+        row["metrics"][bar["metric"]] > bar["limit"] for row in rows for bar in row["bars"]
+    )
+    total = sum(len(row["bars"]) for row in rows)
+    groups = list(dict.fromkeys(row["group"] for row in rows))
+    lines = [METHOD]
+    lines += [f"Compiled by nvcc {results['nvcc']}; peers by Triton {results['triton']}.", ""]
+    lines += ["## Bars", "", f"{total - missed} of {total} are met.", "", *bar_lines(rows), ""]
+    for group in groups:
+        members = [row for row in rows if row["group"] == group]
+        lines += [f"## {group[0].upper()}{group[1:]}", "", "Modelled times, us:", ""]
+        lines += [*time_lines(members), "", "Counts:", "", *count_lines(members), ""]
+    return "\n".join(lines)
+
+
+def write_page() -> None:
+    PAGE.write_text(page(json.loads(RESULTS.read_text())))
+
+
+@click.command(help=__doc__)
+@click.option("--only", default="", help="Cases whose name holds this text; printed only.")
+@click.option("--quick", is_flag=True, help="Cases that take seconds; printed only.")
+@click.option("--arch", "archs", multiple=True, type=click.Choice(list(DEVICES)), default=DEVICES)
+@click.option("--format", "only_format", is_flag=True, help="Only write the page again.")
+def main(only: str, quick: bool, archs: tuple[str, ...], only_format: bool) -> None:
+    if not only_format:
+        if not find_tool("cuobjdump"):
+            raise click.ClickException("pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm")
+        cases = [c for c in all_cases() if only in c.id]
+        cases = [c for c in cases if not quick or is_quick(c)]
+        rows = produce(cases, archs)
+        if only or quick or set(archs) != set(DEVICES):
+            click.echo("\n".join([*time_lines(rows), *count_lines(rows), *bar_lines(rows)]))
+            return
+        results = {
+            "nvcc": native.build_info()["nvcc"],
+            "triton": importlib.metadata.version("triton"),
+            "rows": rows,
+        }
+        RESULTS.parent.mkdir(parents=True, exist_ok=True)
+        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+    write_page()
+    click.echo(f"wrote {os.path.relpath(PAGE)}")
+
+
+if __name__ == "__main__":
+    main()

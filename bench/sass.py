@@ -1,0 +1,167 @@
+"""SASS of kernels, and the instructions of their main loop.
+
+cuobjdump of the PyPI wheel nvidia-cuda-cuobjdump (it calls nvdisasm, of nvidia-cuda-nvdisasm), or
+of a CUDA toolkit on PATH.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+import shutil
+import subprocess
+import sysconfig
+from collections import Counter
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+_INSTRUCTION = re.compile(
+    r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:(@!?U?P\w+)\s+)?([A-Z][\w.]*)(.*?);", re.M
+)
+# Instructions that end a basic block. CALL comes back; BSSY, BSYNC and WARPSYNC only order lanes.
+_BRANCHES = ("BRA", "BRX", "JMP", "JMX", "EXIT", "RET")
+
+
+def find_tool(name: str) -> str | None:
+    """Path of cuobjdump or nvdisasm, None if it is not installed."""
+    wheel = Path(sysconfig.get_path("purelib")) / "nvidia" / "cu13" / "bin" / name
+    return str(wheel) if wheel.exists() else shutil.which(name)
+
+
+@dataclass(frozen=True)
+class Instruction:
+    address: int
+    predicate: str  # "@P0", "@!P0"; "" if it always executes
+    opcode: str  # with its modifiers: "HMMA.16816.F32.BF16"
+    operands: str
+
+    @property
+    def name(self) -> str:
+        return self.opcode.partition(".")[0]
+
+    @property
+    def target(self) -> int | None:
+        """Where a direct branch goes."""
+        found = re.search(r"\b0x([0-9a-f]+)\s*$", self.operands.strip())
+        return int(found[1], 16) if self.name in ("BRA", "JMP") and found else None
+
+
+@functools.cache
+def functions(file: Path) -> dict[str, list[Instruction]]:
+    """Kernel name -> its instructions, of a cubin or fatbin. FileNotFoundError without the tool."""
+    tool = find_tool("cuobjdump")
+    if tool is None:
+        raise FileNotFoundError("cuobjdump is not installed (pip install nvidia-cuda-cuobjdump)")
+    env = {**os.environ, "PATH": f"{Path(tool).parent}{os.pathsep}{os.environ.get('PATH', '')}"}
+    text = subprocess.run(
+        [tool, "-sass", file], capture_output=True, text=True, check=True, env=env
+    ).stdout
+    parts = re.split(r"\n\s*Function : (\w+)", text)
+    return {n: parse(body) for n, body in zip(parts[1::2], parts[2::2], strict=True)}
+
+
+def parse(text: str) -> list[Instruction]:
+    return [
+        Instruction(int(address, 16), predicate or "", opcode, operands)
+        for address, predicate, opcode, operands in _INSTRUCTION.findall(text)
+    ]
+
+
+@dataclass(frozen=True)
+class MainLoop:
+    """The innermost loop with the most HMMA instructions, counted once around.
+
+    `instructions`: those that every turn executes; `conditional`: those that some path around the
+    loop leaves out (the rescaling of accumulators, say). Predicated ones count, as they take their
+    issue slot either way.
+    """
+
+    instructions: int
+    conditional: int
+    hmma: int
+    opcodes: dict[str, int]  # of `instructions`, by name
+
+
+def main_loop(code: list[Instruction]) -> MainLoop | None:
+    """None if no loop of the kernel holds an HMMA. Of loops with as many, the shortest: a masked
+    copy of the loop is longer."""
+    blocks, successors = _basic_blocks(code)
+    dominators = _dominators(successors)
+    found = []
+    for latch, targets in enumerate(successors):
+        for header in targets & dominators[latch]:
+            body = _natural_loop(header, latch, successors)
+            always = [i for b in sorted(body & dominators[latch]) for i in blocks[b]]
+            hmma = sum(i.name == "HMMA" for i in always)
+            size = sum(len(blocks[b]) for b in body)
+            found.append((body, hmma, always, size))
+    inner = [f for f in found if f[1] and not any(g[0] < f[0] and g[1] for g in found)]
+    if not inner:
+        return None
+    _, hmma, always, size = max(inner, key=lambda f: (f[1], -len(f[2])))
+    opcodes = Counter(i.name for i in always)
+    return MainLoop(len(always), size - len(always), hmma, dict(opcodes.most_common()))
+
+
+def _basic_blocks(code: list[Instruction]) -> tuple[list[list[Instruction]], list[set[int]]]:
+    """Blocks in the order of addresses, and the blocks that each can go on to."""
+    index = {i.address: n for n, i in enumerate(code)}
+    starts = {0}
+    for n, i in enumerate(code):
+        if i.name in _BRANCHES:
+            starts.add(n + 1)
+            if i.target in index:
+                starts.add(index[i.target])
+    bounds = sorted(starts | {len(code)})
+    blocks = [code[a:b] for a, b in pairwise(bounds)]
+    block_at = {block[0].address: b for b, block in enumerate(blocks)}
+    successors = []
+    for b, block in enumerate(blocks):
+        last = block[-1]
+        out = {block_at[last.target]} if last.target in block_at else set()
+        if (last.name not in _BRANCHES or last.predicate) and b + 1 < len(blocks):
+            out.add(b + 1)
+        successors.append(out)
+    return blocks, successors
+
+
+def _predecessors(successors: list[set[int]]) -> list[set[int]]:
+    before: list[set[int]] = [set() for _ in successors]
+    for b, targets in enumerate(successors):
+        for t in targets:
+            before[t].add(b)
+    return before
+
+
+def _dominators(successors: list[set[int]]) -> list[set[int]]:
+    """Of each block those that every path from the first one to it goes through, itself too.
+    Of a block that nothing reaches: itself."""
+    reached, todo = {0}, [0]
+    while todo:
+        new = successors[todo.pop()] - reached
+        reached |= new
+        todo += new
+    before = _predecessors(successors)
+    found = [reached if b in reached else {b} for b in range(len(successors))]
+    found[0] = {0}
+    changed = True
+    while changed:
+        changed = False
+        for b in sorted(reached - {0}):
+            now = {b} | set.intersection(*(found[p] for p in before[b] & reached))
+            changed |= now != found[b]
+            found[b] = now
+    return found
+
+
+def _natural_loop(header: int, latch: int, successors: list[set[int]]) -> set[int]:
+    """The blocks that reach the latch without the header."""
+    before = _predecessors(successors)
+    body, todo = {header, latch}, [latch] if latch != header else []
+    while todo:
+        new = before[todo.pop()] - body
+        body |= new
+        todo += new
+    return body

@@ -1,0 +1,61 @@
+"""Triton kernels that the project's are compared with, written as one would for speed."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _attend(
+    q, acc, row_max, row_sum, rows, k_ptr, v_ptr, first, last, scale_log2, k_stride,
+    MASKED: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Online softmax over the keys first ... last-1; MASKED hides those after a row's own place."""
+    dims = tl.arange(0, HEAD_DIM)
+    for start in range(first, last, BLOCK_N):
+        cols = start + tl.arange(0, BLOCK_N)
+        k = tl.load(k_ptr + cols[None, :] * k_stride + dims[:, None])
+        logits = tl.dot(q, k)
+        if MASKED:
+            logits = tl.where(cols[None, :] <= rows[:, None], logits, float("-inf"))
+        new_max = tl.maximum(row_max, tl.max(logits, axis=1) * scale_log2)
+        p = tl.exp2(logits * scale_log2 - new_max[:, None])
+        correction = tl.exp2(row_max - new_max)
+        row_sum = row_sum * correction + tl.sum(p, axis=1)
+        v = tl.load(v_ptr + cols[:, None] * k_stride + dims[None, :])
+        acc = tl.dot(p.to(v.dtype), v, acc * correction[:, None])
+        row_max = new_max
+    return acc, row_max, row_sum
+
+
+@triton.jit
+def flash_attention(
+    q_ptr, k_ptr, v_ptr, out_ptr, seq, q_stride, k_stride, scale_log2,
+    GROUP: tl.constexpr, CAUSAL: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_M queries of a head, longest rows first, heads of a KV group side by side. Layout [seq,
+    heads, HEAD_DIM]; seq is a multiple of the tile, so only tiles on the diagonal have a mask."""
+    head = tl.program_id(0)
+    tile = tl.num_programs(1) - 1 - tl.program_id(1)
+    rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    dims = tl.arange(0, HEAD_DIM)
+    offsets = head * HEAD_DIM + rows[:, None] * q_stride + dims[None, :]
+    k_ptr += head // GROUP * HEAD_DIM
+    v_ptr += head // GROUP * HEAD_DIM
+    q = tl.load(q_ptr + offsets)
+    row_max = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
+    row_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
+    acc = tl.zeros([BLOCK_M, HEAD_DIM], dtype=tl.float32)
+    diagonal = tile * BLOCK_M if CAUSAL else seq
+    acc, row_max, row_sum = _attend(
+        q, acc, row_max, row_sum, rows, k_ptr, v_ptr, 0, diagonal, scale_log2, k_stride,
+        False, HEAD_DIM, BLOCK_N,
+    )  # fmt: skip
+    if CAUSAL:
+        acc, row_max, row_sum = _attend(
+            q, acc, row_max, row_sum, rows, k_ptr, v_ptr, diagonal, diagonal + BLOCK_M, scale_log2,
+            k_stride, True, HEAD_DIM, BLOCK_N,
+        )  # fmt: skip
+    tl.store(out_ptr + offsets, (acc / row_sum[:, None]).to(out_ptr.dtype.element_ty))

@@ -1,0 +1,272 @@
+"""bench/accounting.py and the page that it writes: peaks, the SASS reader, scaling, the model."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from bench import accounting, cases, modelled, sass
+from bench.accounting import Bar, Binary, Case, Plan
+from bench.architectures import ARCHITECTURES
+from minitron_kernels import native
+from tests import native_abi as abi
+from tests.emulator import Counters
+from tests.native_emulator import BUILT
+
+RESULTS = json.loads(modelled.RESULTS.read_text())
+needs_kernels = pytest.mark.skipif("80" not in BUILT, reason="sm_80 is not in this build")
+
+
+# --------------------------------------------------------------------------------- architectures
+
+PEAKS = {  # dense bf16 TFLOP/s, TB/s, SMs, as published
+    "A100": (312, 2.04, 108),
+    "L40S": (362, 0.864, 142),
+    "RTX 4090": (165, 1.008, 128),
+    "H100": (989, 3.35, 132),
+    "B200": (2250, 8.0, 148),
+}
+
+
+@pytest.mark.parametrize("name", PEAKS)
+def test_published_peaks(name: str) -> None:
+    gpu = ARCHITECTURES[name]
+    tflop_s, tb_s, sms = PEAKS[name]
+    assert gpu.tensor_tflop_s == pytest.approx(tflop_s, rel=0.003)
+    assert (gpu.dram_tb_s, gpu.sms) == (tb_s, sms)
+
+
+def test_architectures_agree_with_the_devices_of_the_plans() -> None:
+    for arch, name in zip(abi.DEVICES, ("A100", "L40S", "H100", "B200"), strict=True):
+        gpu = ARCHITECTURES[name]
+        assert (gpu.arch, gpu.sms, gpu.smem_per_block) == (arch, *abi.DEVICES[arch][1:])
+
+
+@pytest.mark.parametrize(
+    "threads, registers, smem, blocks",
+    [
+        (256, 255, 96 << 10, 1),  # registers: 8 warps of 256 x 32
+        (128, 168, 0, 3),
+        (128, 128, 0, 4),
+        (128, 127, 60 << 10, 2),  # 164 KB / 61 KB
+        (1024, 32, 0, 2),  # threads
+        (32, 16, 0, 32),  # blocks
+    ],
+)
+def test_occupancy_of_an_a100(threads: int, registers: int, smem: int, blocks: int) -> None:
+    assert ARCHITECTURES["A100"].occupancy(threads, registers, smem) == blocks
+
+
+# ------------------------------------------------------------------------------------------ SASS
+
+# A loop of 7 instructions, of which 2 are skipped unless P1 holds; 1 more stands behind the exit
+# and jumps back into the loop. A longer, masked copy follows.
+LISTING = """
+        /*0000*/                   MOV R1, c[0x0][0x28] ;       /* 0x0a00 */
+                                                                /* 0x000fe400078e00ff */
+        /*0010*/                   LDSM.16.M88.4 R4, [R2] ;
+        /*0020*/                   HMMA.16816.F32.BF16 R8, R4, R6, R8 ;
+        /*0030*/              @!P1 BRA 0x60 ;
+        /*0040*/                   FMUL R8, R8, R3 ;
+        /*0050*/                   FMUL R9, R9, R3 ;
+        /*0060*/               @P3 BRA 0x110 ;
+        /*0070*/               @P0 BRA 0x10 ;
+        /*0080*/                   HMMA.16816.F32.BF16 R8, R4, R6, R8 ;
+        /*0090*/                   FSEL R8, R8, R9, P4 ;
+        /*00a0*/                   FSEL R9, R8, R9, P5 ;
+        /*00b0*/                   FSEL R9, R8, R9, P5 ;
+        /*00c0*/                   FSEL R9, R8, R9, P5 ;
+        /*00d0*/                   FSEL R9, R8, R9, P5 ;
+        /*00e0*/              @!P0 BRA 0x80 ;
+        /*00f0*/                   EXIT ;
+        /*0110*/                   FADD R1, R1, R2 ;
+        /*0120*/                   BRA 0x70;
+        /*0130*/                   BRA 0x130;
+"""
+
+
+def test_main_loop_of_a_listing() -> None:
+    code = sass.parse(LISTING)
+    assert len(code) == 19 and code[3].predicate == "@!P1" and code[3].target == 0x60
+    loop = sass.main_loop(code)
+    assert loop == sass.MainLoop(5, 4, 1, {"BRA": 3, "LDSM": 1, "HMMA": 1})
+
+
+def test_a_loop_without_hmma_is_no_main_loop() -> None:
+    assert sass.main_loop(sass.parse(LISTING.replace("HMMA", "FFMA"))) is None
+
+
+def test_the_innermost_loop_counts() -> None:
+    """With a way from behind the second loop to the beginning, both are inner loops still."""
+    text = LISTING.replace("EXIT ;", "@P2 BRA 0x10 ;\n        /*0100*/                   EXIT ;")
+    loop = sass.main_loop(sass.parse(text))
+    assert loop is not None and (loop.instructions, loop.hmma) == (5, 1)
+
+
+# ------------------------------------------------------------------------------------- the model
+
+
+def counters(**values: Any) -> Counters:
+    zero = dict.fromkeys(("fp32", "mufu", "mma", "mov", "shared"), 0)
+    issued = zero | values.pop("issued", {})
+    lanes = {k: 32 * v for k, v in issued.items()}
+    return Counters(issued, lanes, **values)
+
+
+def case_of(plan: Plan, counts: Counters, binary: Binary, **options: Any) -> Case:
+    return Case(
+        "group", "kernel", "shape", 1, lambda *_: plan, lambda *_: counts, lambda *_: binary,
+        **{"compulsory_bytes": 1 << 20, **options},
+    )  # fmt: skip
+
+
+def test_times_by_hand() -> None:
+    """108 blocks on 108 SMs: 1000 MMAs of 2 clocks, 500 warps of exp2 (2 clocks), ... each."""
+    counts = counters(
+        issued={"mma": 108_000, "mufu": 54_000, "fp32": 108_000, "mov": 999_999},
+        shared_wavefronts=108 * 700, shared_wavefronts_min=108 * 700,
+        read_requests=1 << 10, read_sectors=1 << 16, read_bytes=1 << 21,
+        write_requests=1, write_sectors=1 << 4, write_bytes=1 << 9, unique_read_sectors=1 << 15,
+        unique_write_sectors=1 << 4,
+    )  # fmt: skip
+    plan, binary = Plan("entry", (108, 1, 1), (128, 1, 1), 0), Binary(128, 0, 4096, None)
+    case = case_of(plan, counts, binary)
+    gpu = ARCHITECTURES["A100"]
+    measured = accounting.measure(case, "80")
+    clock = gpu.clock_ghz * 1e3
+    assert accounting.times(measured, case, gpu) == pytest.approx(
+        {
+            "tensor pipe": 2000 / clock,
+            "exp2 unit": 1000 / clock,
+            "issue slots": 2500 / 4 / clock,
+            "shared memory": 700 / clock,
+            "L2": max((2**16 + 16) * 32 / 7.2e6, (2**16 + 16) * 32 / 108 / 64 / clock),
+            "DRAM": (2**15 + 16) * 32 / 2.04e6,
+        }
+    )
+    metrics = accounting.ratios(measured, case, gpu)
+    assert metrics["issue"] == pytest.approx(2500 / 4 / 2000)
+    assert metrics["dram"] == pytest.approx((2**15 + 16) * 32 / 2**20)
+    assert metrics["sectors"] == 1 and metrics["wavefronts"] == 1
+    # One block more: some SM has two.
+    more = case_of(replace(plan, grid=(109, 1, 1)), counts, binary)
+    longer = accounting.times(accounting.measure(more, "80"), more, gpu)
+    assert longer["tensor pipe"] == pytest.approx(2 * 108 / 109 * 2000 / clock)
+    assert longer["DRAM"] == (2**15 + 16) * 32 / 2.04e6
+
+
+def test_balance() -> None:
+    assert accounting.balance([1.0] * 216, 108) == 1
+    assert accounting.balance([1.0] * 32, 108) == pytest.approx(108 / 32)
+    assert accounting.balance([4, 3, 2, 1], 2) == 1
+    assert accounting.balance([1, 2, 3, 4], 2) == pytest.approx(6 / 5)  # shortest first is worse
+
+
+def test_a_missed_bar_is_shown() -> None:
+    row = {"kernel": "k", "shape": "s", "device": "A100", "metrics": {"issue": 0.45}}
+    bars = [Bar("issue", 0.44), Bar("issue", 0.46)]
+    row["bars"] = [{"metric": b.metric, "limit": b.limit, "arch": b.arch} for b in bars]
+    missed, met = modelled.bar_lines([row])[2:]
+    assert missed.endswith("| 0.450 | missed by 0.010 |") and met.endswith("| met |")
+
+
+# --------------------------------------------------------------------------------------- scaling
+
+
+def test_counts_that_are_not_affine_are_refused() -> None:
+    a, b = counters(read_bytes=10), counters(read_bytes=17)
+    assert accounting.extrapolate(a, b, 2, 8).read_bytes == 10 + 7 * 3
+    with pytest.raises(ValueError, match="not affine"):
+        accounting.extrapolate(a, b, 2, 5)
+
+
+def skip_unless_supported(case: Case) -> None:
+    if not cases.supported(case, "80"):
+        pytest.skip(f"{case.kernel}: not in this build")
+
+
+SCALED = [
+    cases.rms_norm(8, True),
+    cases.apply_rope(8),
+    replace(cases.triton_attention(256, True), units=4),
+    replace(cases.triton_matmul("o", 1024, 256, 128, (128, 256, 64), 8, 3), units=4),
+    replace(cases.prefill(256, True), units=4),
+    cases.decode(4, 300),
+    replace(cases.linear("gate_up", 2048, 256, 130), units=8),
+    replace(cases.linear("qkv", 6144, 256, 300), units=8),
+]
+
+
+@needs_kernels
+@pytest.mark.parametrize("case", SCALED, ids=lambda c: f"{c.kernel.split(',')[0]}-{c.shape}")
+def test_scaled_counts_are_those_of_a_whole_run(case: Case) -> None:
+    """All counters, to the last one."""
+    skip_unless_supported(case)
+    scaled = accounting.measure(replace(case, exact_units=1), "80")
+    assert len(scaled.emulated_units) == 2
+    assert scaled.counters == case.run("80", case.units)
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+def test_the_peer_is_right(causal: bool) -> None:
+    """Triton's attention computes attention: what it is compared by is the whole job."""
+    case = cases.triton_attention(256, causal)
+    kernel = case.run.__self__  # type: ignore[attr-defined]
+    problem = kernel.build(2)
+    object.__setattr__(kernel, "build", lambda units: problem)
+    problem.out.fill_(float("nan"))
+    case.run("80", 2)
+    q, k, v = (t.transpose(0, 1).double() for t in problem.args[:3])
+    k, v = (t.repeat_interleave(cases.GROUP, 0) for t in (k, v))
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal)
+    torch.testing.assert_close(problem.out.transpose(0, 1).double(), expected, atol=0.01, rtol=0.02)
+
+
+# --------------------------------------------------------------------------------------- the page
+
+
+def test_page_is_what_the_script_makes_of_the_results() -> None:
+    assert modelled.PAGE.read_text() == modelled.page(RESULTS)
+
+
+def test_page_says_modelled_on_each_line() -> None:
+    for line in modelled.time_lines(RESULTS["rows"])[2:]:
+        assert "| modelled " in line
+
+
+def row_id(row: dict[str, Any]) -> str:
+    return f"{row['group']}/{row['kernel']}/{row['shape']}"
+
+
+CHEAP = [
+    c for c in cases.all_cases()
+    if c.shape in ("64 x 4096", "context 1024, batch 1", "1024 x 1024 causal",
+                   "o 4096 x 4096, M 1", "qkv 6144 x 4096, M 8")
+]  # fmt: skip
+
+
+@needs_kernels
+@pytest.mark.parametrize("case", CHEAP, ids=lambda c: f"{c.kernel.split(',')[0]}-{c.shape}")
+def test_committed_results_are_those_of_this_build(case: Case) -> None:
+    """Within 2 %, by the same compiler: else the page is to be written again."""
+    skip_unless_supported(case)
+    committed = {(row_id(row), row["device"]): row for row in RESULTS["rows"]}.get(
+        (case.id, "A100")
+    )
+    if committed is None:
+        pytest.skip("not on the page yet")
+    peer = cases.is_peer(case)
+    version = importlib.metadata.version("triton") if peer else native.build_info()["nvcc"]
+    if version != RESULTS["triton" if peer else "nvcc"]:
+        pytest.skip(f"the page was written with another compiler than {version}")
+    row = modelled.row_of(case, "80", accounting.measure(case, "80"))
+    known = {k: v for k, v in row["metrics"].items() if v is not None}  # SASS: with cuobjdump
+    wanted = {k: v for k, v in committed["metrics"].items() if "sass" not in k or k in known}
+    wanted = {k: v for k, v in wanted.items() if v is not None}
+    assert known == pytest.approx(wanted, rel=0.02), modelled.USE
+    assert row["times_us"] == pytest.approx(committed["times_us"], rel=0.02), modelled.USE
