@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from bench import accounting, cases, modelled, sass
-from bench.accounting import Bar, Binary, Case, Plan
+from bench.accounting import Binary, Case, Plan
 from bench.architectures import ARCHITECTURES
 from minitron_kernels import native
 from tests import native_abi as abi
@@ -169,10 +169,12 @@ def test_balance() -> None:
 
 def test_a_missed_bar_is_shown() -> None:
     row = {"kernel": "k", "shape": "s", "device": "A100", "metrics": {"issue": 0.45}}
-    bars = [Bar("issue", 0.44), Bar("issue", 0.46)]
-    row["bars"] = [{"metric": b.metric, "limit": b.limit, "arch": b.arch} for b in bars]
-    missed, met = modelled.bar_lines([row])[2:]
-    assert missed.endswith("| 0.450 | missed by 0.010 |") and met.endswith("| met |")
+    low, high = ({"metric": "issue", "limit": limit} for limit in (0.44, 0.46))
+    row["bars"] = [low, high]
+    assert modelled.missed(row) == [low]
+    assert modelled.verdict(row, low) == "0.450 (bar 0.44: missed by 0.010)"
+    assert modelled.verdict(row, high) == "0.450 (bar 0.46: met)"
+    assert len(modelled.missed_lines([row])) == 3
 
 
 # --------------------------------------------------------------------------------------- scaling
