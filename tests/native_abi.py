@@ -60,7 +60,7 @@ def functions() -> set[str]:
 
 
 OPS = ("rms_norm", "add_rms_norm", "apply_rope", "rope_append", "silu_and_mul", "embedding",
-       "argmax", "sample")  # fmt: skip
+       "argmax", "sample", "linear", "linear_swiglu", "qkv_rope_append")  # fmt: skip
 
 
 def load(path: str | Path) -> ctypes.CDLL:
@@ -75,7 +75,7 @@ def library() -> ctypes.CDLL:
 
 
 def params_type(op: str) -> type[ctypes.Structure]:
-    return structs()[f"mk_{op.removeprefix('add_')}_params"]
+    return structs()[f"mk_{op.removeprefix('add_').removesuffix('_swiglu')}_params"]
 
 
 DEVICES = {  # mk_device of an A100, L40S, H100 and B200

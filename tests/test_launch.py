@@ -68,6 +68,19 @@ VALID: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 VALID["add_rms_norm"] = {**VALID["rms_norm"], "residual": POINTER, "residual_stride": 4096}
 VALID["sample"] = {**VALID["argmax"], "sampling": POINTER}
+VALID["linear"] = {
+    "x": POINTER, "w": POINTER, "norm_weight": POINTER, "residual": POINTER, "out": POINTER,
+    "x_stride": 4096, "w_stride": 4096, "residual_stride": 6144, "out_stride": 6144,
+    "m": 3, "n": 6144, "k": 4096, "eps": 1e-5, "dtype": C["MK_BF16"], "out_dtype": C["MK_BF16"],
+}  # fmt: skip
+VALID["linear_swiglu"] = {**VALID["linear"], "residual": None, "out_dtype": 0}
+VALID["qkv_rope_append"] = {
+    **dict.fromkeys(("x", "w", "norm_weight", "q", "k_cache", "v_cache", "slots"), POINTER),
+    "x_stride": 4096, "w_stride": 4096, "q_stride": 4096, "q_head_stride": 128,
+    "cache_page_stride": 16384, "cache_stride": 1024, "cache_head_stride": 128, "tokens": 3,
+    "hidden": 4096, "num_q_heads": 32, "num_kv_heads": 8, "head_dim": 128, "num_pages": 4,
+    "page_size": 16, "eps": 1e-5, "slots_dtype": C["MK_I64"], "dtype": C["MK_F16"], "rope": ROPE,
+}  # fmt: skip
 
 
 def make_params(op: str, **changes: Any) -> ctypes.Structure:
@@ -141,6 +154,63 @@ BAD: list[tuple[str, str, Any, str]] = [
     ("argmax", "dtype", C["MK_I64"], "DTYPE"),
     ("sample", "sampling", None, "NULL"),
     ("sample", "logits_stride", 999, "STRIDE"),
+    *(
+        (op, *bad)
+        for op in ("linear", "linear_swiglu")
+        for bad in (
+            ("x", None, "NULL"),
+            ("w", None, "NULL"),
+            ("out", None, "NULL"),
+            ("w", POINTER + 1, "ALIGNMENT"),
+            ("norm_weight", POINTER + 1, "ALIGNMENT"),
+            ("x_stride", 4095, "STRIDE"),
+            ("w_stride", 0, "STRIDE"),
+            ("m", -1, "SHAPE"),
+            ("n", 0, "SHAPE"),
+            ("n", (1 << 24) + 2, "SHAPE"),
+            ("k", 0, "SHAPE"),
+            ("k", (1 << 14) + 1, "SHAPE"),
+            ("eps", -1.0, "VALUE"),
+            ("dtype", C["MK_F32"], "DTYPE"),
+        )
+    ),
+    ("linear", "out", POINTER + 1, "ALIGNMENT"),
+    ("linear", "out_stride", 6143, "STRIDE"),
+    ("linear", "residual_stride", 6143, "STRIDE"),
+    ("linear", "residual", POINTER + 1, "ALIGNMENT"),
+    ("linear", "out_dtype", C["MK_F32"], "DTYPE"),  # with residual
+    ("linear", "out_dtype", C["MK_F16"], "DTYPE"),
+    ("linear_swiglu", "out_stride", 3071, "STRIDE"),
+    ("linear_swiglu", "n", 6143, "SHAPE"),
+    ("linear_swiglu", "residual", POINTER, "VALUE"),
+    ("qkv_rope_append", "x", None, "NULL"),
+    ("qkv_rope_append", "w", None, "NULL"),
+    ("qkv_rope_append", "q", None, "NULL"),
+    ("qkv_rope_append", "k_cache", None, "NULL"),
+    ("qkv_rope_append", "v_cache", POINTER + 1, "ALIGNMENT"),
+    ("qkv_rope_append", "slots", None, "NULL"),
+    ("qkv_rope_append", "slots_dtype", C["MK_F32"], "DTYPE"),
+    ("qkv_rope_append", "rope.cos", None, "NULL"),
+    ("qkv_rope_append", "rope.sin", None, "NULL"),
+    ("qkv_rope_append", "rope.positions", None, "NULL"),
+    ("qkv_rope_append", "rope.rotary_dim", 130, "SHAPE"),
+    ("qkv_rope_append", "rope.table_stride", 63, "STRIDE"),
+    ("qkv_rope_append", "tokens", -1, "SHAPE"),
+    ("qkv_rope_append", "hidden", 0, "SHAPE"),
+    ("qkv_rope_append", "num_q_heads", 0, "SHAPE"),
+    ("qkv_rope_append", "num_kv_heads", 1025, "SHAPE"),
+    ("qkv_rope_append", "head_dim", 120, "SHAPE"),
+    ("qkv_rope_append", "head_dim", 272, "SHAPE"),
+    ("qkv_rope_append", "num_pages", -1, "SHAPE"),
+    ("qkv_rope_append", "page_size", 0, "SHAPE"),
+    ("qkv_rope_append", "x_stride", 1, "STRIDE"),
+    ("qkv_rope_append", "q_stride", 127, "STRIDE"),
+    ("qkv_rope_append", "q_head_stride", 0, "STRIDE"),
+    ("qkv_rope_append", "cache_page_stride", 0, "STRIDE"),
+    ("qkv_rope_append", "cache_stride", 1, "STRIDE"),
+    ("qkv_rope_append", "cache_head_stride", 127, "STRIDE"),
+    ("qkv_rope_append", "eps", float("inf"), "VALUE"),
+    ("qkv_rope_append", "dtype", C["MK_I32"], "DTYPE"),
 ]
 
 
@@ -175,6 +245,14 @@ def test_null_arguments(op: str) -> None:
         with_null = [None if i == j else a for j, a in enumerate(arguments)]
         assert plan(*with_null) == C["MK_ERR_NULL"]
     assert plan(*arguments) == C["MK_OK"]
+
+
+@pytest.mark.parametrize("op, rows", [("linear", "m"), ("qkv_rope_append", "tokens")])
+def test_norm_is_for_few_rows(op: str, rows: str) -> None:
+    most = C["MK_LINEAR_MAX_NORM_M"]
+    abi.plan(op, make_params(op, **{rows: most}), "80")
+    with pytest.raises(abi.StatusError, match=f"norm_weight must be NULL.*{rows} = {most + 1}"):
+        abi.plan(op, make_params(op, **{rows: most + 1}), "80")
 
 
 def test_errors_are_per_thread() -> None:
@@ -221,7 +299,8 @@ def check_plan(op: str, params: ctypes.Structure, arch: str) -> ctypes.Structure
     plan = abi.plan(op, params, arch)
     assert 1 <= plan.block[0] * plan.block[1] * plan.block[2] <= 1024
     assert 0 <= plan.grid[0] < 1 << 31 and all(1 <= n < 1 << 16 for n in plan.grid[1:])
-    assert plan.smem_bytes == 0 and plan.cluster[:] == [1, 1, 1]
+    assert 0 <= plan.smem_bytes <= abi.device(arch).smem_per_block
+    assert plan.cluster[:] == [1, 1, 1]
     assert plan.pdl == (arch in ("90a", "100a"))
     entry = plan.entry.decode()
     assert entry in native.build_info()["entries"][arch]
@@ -244,6 +323,7 @@ def test_plan_and_entries_match(arch: str) -> None:
             first = next(f for f in ("x", "q", "k", "gate_up", "table", "logits") if f in VALID[op])
             for offset in (0, 4):
                 change = {"dtype": dtype, first: POINTER + offset}
+                change |= {"out_dtype": dtype} if "out_dtype" in VALID[op] else {}
                 plan = check_plan(op, make_params(op, **change), arch)
                 reached.add(plan.entry.decode())
     assert reached == set(native.build_info()["entries"][arch])
@@ -300,7 +380,7 @@ def test_few_rows_get_more_threads() -> None:
 
 @pytest.mark.parametrize("op", abi.OPS)
 def test_empty_input_launches_nothing(op: str) -> None:
-    rows = "tokens" if "tokens" in VALID[op] else "rows"
+    rows = next(field for field in ("tokens", "m", "rows") if field in VALID[op])
     pointers = {f: None for f, v in VALID[op].items() if v == POINTER}
     params = make_params(op, **{rows: 0}, **pointers)
     assert abi.plan(op, params, "80").grid[0] == 0

@@ -41,11 +41,11 @@ constexpr int skinny_stages(int sm) { return sm == 89 ? 4 : 6; }
 constexpr int kSkinnyRowBytes = 2 * kSkinnyK;
 constexpr int kSkinnyMaxNormK = 1 << 14;
 // Shared memory in this order: stages of (rows of w, rows of x); a row of zeros; with the norm a
-// scale per row, and a sum per row and group of 256 elements.
-constexpr int skinny_norm_groups(int k) { return (k + 1023) / 1024 * 4; }
+// scale per row, and the sums of each quad of groups of 256 elements (rms_norm_row.cuh).
+constexpr int kSkinnyNormQuad = 4 * 256;
 constexpr int skinny_smem_bytes(int sm, int warps, int rows, bool has_norm, int k) {
     return skinny_stages(sm) * (warps * kSkinnyCols + rows) * kSkinnyRowBytes + kSkinnyRowBytes +
-           (has_norm ? 4 * kSkinnyRows + 4 * rows * skinny_norm_groups(k) : 0);
+           (has_norm ? 4 * kSkinnyRows + 16 * rows * ((k - 1) / kSkinnyNormQuad + 1) : 0);
 }
 static_assert(skinny_smem_bytes(80, kSkinnyMaxWarps, kSkinnyRows, true, kSkinnyMaxNormK) <=
               163 << 10);

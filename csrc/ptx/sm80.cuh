@@ -117,6 +117,11 @@ __device__ __forceinline__ void cp_async_wait_group() {
     asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
+// ISA#data-movement-and-conversion-instructions-prefetch-prefetchu
+__device__ __forceinline__ void prefetch_global_l2(const void* address) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
+}
+
 // ISA#warp-level-matrix-instructions-ldmatrix
 // Four 8x8 matrices of 2-byte elements; lane 8i + r gives the address of row r of matrix i.
 __device__ __forceinline__ void ldmatrix_x4(uint32_t (&d)[4], uint32_t smem) {

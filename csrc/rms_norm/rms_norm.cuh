@@ -9,31 +9,16 @@
 // before the current one is reduced: 5 blocks of 128 threads then keep 40 KB per SM in flight
 // (add_rms_norm: 4 blocks, 64 KB), where 700 ns of latency need 18 KB on H100 and 38 KB on B200.
 //
-// Sums: of a vector (fma chain), of a group (xor shuffle), of all groups (four running sums over
-// groups 4k + 0..3, then pairs). Which thread holds a vector has no influence, so the plan may
-// give a row more threads when there are few rows, and a row's bits depend on the row only.
+// rms_norm_row.cuh has the arithmetic. Which thread holds a vector has no influence, so the plan
+// may give a row more threads when there are few rows, and a row's bits depend on the row only.
 #pragma once
 
 #include "common/vec.cuh"
 #include "ptx/sm90.cuh"
+#include "rms_norm/rms_norm_row.cuh"
 #include "rms_norm/rms_norm_tiles.h"
 
 namespace mk {
-
-template <class Dtype>
-__device__ __forceinline__ float sum_of_squares(const Vec8& v) {
-    float sum = 0.f;
-    MK_UNROLL
-    for (const uint32_t pair : v.pair) {
-        const float2 f = Dtype::unpack(pair);
-        sum = fmaf(f.y, f.y, fmaf(f.x, f.x, sum));
-    }
-    MK_UNROLL
-    for (int lane_mask = 16; lane_mask > 0; lane_mask /= 2) {
-        sum += __shfl_xor_sync(0xFFFFFFFFu, sum, lane_mask);
-    }
-    return sum;  // of the warp's 32 vectors, in every lane
-}
 
 template <class Dtype>
 __device__ __forceinline__ Vec8 add(const Vec8& a, const Vec8& b) {
@@ -108,14 +93,9 @@ __device__ __forceinline__ void rms_norm(const mk_rms_norm_params& p) {
                     sums[(threadIdx.x + s * blockDim.x) / 32] = group_sum[s];
             }
             __syncthreads();
-            total = {0.f, 0.f, 0.f, 0.f};
-            for (int quad = 0; quad < num_quads; ++quad) {
-                const float4 sum = smem_group_sums[parity][quad];
-                total = {total.x + sum.x, total.y + sum.y, total.z + sum.z, total.w + sum.w};
-            }
+            total = sum_of_groups(smem_group_sums[parity], num_quads);
         }
-        const float mean = ((total.x + total.y) + (total.z + total.w)) / p.hidden;
-        const float scale = ptx::rsqrt_approx_f32(mean + p.eps);
+        const float scale = rms_scale(total, p.hidden, p.eps);
 
         void* const out = row_of(p.out, row, p.out_stride);
         MK_UNROLL
@@ -125,13 +105,7 @@ __device__ __forceinline__ void rms_norm(const mk_rms_norm_params& p) {
                 store8<kAligned>(row_of(p.residual, row, p.residual_stride), first(s), p.hidden,
                                  x[s]);
             }
-            MK_UNROLL
-            for (int i = 0; i < kVec / 2; ++i) {
-                const float2 f = Dtype::unpack(x[s].pair[i]);
-                const uint32_t normalised = Dtype::pack(f.x * scale, f.y * scale);
-                x[s].pair[i] = Dtype::mul(normalised, weight[s].pair[i]);
-            }
-            store8<kAligned>(out, first(s), p.hidden, x[s]);
+            store8<kAligned>(out, first(s), p.hidden, normalise<Dtype>(x[s], scale, weight[s]));
         }
     }
 }
