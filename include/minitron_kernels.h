@@ -492,10 +492,11 @@ typedef struct mk_cpu_linear_params {
     void* out;         /* [m, n] */
     int64_t x_stride, w_stride, w_up_stride, other_stride, out_stride; /* between rows */
     int32_t m, n, k;
-    int32_t dtype;       /* MK_BF16, MK_F16, MK_F32: of all tensors */
+    int32_t dtype;       /* MK_BF16, MK_F16, MK_F32: of all tensors but out */
     int32_t epilogue;    /* mk_epilogue */
     int32_t num_threads; /* 1 ... 256, the caller's among them */
     int32_t isa;         /* mk_cpu_isa */
+    int32_t out_dtype;   /* dtype (0 stands for it), or MK_F32 */
 } mk_cpu_linear_params;
 
 MK_API mk_status mk_cpu_linear(const mk_cpu_linear_params* params);

@@ -621,4 +621,5 @@ def cpu_linear(
     w_up: int = 0,
     w_up_stride: int = 0,
     isa: int = ...,
+    out_dtype: int = 0,
 ) -> None: ...

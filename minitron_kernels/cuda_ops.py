@@ -1,7 +1,9 @@
 """The ops of CUDA tensors that have a compiled kernel: outputs are allocated, the C ABI is called.
 
-Arguments have been checked by `ops.py`; what only the device knows (ids, positions, slots) is
-checked there, as include/minitron_kernels.h says. Kernels run on torch's current stream.
+Arguments have been checked by `ops.py`; what only the device knows (ids, positions, slots, lengths,
+page numbers) is checked there, as include/minitron_kernels.h says, and never read back: no op waits
+for the GPU, and all can be captured into a CUDA graph. Kernels run on torch's current stream.
+Attention is in `cuda_attention.py`.
 """
 
 from __future__ import annotations
@@ -17,12 +19,13 @@ import torch
 from minitron_kernels import _native
 
 if TYPE_CHECKING:
+    from minitron_kernels.ops import Norm, Rope
     from minitron_kernels.sampling import SamplingState
 
 Tensor = torch.Tensor
 
 _log = logging.getLogger(__name__)
-_DTYPES = {
+DTYPES = {
     torch.bfloat16: _native.BF16,
     torch.float16: _native.F16,
     torch.float32: _native.F32,
@@ -40,6 +43,7 @@ SAMPLING = np.dtype(  # mk_sampling
         ("reserved", "<i4"),
     ]
 )
+MAX_NORM_ROWS = 16  # MK_LINEAR_MAX_NORM_M: more rows are normalised by a launch of their own
 # Tests set these to run CPU tensors through the kernels, on the emulator (MK_CUDA_DRIVER), and on
 # one of its streams (to capture them in a graph).
 emulate = False
@@ -51,7 +55,7 @@ def _log_fallback(reason: str) -> None:
     _log.warning("computed by PyTorch, not by a kernel: %s", reason)
 
 
-def _call(name: str, like: Tensor, *args: object) -> None:
+def call(name: str, like: Tensor, *args: object) -> None:
     """Enqueue mk_<name> on the current stream of the device of ``like``."""
     function: Callable[..., None] = getattr(_native, name)
     if not like.is_cuda:
@@ -73,6 +77,29 @@ def serves(x: Tensor) -> bool:
         _log_fallback(f"kernels take bfloat16 and float16, the tensors are {x.dtype}")
         return False
     return True
+
+
+def serves_within(x: Tensor, limits: Sequence[tuple[bool, str]]) -> bool:
+    """As `serves`, of a kernel with limits: (whether one is kept, what it is)."""
+    if not serves(x):
+        return False
+    for kept, limit in limits:
+        if not kept:
+            _log_fallback(limit)
+            return False
+    return True
+
+
+def serves_qkv(x: Tensor, w_qkv: Tensor, k_cache: Tensor) -> bool:
+    """As `serves`, for qkv_rope_append with packed weights."""
+    head_dim = k_cache.shape[3]
+    heads = w_qkv.shape[0] // head_dim
+    good = head_dim % 16 == 0 and head_dim <= 256
+    limits = [
+        (good, f"qkv_rope_append takes head_dim 16, 32, ... 256, it is {head_dim}"),
+        (heads <= 1024, f"qkv_rope_append takes up to 1024 heads, there are {heads}"),
+    ]
+    return serves_within(x, limits)
 
 
 def serves_logits(logits: Tensor) -> bool:
@@ -97,7 +124,7 @@ def _empty(x: Tensor) -> Tensor:
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     rows, out = _rows(x), _empty(x)
-    _call(
+    call(
         "rms_norm",
         x,
         rows.data_ptr(),
@@ -108,7 +135,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         rows.shape[0],
         rows.shape[1],
         eps,
-        _DTYPES[x.dtype],
+        DTYPES[x.dtype],
     )
     return out
 
@@ -117,7 +144,7 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Ten
     """Also updates residual, which may have any strides: one it cannot view is copied back."""
     rows, total = _rows(x), _rows(residual)
     out = _empty(x)
-    _call(
+    call(
         "add_rms_norm",
         x,
         rows.data_ptr(),
@@ -130,24 +157,38 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Ten
         rows.shape[0],
         rows.shape[1],
         eps,
-        _DTYPES[x.dtype],
+        DTYPES[x.dtype],
     )
     if total.data_ptr() != residual.data_ptr():
         residual.copy_(total.view(residual.shape))
     return out
 
 
-def _rope(cos: Tensor, sin: Tensor, positions: Tensor, interleaved: bool) -> object:
+def native_rope(cos: Tensor, sin: Tensor, positions: Tensor | None, interleaved: bool) -> object:
+    """mk_rope of contiguous tensors, which must live until the launch."""
     return _native.Rope(
         cos.data_ptr(),
         sin.data_ptr(),
         cos.stride(0),
-        positions.data_ptr(),
-        _DTYPES[positions.dtype],
+        pointer(positions),
+        _native.I32 if positions is None else DTYPES[positions.dtype],
         cos.shape[0],
         2 * cos.shape[1],
         interleaved,
     )
+
+
+NO_ROPE: object = _native.Rope(0, 0, 0, 0, 0, 0, 0)
+
+
+def contiguous_rope(rope: Rope) -> Rope:
+    cos, sin, positions, _ = rope
+    positions = None if positions is None else positions.contiguous()
+    return rope._replace(cos=cos.contiguous(), sin=sin.contiguous(), positions=positions)
+
+
+def pointer(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
 
 
 def _features_adjoin(x: Tensor) -> Tensor:
@@ -160,7 +201,7 @@ def apply_rope(
     q, k = _features_adjoin(q), _features_adjoin(k)
     cos, sin, positions = cos.contiguous(), sin.contiguous(), positions.contiguous()
     q_out, k_out = _empty(q), _empty(k)
-    _call(
+    call(
         "apply_rope",
         q,
         *(t.data_ptr() for t in (q, k, q_out, k_out)),
@@ -169,8 +210,8 @@ def apply_rope(
         q.shape[1],
         k.shape[1],
         q.shape[2],
-        _DTYPES[q.dtype],
-        _rope(cos, sin, positions, interleaved),
+        DTYPES[q.dtype],
+        native_rope(cos, sin, positions, interleaved),
     )
     return q_out, k_out
 
@@ -189,7 +230,7 @@ def rope_append(
     k, v = _features_adjoin(k), _features_adjoin(v)
     cos, sin, positions, slots = (t.contiguous() for t in (cos, sin, positions, slots))
     num_pages, page, heads, head_dim = k_cache.shape
-    _call(
+    call(
         "rope_append",
         k,
         *(t.data_ptr() for t in (k, v, k_cache, v_cache, slots)),
@@ -201,16 +242,16 @@ def rope_append(
         head_dim,
         num_pages,
         page,
-        _DTYPES[slots.dtype],
-        _DTYPES[k.dtype],
-        _rope(cos, sin, positions, interleaved),
+        DTYPES[slots.dtype],
+        DTYPES[k.dtype],
+        native_rope(cos, sin, positions, interleaved),
     )
 
 
 def silu_and_mul(gate_up: Tensor) -> Tensor:
     rows, size = _rows(gate_up), gate_up.shape[-1] // 2
     out = torch.empty((*gate_up.shape[:-1], size), dtype=gate_up.dtype, device=gate_up.device)
-    _call(
+    call(
         "silu_and_mul",
         gate_up,
         rows.data_ptr(),
@@ -219,16 +260,173 @@ def silu_and_mul(gate_up: Tensor) -> Tensor:
         size,
         rows.shape[0],
         size,
-        _DTYPES[gate_up.dtype],
+        DTYPES[gate_up.dtype],
     )
     return out
+
+
+def _normed(x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor | None]:
+    """x [T, K] and the norm that is left to the product: above MAX_NORM_ROWS a launch before it."""
+    if weight is not None and x.shape[0] > MAX_NORM_ROWS:
+        return rms_norm(x, weight, eps), None
+    return x, None if weight is None else weight.contiguous()
+
+
+def _product(
+    x: Tensor,
+    w: Tensor,
+    out: Tensor,
+    residual: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    eps: float = 0.0,
+) -> None:
+    """out [T, N] = norm(x [T, K]) @ w^T + residual, in one launch."""
+    w = _features_adjoin(w)
+    call(
+        "linear",
+        x,
+        x.data_ptr(),
+        w.data_ptr(),
+        pointer(norm_weight),
+        pointer(residual),
+        out.data_ptr(),
+        x.stride(0),
+        w.stride(0),
+        0 if residual is None else residual.stride(0),
+        out.stride(0),
+        x.shape[0],
+        *w.shape,
+        eps,
+        DTYPES[x.dtype],
+        DTYPES[out.dtype],
+    )
+
+
+def linear(
+    x: Tensor,
+    w: Tensor,
+    residual: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    eps: float = 0.0,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """norm(x [..., K]) @ w [N, K]^T + residual, in x's dtype or out_dtype."""
+    size = w.shape[0]
+    out = torch.empty((*x.shape[:-1], size), dtype=out_dtype or x.dtype, device=x.device)
+    rows, norm_weight = _normed(_rows(x), norm_weight, eps)
+    added = None if residual is None else _rows(residual)
+    _product(rows, w, out.view(rows.shape[0], size), added, norm_weight, eps)
+    return out
+
+
+def linear_swiglu(x: Tensor, w: Tensor, norm_weight: Tensor | None, eps: float) -> Tensor:
+    """silu(gate) * up [T, I] of norm(x [T, H]) and a PackedGateUp's weight."""
+    rows, norm_weight = _normed(_rows(x), norm_weight, eps)
+    w = _features_adjoin(w)
+    size = w.shape[0] // 2
+    out = torch.empty((x.shape[0], size), dtype=x.dtype, device=x.device)
+    call(
+        "linear_swiglu",
+        x,
+        rows.data_ptr(),
+        w.data_ptr(),
+        pointer(norm_weight),
+        out.data_ptr(),
+        rows.stride(0),
+        w.stride(0),
+        size,
+        x.shape[0],
+        *w.shape,
+        eps,
+        DTYPES[x.dtype],
+    )
+    return out
+
+
+def gate_up_silu(
+    x: Tensor, gate: Tensor, up: Tensor, norm_weight: Tensor | None, eps: float
+) -> Tensor:
+    """As `linear_swiglu`, of two matrices: two products and silu_and_mul."""
+    rows, norm_weight = _normed(_rows(x), norm_weight, eps)
+    size = gate.shape[0]
+    gate_up = torch.empty((x.shape[0], 2 * size), dtype=x.dtype, device=x.device)
+    for w, out in ((gate, gate_up[:, :size]), (up, gate_up[:, size:])):
+        _product(rows, w, out, None, norm_weight, eps)
+    return silu_and_mul(gate_up)
+
+
+def qkv_rope_append(
+    x: Tensor,
+    norm: Norm | None,
+    w: Tensor,
+    rope: Rope,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slots: Tensor,
+) -> Tensor:
+    """Q [T, Hq, D] of norm(x [T, H]) and a PackedQKV's weight; K and V go to the cache."""
+    norm_weight, eps = (None, 0.0) if norm is None else norm
+    rows, norm_weight = _normed(_rows(x), norm_weight, eps)
+    w, slots, rope = _features_adjoin(w), slots.contiguous(), contiguous_rope(rope)
+    num_pages, page, kv_heads, head_dim = k_cache.shape
+    q_heads = w.shape[0] // head_dim - 2 * kv_heads
+    q = torch.empty((x.shape[0], q_heads, head_dim), dtype=x.dtype, device=x.device)
+    call(
+        "qkv_rope_append",
+        x,
+        rows.data_ptr(),
+        w.data_ptr(),
+        pointer(norm_weight),
+        *(t.data_ptr() for t in (q, k_cache, v_cache, slots)),
+        rows.stride(0),
+        w.stride(0),
+        q_heads * head_dim,
+        head_dim,
+        *k_cache.stride()[:3],
+        *x.shape,
+        q_heads,
+        kv_heads,
+        head_dim,
+        num_pages,
+        page,
+        eps,
+        DTYPES[slots.dtype],
+        DTYPES[x.dtype],
+        native_rope(*rope),
+    )
+    return q
+
+
+def qkv_then_rope(
+    x: Tensor,
+    norm: Norm | None,
+    matrices: tuple[Tensor, Tensor, Tensor],
+    rope: Rope,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slots: Tensor,
+) -> Tensor:
+    """As `qkv_rope_append`, of (wq, wk, wv): three products, rope_append and apply_rope."""
+    norm_weight, eps = (None, 0.0) if norm is None else norm
+    rows, norm_weight = _normed(_rows(x), norm_weight, eps)
+    head_dim = k_cache.shape[3]
+    projected = []
+    for w in matrices:
+        y = torch.empty((x.shape[0], w.shape[0]), dtype=x.dtype, device=x.device)
+        _product(rows, w, y, None, norm_weight, eps)
+        projected.append(y.view(x.shape[0], w.shape[0] // head_dim, head_dim))
+    q, k, v = projected
+    cos, sin, positions, interleaved = rope
+    assert positions is not None
+    rope_append(k, v, cos, sin, positions, interleaved, k_cache, v_cache, slots)
+    return apply_rope(q, k[:, :0], cos, sin, positions, interleaved)[0]
 
 
 def embedding(ids: Tensor, table: Tensor) -> Tensor:
     ids, table = ids.contiguous(), _features_adjoin(table)
     hidden = table.shape[1]
     out = torch.empty((*ids.shape, hidden), dtype=table.dtype, device=table.device)
-    _call(
+    call(
         "embedding",
         table,
         ids.data_ptr(),
@@ -239,8 +437,8 @@ def embedding(ids: Tensor, table: Tensor) -> Tensor:
         ids.numel(),
         table.shape[0],
         hidden,
-        _DTYPES[ids.dtype],
-        _DTYPES[table.dtype],
+        DTYPES[ids.dtype],
+        DTYPES[table.dtype],
     )
     return out
 
@@ -249,14 +447,14 @@ def argmax(logits: Tensor) -> Tensor:
     """logits [B, V] of any floating dtype -> ids int64 [B], the lowest of equal ones."""
     logits = _features_adjoin(logits)
     out = torch.empty(logits.shape[0], dtype=torch.int64, device=logits.device)
-    _call(
+    call(
         "argmax",
         logits,
         logits.data_ptr(),
         out.data_ptr(),
         logits.stride(0),
         *logits.shape,
-        _DTYPES[logits.dtype],
+        DTYPES[logits.dtype],
     )
     return out
 
@@ -285,7 +483,7 @@ def sample(logits: Tensor, sampling: Tensor) -> Tensor:
     """
     logits = _features_adjoin(logits)
     out = torch.empty(logits.shape[0], dtype=torch.int64, device=logits.device)
-    _call(
+    call(
         "sample",
         logits,
         logits.data_ptr(),
@@ -293,6 +491,6 @@ def sample(logits: Tensor, sampling: Tensor) -> Tensor:
         out.data_ptr(),
         logits.stride(0),
         *logits.shape,
-        _DTYPES[logits.dtype],
+        DTYPES[logits.dtype],
     )
     return out

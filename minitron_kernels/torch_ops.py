@@ -1,6 +1,7 @@
 """The ops' computations in PyTorch: of CPU tensors, and of CUDA tensors that no kernel serves.
 
-Arguments have been checked by `ops.py`. A row of a CPU result does not depend on the rest of the
+Arguments have been checked by `ops.py`, but for what only a look into index tensors tells, which is
+checked here, before anything is written. A row of a CPU result does not depend on the rest of the
 batch, bit for bit.
 """
 
@@ -9,11 +10,16 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 
 from minitron_kernels import _native
+from minitron_kernels.checks import lengths_of, starts_of
+
+if TYPE_CHECKING:
+    from minitron_kernels.ops import Rope
 
 Tensor = torch.Tensor
 
@@ -45,6 +51,14 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     return y.to(x.dtype)
 
 
+def from_pairs(x: Tensor, rotary_dim: int, interleaved: bool) -> Tensor:
+    """x [T, H, D] in pair order (see PackedQKV) -> in the order of features."""
+    if interleaved:
+        return x
+    first, second = x[..., :rotary_dim:2], x[..., 1:rotary_dim:2]
+    return torch.cat((first, second, x[..., rotary_dim:]), dim=-1)
+
+
 _DTYPES = {
     torch.bfloat16: _native.BF16,
     torch.float16: _native.F16,
@@ -57,21 +71,29 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def matmul(
-    x: Tensor, w: Tensor, *, add: Tensor | None = None, swiglu_up: Tensor | None = None
+    x: Tensor,
+    w: Tensor,
+    *,
+    add: Tensor | None = None,
+    swiglu_up: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """x [M, K] @ w [N, K]^T, + add [M, N], or silu(x @ w^T) * (x @ swiglu_up^T).
+
+    ``out_dtype``: x's dtype (None) or float32.
 
     CPU tensors go to mk_cpu_linear (csrc/cpu), whose sums and epilogues are fp32, rounded once, and
     whose every row's bits depend on that row alone. PyTorch's do not: MKL sums in an order that
     depends on M, so that a sequence would get other bits in a batch than alone.
     """
+    out_dtype = x.dtype if out_dtype is None else out_dtype
     if x.device.type != "cpu":
         y = F.linear(x, w)
         if swiglu_up is not None:
             return F.silu(y, inplace=True).mul_(F.linear(x, swiglu_up))
-        return y if add is None else y.add_(add)
+        return (y if add is None else y.add_(add)).to(out_dtype)
     x, w = _rows(x), _rows(w)
-    out = torch.empty((x.shape[0], w.shape[0]), dtype=x.dtype)
+    out = torch.empty((x.shape[0], w.shape[0]), dtype=out_dtype)
     epilogue, other, up = _native.EPILOGUE_NONE, out, w
     if swiglu_up is not None:
         epilogue, up = _native.EPILOGUE_SWIGLU, _rows(swiglu_up)
@@ -94,6 +116,7 @@ def matmul(
         0 if other is out else other.stride(0),
         0 if up is w else up.data_ptr(),
         0 if up is w else up.stride(0),
+        out_dtype=_DTYPES[out_dtype],
     )
     return out
 
@@ -144,7 +167,7 @@ def attend_into(
     scale: float,
     window: int | None,
 ) -> None:
-    """_attend, with queries that see no key (more queries than keys) set to 0 and lse -inf."""
+    """attend, with queries that see no key (more queries than keys) set to 0 and lse -inf."""
     blind = q.shape[0] - k.shape[0] if causal else 0 if k.shape[0] else q.shape[0]
     if window is not None and not causal:
         blind = max(blind, q.shape[0] - k.shape[0] - window + 1)
@@ -161,19 +184,21 @@ def attend_into(
 
 def append(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
     """Write rows of k, v [T, Hk, D] into the slots of the cache; a negative slot is skipped."""
-    caches = tuple(cache.view(-1, *k.shape[1:]) for cache in (k_cache, v_cache))
-    if slots.device.type == "cpu" and slots.numel():
+    page = k_cache.shape[1]
+    if slots.device.type == "cpu" and slots.numel() and k_cache.is_contiguous():
         rows: list[int] = slots.tolist()
         first = rows[0]
         if first >= 0 and rows == list(range(first, first + len(rows))):  # as in most prompts
-            for cache, new in zip(caches, (k, v), strict=True):
-                cache[first : first + len(rows)].copy_(new)
+            for cache, new in ((k_cache, k), (v_cache, v)):
+                cache.view(-1, *k.shape[1:])[first : first + len(rows)].copy_(new)
             return
     kept = slots >= 0
     if not kept.all():
         k, v, slots = k[kept], v[kept], slots[kept]
-    for cache, new in zip(caches, (k, v), strict=True):
-        cache.index_copy_(0, slots.long(), new)
+    slots = slots.long()
+    at = slots // page, slots % page
+    for cache, new in ((k_cache, k), (v_cache, v)):
+        cache.index_put_(at, new)
 
 
 def cached_rows(cache: Tensor, pages: Sequence[int], num_tokens: int) -> Tensor:
@@ -184,3 +209,123 @@ def cached_rows(cache: Tensor, pages: Sequence[int], num_tokens: int) -> Tensor:
         first = used[0] if used else 0
         return cache[first : first + len(used)].flatten(0, 1)[:num_tokens]
     return cache[torch.tensor(used, device=cache.device)].flatten(0, 1)[:num_tokens]
+
+
+def _new_attention(q: Tensor, return_lse: bool) -> tuple[Tensor, Tensor]:
+    """Uninitialised out and lse; the latter is empty if it is not wanted."""
+    lse_shape = (q.shape[1], q.shape[0]) if return_lse else (0,)
+    lse = torch.empty(lse_shape, dtype=torch.float32, device=q.device)
+    return torch.empty_like(q, memory_format=torch.contiguous_format), lse
+
+
+def _check_counts(counts: list[int], bounds: tuple[int, int | None]) -> None:
+    """The lengths lie in min_seqlen_q ... max_seqlen_q; empty sequences do not matter."""
+    smallest, largest = bounds[0], max(counts, default=0) if bounds[1] is None else bounds[1]
+    if not all(smallest <= n <= largest for n in counts if n):
+        raise ValueError(
+            f"max_seqlen_q {largest} and min_seqlen_q {smallest}: a sequence has "
+            f"{max(counts)} rows of q, another {min(n for n in counts if n)}"
+        )
+
+
+def packed_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: tuple[Tensor, Tensor],
+    max_seqlen_q: int | None,
+    causal: bool,
+    scale: float,
+    window: int | None,
+    rope: Rope | None,
+    return_lse: bool,
+) -> tuple[Tensor, Tensor]:
+    """ops.attention: out, lse."""
+    starts_q = starts_of("cu_seqlens_q", cu_seqlens[0], q.shape[0], "q")
+    starts_k = starts_of("cu_seqlens_k", cu_seqlens[1], k.shape[0], "k")
+    lengths = list(zip(lengths_of(starts_q), lengths_of(starts_k), strict=True))
+    _check_counts([lq for lq, _ in lengths], (0, max_seqlen_q))
+    if rope is not None:
+        cos, sin, _, interleaved = rope
+        if not all(lq <= lk <= cos.shape[0] for lq, lk in lengths):
+            raise ValueError(
+                f"with rope every sequence needs queries <= keys <= max_position {cos.shape[0]}"
+            )
+        for_q = [p for lq, lk in lengths for p in range(lk - lq, lk)]
+        for_k = [p for _, lk in lengths for p in range(lk)]
+        q = rotate(q, cos[for_q][:, None], sin[for_q][:, None], interleaved)
+        k = rotate(k, cos[for_k][:, None], sin[for_k][:, None], interleaved)
+    out, lse = _new_attention(q, return_lse)
+    for i in range(len(lengths)):
+        rows_q = slice(starts_q[i], starts_q[i + 1])
+        rows_k = slice(starts_k[i], starts_k[i + 1])
+        lse_i = lse[:, rows_q] if return_lse else None
+        attend_into(out[rows_q], lse_i, q[rows_q], k[rows_k], v[rows_k], causal, scale, window)
+    return out, lse
+
+
+def paged_attention(
+    q: Tensor,
+    new: tuple[Tensor, Tensor] | None,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    cache_seqlens: Tensor,
+    cu_seqlens_q: Tensor | None,
+    bounds: tuple[int, int | None],
+    rope: Rope | None,
+    causal: bool,
+    scale: float,
+    window: int | None,
+    return_lse: bool,
+) -> tuple[Tensor, Tensor]:
+    """ops.attention_kvcache: out, lse. ``bounds`` are its min_seqlen_q and max_seqlen_q."""
+    num_pages, page = k_cache.shape[:2]
+    batch, max_pages = block_table.shape
+    starts = list(range(batch + 1))
+    if cu_seqlens_q is not None:
+        starts = starts_of("cu_seqlens_q", cu_seqlens_q, q.shape[0], "q")
+    counts = lengths_of(starts)
+    _check_counts(counts, bounds)
+    before: list[int] = cache_seqlens.tolist()
+    tables: list[list[int]] = block_table.tolist()
+    total = [n + (m if new is not None else 0) for n, m in zip(before, counts, strict=True)]
+    for i in range(batch):
+        if before[i] < 0 or total[i] > max_pages * page:
+            raise ValueError(
+                f"cache_seqlens[{i}]: {total[i]} tokens do not fit block_table's "
+                f"{max_pages} x {page}"
+            )
+        if not all(0 <= p < num_pages for p in tables[i][: -(-total[i] // page)]):
+            raise ValueError(f"block_table[{i}] names a page outside 0..{num_pages - 1}")
+    if rope is not None:
+        cos, sin, positions, interleaved = rope
+        if positions is None:
+            places = [p for n, m in zip(total, counts, strict=True) for p in range(n - m, n)]
+            if places and not 0 <= min(places) <= max(places) < cos.shape[0]:
+                raise ValueError(
+                    f"rope: the rows stand at {min(places)}..{max(places)}, the tables have "
+                    f"positions 0..{cos.shape[0] - 1}"
+                )
+            positions = torch.tensor(places, dtype=torch.int64, device=q.device)
+        turn = cos[positions][:, None], sin[positions][:, None], interleaved
+        q = rotate(q, *turn)
+    if new is not None:
+        slots = [
+            tables[i][p // page] * page + p % page
+            for i in range(batch)
+            for p in range(before[i], total[i])
+        ]
+        k_new = new[0] if rope is None else rotate(new[0], *turn)
+        append(k_new, new[1], k_cache, v_cache, torch.tensor(slots, device=q.device))
+    if batch == 1 and not return_lse and 0 < q.shape[0] <= total[0]:
+        k, v = (cached_rows(c, tables[0], total[0]) for c in (k_cache, v_cache))
+        out = attend(q, k, v, causal, scale, window)  # as it is, with no copy
+        return out.contiguous(), q.new_empty(0, dtype=torch.float32)
+    out, lse = _new_attention(q, return_lse)
+    for i in range(batch):
+        own = slice(starts[i], starts[i + 1])
+        k, v = (cached_rows(c, tables[i], total[i]) for c in (k_cache, v_cache))
+        lse_i = lse[:, own] if return_lse else None
+        attend_into(out[own], lse_i, q[own], k, v, causal, scale, window)
+    return out, lse

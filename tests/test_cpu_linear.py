@@ -67,6 +67,7 @@ def cpu_linear(
     out: Tensor | None = None,
     threads: int = 2,
     isa: int = _native.CPU_AUTO,
+    out_dtype: int = 0,
 ) -> Tensor:
     if out is None:
         out = torch.full((x.shape[0], w.shape[0]), float("nan"), dtype=x.dtype)
@@ -88,6 +89,7 @@ def cpu_linear(
         w_up=0 if w_up is None else w_up.data_ptr(),
         w_up_stride=0 if w_up is None else w_up.stride(0),
         isa=isa,
+        out_dtype=out_dtype,
     )
     return out
 
@@ -409,6 +411,21 @@ def test_cpu_linear_guard_page_works() -> None:
     assert python(GUARD, AVAILABLE[-1], "past").returncode == -11
 
 
+@each_isa
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+@pytest.mark.parametrize("shape", [(1, 70, 33), (5, 49, 20), (300, 50, 800)], ids=str)
+def test_cpu_linear_float32_of_halves(
+    isa: str, dtype: torch.dtype, shape: tuple[int, int, int]
+) -> None:
+    m, n, k = shape
+    x, w = random(m, k, dtype=dtype), random(n, k, dtype=dtype, seed=1)
+    wide = torch.full((m, n + 3), float("nan"))
+    options = {"threads": 2, "isa": require(isa), "out_dtype": _native.F32}
+    got = cpu_linear(x, w, out=wide[:, :n], **options)
+    assert_same_bits(got, cpu_linear(x.float(), w.float()))
+    assert wide[:, n:].isnan().all()
+
+
 def test_cpu_linear_empty() -> None:
     for m, n in ((0, 5), (5, 0), (0, 0)):
         x, w = torch.empty(m, 8), torch.empty(n, 8)
@@ -438,6 +455,7 @@ def test_cpu_linear_bad_arguments() -> None:
     }
     bad = [
         ({"dtype": _native.I32}, TypeError, "dtype must be .* got 4"),
+        ({"out_dtype": _native.F16}, TypeError, "out_dtype must be dtype .3. or MK_F32 .3., got 2"),
         ({"dtype": 0}, TypeError, "dtype"),
         ({"x": 0}, ValueError, "x is NULL"),
         ({"w": 0}, ValueError, "w is NULL"),

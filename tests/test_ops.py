@@ -168,6 +168,21 @@ def test_linear_rows_do_not_depend_on_the_batch(epilogue: str, m: int, n: int, k
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("m", [0, 1, 33])
+def test_linear_gives_float32_of_sums_that_it_rounds_otherwise(dtype: torch.dtype, m: int) -> None:
+    x, w, weight = randn(m, 129, dtype=dtype), randn(70, 129, dtype=dtype), randn(129, dtype=dtype)
+    for norm in (None, ops.Norm(weight, 1e-5)):
+        logits = ops.linear(x, w, norm=norm, out_dtype=torch.float32)
+        assert logits.dtype == torch.float32 and logits.shape == (m, 70)
+        assert torch.equal(logits.to(dtype), ops.linear(x, w, norm=norm))
+        rows = x if norm is None else ops.rms_norm(x, *norm)
+        assert torch.equal(logits, ops.linear(rows, w, out_dtype=torch.float32))
+        if m:
+            exact = reference.linear(*wide(rows, w))
+            check(logits, exact, F.linear(rows.float(), w.float()))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tokens", SIZES)
 @pytest.mark.parametrize("packed", [False, True])
 def test_swiglu_mlp(dtype: torch.dtype, tokens: int, packed: bool) -> None:
@@ -194,6 +209,45 @@ def test_swiglu_rows_do_not_depend_on_the_batch() -> None:
     together = ops.swiglu_mlp(x, (gate, up), down)
     for i in range(0, 97, 8):
         assert torch.equal(together[i : i + 1], ops.swiglu_mlp(x[i : i + 1], (gate, up), down))
+
+
+def test_packed_gate_up_gives_the_same_bits() -> None:
+    x, gate, up, down = (randn(*s) for s in ((9, 48), (75, 48), (75, 48), (48, 75)))
+    packed = ops.pack_gate_up(gate, up)
+    assert torch.equal(packed.weight[2:4], torch.stack((gate[1], up[1])))
+    for a, b in zip(ops.unpack_gate_up(packed), (gate, up), strict=True):
+        assert torch.equal(a, b)
+    norm = ops.Norm(randn(48, seed=1), 1e-5)
+    expected = ops.swiglu_mlp(x, (gate, up), down, norm, x)
+    assert torch.equal(ops.swiglu_mlp(x, packed, down, norm, x), expected)
+
+
+@given(
+    st.integers(1, 4),
+    st.integers(1, 3),
+    st.sampled_from([(16, 16), (24, 8), (64, 64), (6, 2)]),
+    st.booleans(),
+)
+@settings(max_examples=30, deadline=None)
+def test_packed_qkv_gives_the_same_bits(
+    group: int, hk: int, dims: tuple[int, int], interleaved: bool
+) -> None:
+    (d, rotated), hidden, tokens = dims, 40, 5
+    wq, wk, wv = (randn(h * d, hidden, seed=h) for h in (group * hk, hk, hk))
+    packed = ops.pack_qkv(wq, wk, wv, d, rotated, interleaved)
+    for a, b in zip(ops.unpack_qkv(packed), (wq, wk, wv), strict=True):
+        assert torch.equal(a, b)
+    first = 1 if interleaved else rotated // 2  # the partner of feature 0
+    assert torch.equal(packed.weight[:2], wq[[0, first]])
+    rope = ops.Rope(*table(20, rotated), torch.tensor([3, 0, 19, 7, 7]), interleaved)
+    results = []
+    for w in (packed, (wq, wk, wv)):
+        cache = torch.zeros(2, 16, hk, d), torch.zeros(2, 16, hk, d)
+        slots = torch.tensor([0, 31, -1, 8, 9])
+        norm = ops.Norm(randn(hidden), 1e-5)
+        q = ops.qkv_rope_append(randn(tokens, hidden), norm, w, rope, cache, slots)
+        results.append((q, *cache))
+    assert all(map(torch.equal, *results))
 
 
 def test_embedding_gathers_rows_and_refuses_others() -> None:
@@ -494,6 +548,51 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         lambda: ops.attention(
             randn(3, 3, 64), randn(3, 2, 64), randn(3, 2, 64), cu_seqlens([3]), cu_seqlens([3])
         ), ValueError, "query heads .3. must be a multiple",
+    ),
+    "linear logits": (
+        lambda: ops.linear(randn(2, 8), randn(4, 8), out_dtype=torch.bfloat16), ValueError,
+        "out_dtype must be x's torch.float32",
+    ),
+    "logits with a residual": (
+        lambda: ops.linear(
+            randn(2, 8).half(), randn(4, 8).half(), randn(2, 4).half(), out_dtype=torch.float32
+        ), ValueError, "or float32 without residual",
+    ),
+    "linear norm": (
+        lambda: ops.linear(randn(2, 8), randn(4, 8), norm=ops.Norm(randn(7), 1e-5)), ValueError,
+        "weight must have shape 8",
+    ),
+    "odd packed gate and up": (
+        lambda: ops.swiglu_mlp(randn(2, 8), ops.PackedGateUp(randn(7, 8)), randn(8, 3)),
+        ValueError, "packed gate and up must be",
+    ),
+    "packed for another rope": (
+        lambda: _append(
+            w_qkv=ops.pack_qkv(randn(256, 48), randn(128, 48), randn(128, 48), 64, 32)
+        ), ValueError, "packed for rotary_dim 32, interleaved False; rope has 64",
+    ),
+    "packed for other heads": (
+        lambda: _append(w_qkv=ops.pack_qkv(randn(256, 48), randn(64, 48), randn(64, 48), 64)),
+        ValueError, "k_cache has 2 heads of 64, w_qkv 1 of 64",
+    ),
+    "packing of odd shapes": (
+        lambda: ops.pack_qkv(randn(256, 48), randn(100, 48), randn(100, 48), 64), ValueError,
+        "wk must be .heads [*] 64, 48.",
+    ),
+    "gate and up differ": (
+        lambda: ops.pack_gate_up(randn(4, 8), randn(5, 8)), ValueError, "must both be",
+    ),
+    "max_seqlen_q": (
+        lambda: _kvcache(
+            q=randn(4, 4, 64), cu_seqlens_q=cu_seqlens([1, 3]), max_seqlen_q=2
+        ), ValueError, "max_seqlen_q 2",
+    ),
+    "min_seqlen_q": (
+        lambda: _kvcache(q=randn(3, 4, 64), cu_seqlens_q=cu_seqlens([1, 2]), min_seqlen_q=2),
+        ValueError, "min_seqlen_q 2",
+    ),
+    "rope is short": (
+        lambda: _kvcache(rope=ops.Rope(*table(19, 64))), ValueError, "the rows stand at 4..19",
     ),
     "cu_seqlens end": (
         lambda: ops.attention(

@@ -29,7 +29,7 @@ def caches() -> tuple[Tensor, Tensor]:
 
 
 def arguments(t: int) -> dict[str, tuple[Any, ...]]:
-    """Arguments of every registered op, for t tokens."""
+    """Arguments of every registered op, for t tokens; an op in two forms has a second name."""
     cos, sin = table()
     positions, x = torch.arange(t), randn(t, HIDDEN)
     gate, up, down = randn(40, HIDDEN), randn(40, HIDDEN), randn(HIDDEN, 40)
@@ -42,18 +42,25 @@ def arguments(t: int) -> dict[str, tuple[Any, ...]]:
     )
     wq, wk, wv = randn(HEADS * D, HIDDEN), randn(KV_HEADS * D, HIDDEN), randn(KV_HEADS * D, HIDDEN)
     weight = randn(HIDDEN)
+    packed_qkv = ops.pack_qkv(wq, wk, wv, D).weight
+    packed_gate_up = ops.pack_gate_up(gate, up).weight
     return {
         "rms_norm": (x, weight, 1e-5),
         "add_rms_norm": (x, randn(t, HIDDEN), weight, 1e-5),
         "apply_rope": (q, k, cos, sin, positions, False),
         "silu_and_mul": (randn(t, 2 * HIDDEN),),
-        "linear": (x, gate, randn(t, 40)),
+        "linear": (x, gate, randn(t, 40), weight, 1e-5, None),
+        "linear logits": (x.bfloat16(), gate.bfloat16(), None, None, 0.0, torch.float32),
         "swiglu_mlp": (x, gate, up, down, weight, 1e-5, x),
-        "attention": (q, k, v, cu, cu, True, None, None, cos, sin, False, True),
+        "swiglu_mlp packed": (x, packed_gate_up, None, down, weight, 1e-5, x),
+        "attention": (q, k, v, cu, cu, t, True, None, None, cos, sin, False, True),
         "rope_append": (k, v, *rope, *caches(), positions),
         "qkv_rope_append": (x, weight, 1e-5, wq, wk, wv, *rope, *caches(), positions),
+        "qkv_rope_append packed": (
+            x, weight, 1e-5, packed_qkv, None, None, *rope, *caches(), positions,
+        ),
         "attention_kvcache": (
-            q, k, v, *caches(), *paged, cu, cos, sin, None, False, True, None, None, False,
+            q, k, v, *caches(), *paged, cu, t, 0, cos, sin, None, False, True, None, None, False,
         ),
         "embedding": (torch.arange(t), randn(70, HIDDEN)),
     }  # fmt: skip
@@ -68,21 +75,26 @@ def test_every_registered_op_is_tested() -> None:
         for schema in torch._C._jit_get_all_schemas()
         if schema.name.startswith("minitron_kernels::")
     }
-    assert registered == set(NAMES)
+    assert registered == {name.partition(" ")[0] for name in NAMES}
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_opcheck(name: str) -> None:
-    op = getattr(torch.ops.minitron_kernels, name).default
+    op = getattr(torch.ops.minitron_kernels, name.partition(" ")[0]).default
     torch.library.opcheck(op, arguments(9)[name])
 
 
 def public(name: str) -> Callable[..., Any]:
     """The function a user calls, over the registered op's arguments."""
     pack: dict[str, Callable[..., Any]] = {
+        "linear": lambda x, w, r, weight, eps, _: ops.linear(x, w, r, norm=(weight, eps)),
+        "linear logits": lambda x, w, *_: ops.linear(x, w, out_dtype=torch.float32),
         "swiglu_mlp": lambda x, g, u, d, w, eps, r: ops.swiglu_mlp(x, (g, u), d, (w, eps), r),
-        "attention": lambda q, k, v, a, b, causal, scale, window, c, s, i, lse: ops.attention(
-            q, k, v, a, b, causal=causal, rope=ops.Rope(c, s, None, i), return_lse=lse
+        "swiglu_mlp packed": lambda x, g, u, d, w, eps, r: ops.swiglu_mlp(
+            x, ops.PackedGateUp(g), d, (w, eps), r
+        ),
+        "attention": lambda q, k, v, a, b, n, causal, scale, window, c, s, i, lse: ops.attention(
+            q, k, v, a, b, max_seqlen_q=n, rope=ops.Rope(c, s, None, i), return_lse=lse
         ),
         "rope_append": lambda k, v, c, s, p, i, kc, vc, slots: ops.rope_append(
             k, v, ops.Rope(c, s, p, i), (kc, vc), slots
@@ -92,8 +104,20 @@ def public(name: str) -> Callable[..., Any]:
                 x, ops.Norm(w, eps), (wq, wk, wv), ops.Rope(c, s, p, i), (kc, vc), slots
             )
         ),
-        "attention_kvcache": lambda q, k, v, kc, vc, bt, n, cu, c, s, *_: ops.attention_kvcache(
-            q, k, v, kc, vc, bt, n, ops.Rope(c, s), cu_seqlens_q=cu
+        "qkv_rope_append packed": lambda x, w, eps, packed, _, __, c, s, p, i, kc, vc, slots: (
+            ops.qkv_rope_append(
+                x,
+                ops.Norm(w, eps),
+                ops.PackedQKV(packed, HEADS, KV_HEADS, D, D),
+                ops.Rope(c, s, p, i),
+                (kc, vc),
+                slots,
+            )
+        ),
+        "attention_kvcache": lambda q, k, v, kc, vc, bt, n, cu, m, _, c, s, *__: (
+            ops.attention_kvcache(
+                q, k, v, kc, vc, bt, n, ops.Rope(c, s), cu_seqlens_q=cu, max_seqlen_q=m
+            )
         ),
     }
     return pack.get(name) or getattr(ops, name)
@@ -121,7 +145,7 @@ def test_compiles_whole_with_dynamic_shapes(name: str) -> None:
         compiled_once = compiled_once or len(graphs)
         assert len(graphs) == compiled_once, f"recompiled for {tokens} tokens"
     nodes = [str(n.target) for n in graphs[-1].graph.nodes if n.op == "call_function"]
-    assert f"minitron_kernels.{name}.default" in nodes
+    assert f"minitron_kernels.{name.partition(' ')[0]}.default" in nodes
 
 
 def test_layers_compile_with_inductor() -> None:

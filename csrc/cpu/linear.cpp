@@ -161,6 +161,8 @@ void run_blocks(const LinearKernels& kernels, const LinearTask& task, int num_th
     });
 }
 
+int32_t out_dtype(const mk_cpu_linear_params& p) { return p.out_dtype ? p.out_dtype : p.dtype; }
+
 mk_status run(const mk_cpu_linear_params& p, const LinearKernels& kernels) {
     LinearTask task{p, nullptr, ceil_div<int64_t>(p.k, kLanes) * kLanes};
     const int64_t most = kMaxPackedX / std::max<int64_t>(task.packed_k, 1) / kBlockM * kBlockM;
@@ -170,14 +172,14 @@ mk_status run(const mk_cpu_linear_params& p, const LinearKernels& kernels) {
                "no memory for %lld x %lld floats of packed x", static_cast<long long>(slab),
                static_cast<long long>(task.packed_k));
     const DefaultFloatMode mode;
-    const int32_t bytes = dtype_bytes(p.dtype);
+    const int32_t bytes = dtype_bytes(p.dtype), out_bytes = dtype_bytes(out_dtype(p));
     const auto skip_rows = [&](const void* base, int64_t stride, int64_t rows) {
         return base ? static_cast<const char*>(base) + rows * stride * bytes : nullptr;
     };
     for (int64_t i = 0; i < p.m; i += slab) {
         task.p.x = skip_rows(p.x, p.x_stride, i);
         task.p.other = skip_rows(p.other, p.other_stride, i);
-        task.p.out = const_cast<char*>(skip_rows(p.out, p.out_stride, i));
+        task.p.out = static_cast<char*>(p.out) + i * p.out_stride * out_bytes;
         task.p.m = static_cast<int32_t>(std::min(slab, p.m - i));
         const double macs = static_cast<double>(task.p.m) * p.n * p.k;
         const int threads = macs < kMinParallelMacs ? 1 : p.num_threads;
@@ -193,6 +195,8 @@ mk_status run(const mk_cpu_linear_params& p, const LinearKernels& kernels) {
 mk_status check(const mk_cpu_linear_params& p) {
     MK_REQUIRE(p.dtype == MK_BF16 || p.dtype == MK_F16 || p.dtype == MK_F32, MK_ERR_DTYPE,
                "dtype must be MK_BF16 (1), MK_F16 (2) or MK_F32 (3), got %d", p.dtype);
+    MK_REQUIRE(out_dtype(p) == p.dtype || p.out_dtype == MK_F32, MK_ERR_DTYPE,
+               "out_dtype must be dtype (%d) or MK_F32 (3), got %d", p.dtype, p.out_dtype);
     MK_TRY(check_size("m", p.m, 0, INT32_MAX));
     MK_TRY(check_size("n", p.n, 0, INT32_MAX));
     MK_TRY(check_size("k", p.k, 0, INT32_MAX));
@@ -213,7 +217,7 @@ mk_status check(const mk_cpu_linear_params& p) {
         if (has_up) MK_TRY(check_rows("w_up", p.w_up, p.w_up_stride, p.n, p.k, p.dtype));
     }
     if (has_other) MK_TRY(check_rows("other", p.other, p.other_stride, p.m, p.n, p.dtype));
-    return check_rows("out", p.out, p.out_stride, p.m, p.n, p.dtype);
+    return check_rows("out", p.out, p.out_stride, p.m, p.n, out_dtype(p));
 }
 
 }  // namespace

@@ -177,8 +177,8 @@ MK_INLINE Vec exp_clamped(Vec x) {
 MK_INLINE Vec silu(Vec y) { return y / (Vec::set(1.f) + exp_clamped(Vec::set(0.f) - y)); }
 
 // out = epilogue(sums), for `count` outputs of one row.
-template <class T>
-void finish_row(int32_t epilogue, const float* sums, const float* sums_up, const T* other, T* out,
+template <class T, class Out>
+void finish_row(int32_t epilogue, const float* sums, const float* sums_up, const T* other, Out* out,
                 int64_t count) {
     for (int64_t i = 0; i < count; i += kLanes) {
         const int left = static_cast<int>(count - i < kLanes ? count - i : kLanes);
@@ -197,15 +197,25 @@ void finish_row(int32_t epilogue, const float* sums, const float* sums_up, const
 }
 
 // Outputs [m ... m_end-1, n ... n_end-1] from scratch.sums, whose rows are `stride` apart.
-template <class T>
-void finish(const LinearTask& task, int64_t m, int64_t m_end, int64_t n, int64_t n_end,
-            const Scratch& scratch, int64_t stride) {
+template <class T, class Out>
+void finish_rows(const LinearTask& task, int64_t m, int64_t m_end, int64_t n, int64_t n_end,
+                 const Scratch& scratch, int64_t stride) {
     const mk_cpu_linear_params& p = task.p;
     const bool has_other = p.epilogue == MK_EPILOGUE_MUL || p.epilogue == MK_EPILOGUE_ADD;
     for (int64_t i = 0; m + i < m_end; ++i) {
         finish_row<T>(p.epilogue, scratch.sums[0] + i * stride, scratch.sums[1] + i * stride,
                       has_other ? row<T>(p.other, p.other_stride, m + i) + n : nullptr,
-                      static_cast<T*>(p.out) + p.out_stride * (m + i) + n, n_end - n);
+                      static_cast<Out*>(p.out) + p.out_stride * (m + i) + n, n_end - n);
+    }
+}
+
+template <class T>
+void finish(const LinearTask& task, int64_t m, int64_t m_end, int64_t n, int64_t n_end,
+            const Scratch& scratch, int64_t stride) {
+    if (task.p.out_dtype == MK_F32) {
+        finish_rows<T, float>(task, m, m_end, n, n_end, scratch, stride);
+    } else {
+        finish_rows<T, T>(task, m, m_end, n, n_end, scratch, stride);
     }
 }
 

@@ -34,12 +34,12 @@ inline void def_cpu_linear(pybind11::module_& m, void (*check)(mk_status)) {
         [check](Pointer x, Pointer w, Pointer out, int64_t x_stride, int64_t w_stride,
                 int64_t out_stride, int32_t rows, int32_t n, int32_t k, int32_t dtype,
                 int32_t num_threads, int32_t epilogue, Pointer other, int64_t other_stride,
-                Pointer w_up, int64_t w_up_stride, int32_t isa) {
+                Pointer w_up, int64_t w_up_stride, int32_t isa, int32_t out_dtype) {
             const auto at = [](Pointer p) { return reinterpret_cast<void*>(p); };
             const mk_cpu_linear_params params{
                 at(x),    at(w),       at(w_up),     at(other),   at(out), x_stride,
                 w_stride, w_up_stride, other_stride, out_stride,  rows,    n,
-                k,        dtype,       epilogue,     num_threads, isa};
+                k,        dtype,       epilogue,     num_threads, isa,     out_dtype};
             mk_status status;
             {
                 const py::gil_scoped_release release;
@@ -49,5 +49,6 @@ inline void def_cpu_linear(pybind11::module_& m, void (*check)(mk_status)) {
         },
         "x"_a, "w"_a, "out"_a, "x_stride"_a, "w_stride"_a, "out_stride"_a, "m"_a, "n"_a, "k"_a,
         "dtype"_a, "num_threads"_a, "epilogue"_a = +MK_EPILOGUE_NONE, "other"_a = 0,
-        "other_stride"_a = 0, "w_up"_a = 0, "w_up_stride"_a = 0, "isa"_a = +MK_CPU_AUTO);
+        "other_stride"_a = 0, "w_up"_a = 0, "w_up_stride"_a = 0, "isa"_a = +MK_CPU_AUTO,
+        "out_dtype"_a = 0);
 }
