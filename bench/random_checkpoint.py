@@ -2,13 +2,14 @@
 
     python bench/random_checkpoint.py minitron-8b                      # safetensors, bf16
     python bench/random_checkpoint.py minitron-8b.gguf --type q8_0
+    python bench/random_checkpoint.py minitron-8b.gguf --type q4_k_m   # llama.cpp's mix, 5.1 GB
     python bench/random_checkpoint.py tiny --layers 2 --vocab 512 --preset smollm2-135m
 
 Weights are normal with standard deviation 0.02 and norms are 1, so activations stay in range; the
 text generated from them is nonsense. Every matrix is a window, at an offset of its own, into one
-pool of 16.8 M random values, converted to the stored type once: drawing 8.4 G values would take
-minutes. The pool is 32 times a prime long, so that no two rows of a matrix are equal. A seed gives
-the same weights in every format (up to the rounding of its type). Memory stays under 2 GB.
+pool of 33.6 M random values, converted once to each type that occurs: drawing 8.4 G values would
+take minutes. The pool is 256 times a prime long, so that no two rows of a matrix are equal. A seed
+gives the same weights in every format (up to the rounding of its type). Memory stays under 2 GB.
 
 The tokenizer is a byte-level BPE of just bytes, pairs of letters, and fillers up to vocab_size.
 """
@@ -33,7 +34,10 @@ import numpy.typing as npt
 from gguf import GGMLQuantizationType
 from tqdm import tqdm
 
+from minitron_kernels.block_encoders import encode
 from minitron_kernels.config import ModelConfig
+from minitron_kernels.quantize import MIXES, mix_type, storable_type
+from minitron_kernels.quantized import QUANT_TYPES
 
 PRESETS = {
     "minitron-8b": ModelConfig(
@@ -64,12 +68,6 @@ PRESETS = {
         eos_token_ids=(2,),
     ),
 }
-TYPES = {
-    "bf16": GGMLQuantizationType.BF16,
-    "f16": GGMLQuantizationType.F16,
-    "q8_0": GGMLQuantizationType.Q8_0,
-    "q4_0": GGMLQuantizationType.Q4_0,
-}
 # safetensors' and torch's name of the types that its files can hold.
 SAFETENSORS_TYPES = {"bf16": ("BF16", "bfloat16"), "f16": ("F16", "float16")}
 TOKENIZER_FILES = (
@@ -79,8 +77,8 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
 )
 
-GROUP = 32  # elements that every type stores in whole bytes, and the block of Q8_0 and Q4_0
-POOL_GROUPS = (1 << 19) - 1  # a prime
+GROUP = 256  # elements that every type stores in whole blocks
+POOL_GROUPS = 131101  # a prime, larger than any matrix has rows
 
 Rows = npt.NDArray[np.uint8]
 
@@ -88,31 +86,41 @@ Rows = npt.NDArray[np.uint8]
 class RandomWeights:
     """Stored rows of random matrices, all cut from one pool."""
 
-    def __init__(self, kind: GGMLQuantizationType, seed: int) -> None:
+    def __init__(self, seed: int) -> None:
         values = np.random.default_rng(seed).standard_normal((POOL_GROUPS, GROUP), np.float32)
-        self.kind, self.seed = kind, seed
-        self.pool: Rows = gguf.quantize(0.02 * values, kind).view(np.uint8).reshape(-1)
-        self.group_nbytes = self.pool.size // POOL_GROUPS
+        self.values, self.seed = 0.02 * values, seed
+        self.pools: dict[str, Rows] = {}
 
-    def row_nbytes(self, cols: int) -> int:
-        """Stored bytes of a row of ``cols`` elements."""
-        elements, nbytes = gguf.GGML_QUANT_SIZES[self.kind]
-        if cols % elements:
-            raise ValueError(f"--type: rows of {cols} are no multiple of {self.kind.name}'s block")
-        return cols // elements * nbytes
+    def pool(self, kind: str) -> Rows:
+        """The stored bytes of all the values."""
+        if kind not in self.pools:
+            encoded = (
+                encode(self.values, kind)
+                if kind in QUANT_TYPES
+                else gguf.quantize(self.values, GGMLQuantizationType[kind]).view(np.uint8)
+            )
+            self.pools[kind] = encoded.reshape(-1)
+        return self.pools[kind]
 
-    def matrix(self, name: str, shape: tuple[int, ...]) -> Rows:
-        """The matrix ``name`` as stored: uint8 [rows, row bytes]."""
+    def matrix(self, name: str, shape: tuple[int, ...], kind: str) -> Rows:
+        """The matrix ``name`` as stored in ``kind``: uint8 [rows, row bytes]."""
         rows, cols = shape
+        pool = self.pool(kind)
         digest = hashlib.blake2b(f"{self.seed} {name}".encode(), digest_size=8).digest()
-        start = int.from_bytes(digest, "little") % POOL_GROUPS * self.group_nbytes
-        out = np.empty(rows * self.row_nbytes(cols), np.uint8)
+        start = int.from_bytes(digest, "little") % POOL_GROUPS * (pool.size // POOL_GROUPS)
+        out = np.empty(rows * row_nbytes(cols, kind), np.uint8)
         done = 0
         while done < out.size:
-            piece = self.pool[start : start + out.size - done]
+            piece = pool[start : start + out.size - done]
             out[done : done + piece.size] = piece
             done, start = done + piece.size, 0
         return out.reshape(rows, -1)
+
+
+def row_nbytes(cols: int, kind: str) -> int:
+    """Stored bytes of a row of ``cols`` elements."""
+    elements, nbytes = gguf.GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
+    return cols // elements * nbytes
 
 
 # ---- tokenizer ----
@@ -239,16 +247,17 @@ def write_safetensors_folder(
             folder / "model.safetensors.index.json",
             {"metadata": {"total_size": 2 * config.num_parameters}, "weight_map": weight_map},
         )
-    weights = RandomWeights(TYPES[kind], seed)
-    one = weights.pool[:2].copy()
-    one[:] = np.array([1], "<f2").view(np.uint8) if kind == "f16" else (0x80, 0x3F)
+    weights = RandomWeights(seed)
+    one = np.array([1], "<f2").view(np.uint8) if kind == "f16" else np.array((0x80, 0x3F), np.uint8)
     with tqdm(total=2 * config.num_parameters, unit="B", unit_scale=True) as bar:
         for file, shard in zip(files, shards, strict=True):
             with (folder / file).open("wb") as stream:
                 write_safetensors_header(stream, shard, type_name)
                 for name, shape in shard.items():
                     ones = len(shape) == 1
-                    data = np.tile(one, shape[0]) if ones else weights.matrix(name, shape)
+                    data = (
+                        np.tile(one, shape[0]) if ones else weights.matrix(name, shape, type_name)
+                    )
                     data.tofile(stream)
                     bar.update(data.nbytes)
 
@@ -269,7 +278,8 @@ def write_safetensors_header(
 
 def write_gguf_file(path: Path, config: ModelConfig, kind: str, seed: int) -> None:
     """A GGUF file as llama.cpp's converter writes it: norms in F32, rows of Q and K permuted."""
-    weights = RandomWeights(TYPES[kind], seed)
+    weights = RandomWeights(seed)
+    mix = kind.upper()
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_name("random weights")
     writer.add_block_count(config.num_hidden_layers)
@@ -284,22 +294,28 @@ def write_gguf_file(path: Path, config: ModelConfig, kind: str, seed: int) -> No
     writer.add_rope_freq_base(config.rope_theta)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
+    writer.add_file_type(MIXES[mix].file_type)
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     add_gguf_tokenizer(writer, config)
     shapes = config.weight_shapes()
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
     total = 0
+    types: dict[str, str] = {}
     for name, shape in shapes.items():
-        matrix = len(shape) == 2
-        row_nbytes = weights.row_nbytes(shape[-1]) if matrix else 4 * shape[0]
-        stored_shape = (shape[0], row_nbytes) if matrix else (row_nbytes,)
+        stored_name = names.get_name(name, try_suffixes=(".weight",)) or name
+        types[name] = "F32"
+        if len(shape) == 2:
+            wanted = mix_type(stored_name, mix, config, config.tie_word_embeddings)
+            types[name] = storable_type(wanted, shape[-1])
+        stored_shape = (*shape[:-1], row_nbytes(shape[-1], types[name]))
         nbytes = int(np.prod(stored_shape))
         total += nbytes
         writer.add_tensor_info(
-            names.get_name(name, try_suffixes=(".weight",)) or name,
+            stored_name,
             stored_shape,
             np.dtype(np.uint8),
             nbytes,
-            raw_dtype=TYPES[kind] if matrix else GGMLQuantizationType.F32,
+            raw_dtype=GGMLQuantizationType[types[name]],
         )
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -308,7 +324,9 @@ def write_gguf_file(path: Path, config: ModelConfig, kind: str, seed: int) -> No
     with tqdm(total=total, unit="B", unit_scale=True) as bar:
         for name, shape in shapes.items():
             data: npt.NDArray[Any] = (
-                np.ones(shape, np.float32) if len(shape) == 1 else weights.matrix(name, shape)
+                np.ones(shape, np.float32)
+                if len(shape) == 1
+                else weights.matrix(name, shape, types[name])
             )
             if num_heads := heads.get(name.split(".")[-2]):
                 # Halves of a head interleaved: llama.cpp rotates neighbouring rows.
@@ -321,7 +339,13 @@ def write_gguf_file(path: Path, config: ModelConfig, kind: str, seed: int) -> No
 
 @click.command()
 @click.argument("output", type=click.Path(path_type=Path))
-@click.option("--type", "kind", type=click.Choice(list(TYPES)), default="bf16", show_default=True)
+@click.option(
+    "--type",
+    "kind",
+    type=click.Choice([m.lower() for m in MIXES]),
+    default="bf16",
+    show_default=True,
+)
 @click.option(
     "--preset", type=click.Choice(list(PRESETS)), default="minitron-8b", show_default=True
 )

@@ -1,4 +1,4 @@
-"""The `minitron` command: generate, chat, score, info.
+"""The `minitron` command: generate, chat, score, info, quantize.
 
 Standard output carries the result only (text as it is produced, or one JSON object); everything
 else goes to standard error. Exit codes: 0 done, 2 a mistake of the user's (one line `error: ...`),
@@ -596,6 +596,45 @@ def info(model: str | None, revision: str | None, dtype: str, as_json: bool) -> 
     entries = report["build"].pop("entries", {})
     kernels = {f"sm_{arch}": f"{len(names)} kernels" for arch, names in entries.items()}
     _write("\n".join(_outline({**report, "build": report["build"] | kernels})) + "\n")
+
+
+@cli.command()
+@click.argument("source", metavar="IN")
+@click.argument("out", metavar="OUT", type=click.Path(path_type=Path))
+@click.option(
+    "--type",
+    "kind",
+    required=True,
+    help="Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q4_K_S, Q4_K_M, Q5_K_S, Q5_K_M, Q6_K, F16, BF16 or F32.",
+)
+@click.option("--pure", is_flag=True, help="All matrices in one type; by default as llama.cpp.")
+@click.option("--force", is_flag=True, help="Replace OUT if it is there.")
+@click.option("--num-threads", type=click.IntRange(min=1), help="[default: all cores]")
+@_revision_option
+@_json_option
+def quantize(
+    source: str,
+    out: Path,
+    kind: str,
+    pure: bool,
+    force: bool,
+    num_threads: int | None,
+    revision: str | None,
+    as_json: bool,
+) -> None:
+    """Write IN (a folder, a .gguf file of floats, a Hub id) as a quantised GGUF file OUT."""
+    with redirect_stdout(sys.stderr):
+        from minitron_kernels.loaders.hub import resolve
+        from minitron_kernels.quantize import quantize as run
+
+        path = resolve(source, revision)
+        report = run(path, out, kind, pure=pure, force=force, num_threads=num_threads)
+    if as_json:
+        _print_json({"path": str(out), **dataclasses.asdict(report)})
+        return
+    types = ", ".join(f"{count} {name}" for name, count in sorted(report.tensors.items()))
+    bits = 8 * report.nbytes / report.parameters
+    _write(f"{out}: {report.nbytes / 1e9:.2f} GB, {bits:.2f} bits a weight; tensors: {types}\n")
 
 
 def _outline(value: Any, indent: str = "") -> Iterator[str]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
-from bench.random_checkpoint import GROUP, POOL_GROUPS, PRESETS, main
+from bench.random_checkpoint import POOL_GROUPS, PRESETS, main
 from minitron_kernels.loaders.checkpoint import Checkpoint, open_checkpoint
 from minitron_kernels.loaders.tokenizer import Tokenizer
 
@@ -50,6 +50,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("m.gguf", "bf16", 2**-8),
         ("m.gguf", "q8_0", 0.01),
         ("m.gguf", "q4_0", 0.14),
+        ("m.gguf", "q4_k_m", 0.12),
+        ("m.gguf", "q6_k", 0.04),
     ],
 )
 def test_every_format_holds_the_same_weights(
@@ -81,9 +83,10 @@ def test_seeds_differ_and_repeat(folder: Path, tmp_path: Path) -> None:
 
 
 def test_rows_of_the_largest_matrix_differ() -> None:
-    """Rows repeat only where a whole number of pools lies between them."""
+    """Rows repeat only where a whole number of pools lies between them: the prime divides none."""
+    assert all(POOL_GROUPS % n for n in range(2, math.isqrt(POOL_GROUPS) + 1))
     for rows, *cols in PRESETS["minitron-8b"].weight_shapes().values():
-        assert not cols or (math.gcd(cols[0] // GROUP, POOL_GROUPS) == 1 and rows < POOL_GROUPS)
+        assert not cols or (cols[0] % POOL_GROUPS != 0 and rows < POOL_GROUPS)
 
 
 def test_transformers_reads_the_folder_and_agrees_on_tokens(folder: Path, tmp_path: Path) -> None:
@@ -111,7 +114,6 @@ def test_transformers_reads_the_folder_and_agrees_on_tokens(folder: Path, tmp_pa
     "name, options, message",
     [
         ("m", ["--type", "q8_0"], "only for OUTPUTs that end in .gguf"),
-        ("m.gguf", ["--type", "q8_0", "--intermediate", "100"], "rows of 100 are no multiple"),
         ("m", ["--kv-heads", "3"], "must be a multiple"),
         ("m", ["--vocab", "200"], "a byte-level vocabulary needs 260"),
         (".", [], "already there"),

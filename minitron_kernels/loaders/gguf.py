@@ -135,8 +135,12 @@ class GGUFFile:
         self.version = reader.version()
         num_tensors = reader.count("tensor count", min_bytes=33, most=_MAX_TENSORS)
         num_pairs = reader.count("metadata count", min_bytes=13, most=_MAX_PAIRS)
-        self.metadata = _read_metadata(reader, num_pairs)
+        self.metadata, self._pairs = _read_metadata(reader, num_pairs)
         self.tensors = _read_tensors(reader, num_tensors, _alignment(self.path, self.metadata))
+
+    def raw_pair(self, key: str) -> bytes:
+        """A metadata entry as stored: key, value type and value."""
+        return self._map[self._pairs[key]]
 
     def rows(self, name: str) -> npt.NDArray[np.uint8]:
         """The stored bytes of a tensor, uint8 [rows, row_nbytes], a view of the mapped file."""
@@ -243,14 +247,18 @@ class _HeaderReader:
         return version
 
 
-def _read_metadata(reader: _HeaderReader, count: int) -> dict[str, Any]:
+def _read_metadata(reader: _HeaderReader, count: int) -> tuple[dict[str, Any], dict[str, slice]]:
+    """The values by key, and where in the file key and value stand."""
     metadata: dict[str, Any] = {}
+    places: dict[str, slice] = {}
     for i in range(count):
+        start = reader.pos
         key = reader.string(f"metadata key {i}")
         if key in metadata:
             raise reader.error(key, "the key occurs twice")
         metadata[key] = reader.value(key)
-    return metadata
+        places[key] = slice(start, reader.pos)
+    return metadata, places
 
 
 def _alignment(path: Path, metadata: dict[str, Any]) -> int:
@@ -341,6 +349,7 @@ _HF_NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+_GGUF_NAMES = {hf: gguf for gguf, hf in _HF_NAMES.items()}
 _TENSOR_NAME = re.compile(r"(?:blk\.(?P<layer>0|[1-9][0-9]{0,4})\.)?(?P<module>\w+)\.weight")
 _GLOBAL_MODULES = ("token_embd", "output_norm", "output")
 _ROPE_FREQS = "rope_freqs.weight"
@@ -366,13 +375,14 @@ def part_paths(path: Path) -> list[Path]:
 class GGUFCheckpoint:
     """A Llama-shaped model in a GGUF file or in all parts of a split one (see Checkpoint).
 
-    ``metadata`` is that of the (first) file. Of Q and K, whose rows the converter to GGUF permutes
-    for consecutive RoPE pairs, loading restores the half-split order of Hugging Face.
+    ``files`` are the parts, in order; ``metadata`` is that of the first. Of Q and K, whose rows the
+    converter to GGUF permutes for consecutive RoPE pairs, loading restores the half-split order of
+    Hugging Face.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = Path(path)
-        files = _open_parts(self.path)
+        self.files = files = _open_parts(self.path)
         self.metadata = files[0].metadata
         self.tensors: dict[str, TensorInfo] = {}
         self._stored: dict[str, tuple[GGUFFile, str]] = {}  # by Hugging Face name
@@ -498,6 +508,14 @@ def _hf_name(name: str) -> str | None:
     if (layer is None) != (match["module"] in _GLOBAL_MODULES):
         return None
     return f"{module}.weight" if layer is None else f"model.layers.{layer}.{module}.weight"
+
+
+def gguf_name(name: str) -> str:
+    """The inverse of `_hf_name`, for the names in ModelConfig.weight_shapes."""
+    module = name.removesuffix(".weight")
+    if (match := re.fullmatch(r"model\.layers\.([0-9]+)\.(.+)", module)) is not None:
+        return f"blk.{match[1]}.{_GGUF_NAMES[match[2]]}.weight"
+    return f"{_GGUF_NAMES[module]}.weight"
 
 
 def _read_vector(file: GGUFFile, tensor: GGUFTensor) -> list[float]:
