@@ -193,22 +193,31 @@ def missed_lines(rows: list[Row]) -> list[str]:
 
 
 def count_lines(rows: list[Row]) -> list[str]:
-    names = (
-        "kernel", "shape", "device", *METRIC_NAMES.values(), "issue / t, SASS loop",
-        "SASS per HMMA", "exp2 / t", "shared / t", "sectors per request", "registers", "threads",
-        "smem", "blocks per SM", "blocks",
-    )  # fmt: skip
+    """Rows of one group. Where the tensor pipe can bind, instructions stand over its time t; else
+    over the bytes."""
+    by_tensor = any(row["metrics"]["issue"] and row["times_us"]["tensor pipe"]
+                    > row["times_us"]["DRAM"] for row in rows)  # fmt: skip
+    tensor_names = ("issue / t, SASS loop", "SASS per HMMA", "exp2 / t", "shared / t")
+    metrics = [k for k in METRIC_NAMES if by_tensor or k != "issue"]
+    names = [
+        "kernel", "shape", "device", *(METRIC_NAMES[k] for k in metrics),
+        *(tensor_names if by_tensor else ["warp-instructions per KB"]),
+        "sectors per request", "registers", "threads", "smem", "blocks per SM", "blocks",
+    ]  # fmt: skip
     lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
     for row in rows:
         m, loop = row["metrics"], row["sass_loop"]
         bars = {bar["metric"]: bar for bar in row["bars"]}
         cells = [row["kernel"], row["shape"], row["device"]]
-        cells += [verdict(row, bars[k]) if k in bars else ratio(m[k]) for k in METRIC_NAMES]
-        per_hmma = number(m["sass_per_hmma"])
-        if loop and loop["conditional"]:
-            per_hmma += f" (+ {loop['conditional'] / loop['hmma']:.2f})"
+        cells += [verdict(row, bars[k]) if k in bars else ratio(m[k]) for k in metrics]
+        if by_tensor:
+            per_hmma = number(m["sass_per_hmma"])
+            if loop and loop["conditional"]:
+                per_hmma += f" (+ {loop['conditional'] / loop['hmma']:.2f})"
+            cells += [ratio(m["issue_sass"]), per_hmma, ratio(m["exp2"]), ratio(m["shared"])]
+        else:
+            cells.append(number(1024 * row["issued"] / row["compulsory_bytes"]))
         cells += [
-            ratio(m["issue_sass"]), per_hmma, ratio(m["exp2"]), ratio(m["shared"]),
             number(m["sectors_per_request"]), str(row["registers"]), str(row["threads"]),
             f"{row['smem_bytes'] / 1024:.4g} K", str(row["blocks_per_sm"]),
             str(math.prod(row["grid"])),
@@ -227,19 +236,24 @@ def time_lines(rows: list[Row]) -> list[str]:
     return lines
 
 
+def grouped(rows: list[Row]) -> dict[str, list[Row]]:
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(row["group"], []).append(row)
+    return groups
+
+
 def page(results: dict[str, Any]) -> str:
     """docs/modelled.md: the text, then the tables of the results."""
     rows = results["rows"]
     bars = sum(len(row["bars"]) for row in rows)
     misses = sum(len(missed(row)) for row in rows)
-    groups = list(dict.fromkeys(row["group"] for row in rows))
     lines = [METHOD]
     lines += [f"Compiled by nvcc {results['nvcc']}; peers by Triton {results['triton']}.", ""]
     told = "; not:" if misses else "."
     lines += ["## Bars", "", f"{bars - misses} of {bars} are met{told}"]
     lines += ["", *missed_lines(rows), ""] if misses else [""]
-    for group in groups:
-        members = [row for row in rows if row["group"] == group]
+    for group, members in grouped(rows).items():
         lines += [f"## {group[0].upper()}{group[1:]}", "", "Modelled times, us:", ""]
         lines += [*time_lines(members), "", "Counts:", "", *count_lines(members), ""]
     return "\n".join(lines)
@@ -262,7 +276,8 @@ def main(only: str, quick: bool, archs: tuple[str, ...], only_format: bool) -> N
         cases = [c for c in cases if not quick or is_quick(c)]
         rows = produce(cases, archs)
         if only or quick or set(archs) != set(DEVICES):
-            click.echo("\n".join([*time_lines(rows), *count_lines(rows)]))
+            for members in grouped(rows).values():
+                click.echo("\n".join([*time_lines(members), *count_lines(members)]))
             return
         results = {
             "nvcc": native.build_info()["nvcc"],

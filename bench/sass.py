@@ -20,8 +20,9 @@ from pathlib import Path
 _INSTRUCTION = re.compile(
     r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:(@!?U?P\w+)\s+)?([A-Z][\w.]*)(.*?);", re.M
 )
-# Instructions that end a basic block. CALL comes back; BSSY, BSYNC and WARPSYNC only order lanes.
-_BRANCHES = ("BRA", "BRX", "JMP", "JMX", "EXIT", "RET")
+# Instructions that end a basic block; BSSY, BSYNC and WARPSYNC only order lanes. A CALL goes on to
+# its target and behind itself: it comes back, or is a jump under a predicate (with NOINC).
+_BRANCHES = ("BRA", "BRX", "CALL", "JMP", "JMX", "EXIT", "RET")
 
 
 def find_tool(name: str) -> str | None:
@@ -45,7 +46,7 @@ class Instruction:
     def target(self) -> int | None:
         """Where a direct branch goes."""
         found = re.search(r"\b0x([0-9a-f]+)\s*$", self.operands.strip())
-        return int(found[1], 16) if self.name in ("BRA", "JMP") and found else None
+        return int(found[1], 16) if self.name in ("BRA", "CALL", "JMP") and found else None
 
 
 @functools.cache
@@ -73,14 +74,14 @@ def parse(text: str) -> list[Instruction]:
 class MainLoop:
     """The innermost loop with the most HMMA instructions, counted once around.
 
-    `instructions`: those that every turn executes; `conditional`: those that some path around the
-    loop leaves out (the rescaling of accumulators, say). Predicated ones count, as they take their
-    issue slot either way.
+    `instructions`: those of every turn that goes through the block with the most HMMAs;
+    `conditional`: all others of the loop (the rescaling of accumulators, say). Predicated ones
+    count, as they take their issue slot either way.
     """
 
     instructions: int
     conditional: int
-    hmma: int
+    hmma: int  # among `instructions`
     opcodes: dict[str, int]  # of `instructions`, by name
 
 
@@ -89,20 +90,46 @@ def main_loop(code: list[Instruction]) -> MainLoop | None:
     copy of the loop is longer."""
     blocks, successors = _basic_blocks(code)
     dominators = _dominators(successors)
-    found = []
+    hmma = [sum(i.name == "HMMA" for i in block) for block in blocks]
+    loops: dict[int, set[int]] = {}  # by header; several ways back to it are one loop
+    latches: dict[int, set[int]] = {}
     for latch, targets in enumerate(successors):
         for header in targets & dominators[latch]:
             body = _natural_loop(header, latch, successors)
-            always = [i for b in sorted(body & dominators[latch]) for i in blocks[b]]
-            hmma = sum(i.name == "HMMA" for i in always)
-            size = sum(len(blocks[b]) for b in body)
-            found.append((body, hmma, always, size))
-    inner = [f for f in found if f[1] and not any(g[0] < f[0] and g[1] for g in found)]
-    if not inner:
-        return None
-    _, hmma, always, size = max(inner, key=lambda f: (f[1], -len(f[2])))
-    opcodes = Counter(i.name for i in always)
-    return MainLoop(len(always), size - len(always), hmma, dict(opcodes.most_common()))
+            loops[header] = loops.get(header, set()) | body
+            latches.setdefault(header, set()).add(latch)
+    with_hmma = {h: body for h, body in loops.items() if any(hmma[b] for b in body)}
+    found = []
+    for header, body in with_hmma.items():
+        if any(other < body for other in with_hmma.values()):
+            continue  # not the innermost one
+        middle = max(sorted(body), key=lambda b: hmma[b])
+        within = [targets & body - {header} for targets in successors]
+        always = [
+            i
+            for b in sorted(body)
+            if b == middle
+            or middle not in _reached(header, within, without=b)
+            or not latches[header] & _reached(middle, within, without=b)
+            for i in blocks[b]
+        ]
+        size = sum(len(blocks[b]) for b in body)
+        opcodes = Counter(i.name for i in always)
+        found.append(
+            MainLoop(len(always), size - len(always), opcodes["HMMA"], dict(opcodes.most_common()))
+        )
+    return max(found, key=lambda loop: (loop.hmma, -loop.instructions), default=None)
+
+
+def _reached(start: int, successors: list[set[int]], without: int = -1) -> set[int]:
+    """The blocks that a block can go on to, itself too, on paths that avoid one."""
+    seen = {start} - {without}
+    todo = list(seen)
+    while todo:
+        new = successors[todo.pop()] - seen - {without}
+        seen |= new
+        todo += new
+    return seen
 
 
 def _basic_blocks(code: list[Instruction]) -> tuple[list[list[Instruction]], list[set[int]]]:
@@ -121,7 +148,8 @@ def _basic_blocks(code: list[Instruction]) -> tuple[list[list[Instruction]], lis
     for b, block in enumerate(blocks):
         last = block[-1]
         out = {block_at[last.target]} if last.target in block_at else set()
-        if (last.name not in _BRANCHES or last.predicate) and b + 1 < len(blocks):
+        goes_on = last.name not in _BRANCHES or last.name == "CALL" or last.predicate
+        if goes_on and b + 1 < len(blocks):
             out.add(b + 1)
         successors.append(out)
     return blocks, successors
@@ -138,11 +166,7 @@ def _predecessors(successors: list[set[int]]) -> list[set[int]]:
 def _dominators(successors: list[set[int]]) -> list[set[int]]:
     """Of each block those that every path from the first one to it goes through, itself too.
     Of a block that nothing reaches: itself."""
-    reached, todo = {0}, [0]
-    while todo:
-        new = successors[todo.pop()] - reached
-        reached |= new
-        todo += new
+    reached = _reached(0, successors)
     before = _predecessors(successors)
     found = [reached if b in reached else {b} for b in range(len(successors))]
     found[0] = {0}

@@ -97,14 +97,20 @@ def test_main_loop_of_a_listing() -> None:
     assert loop == sass.MainLoop(5, 4, 1, {"BRA": 3, "LDSM": 1, "HMMA": 1})
 
 
+def test_an_hmma_that_some_turns_leave_out() -> None:
+    """What counts is a turn with it."""
+    loop = sass.main_loop(sass.parse(LISTING.replace("FMUL", "HMMA.16816.F32")))
+    assert loop == sass.MainLoop(7, 2, 3, {"HMMA": 3, "BRA": 3, "LDSM": 1})
+
+
 def test_a_loop_without_hmma_is_no_main_loop() -> None:
     assert sass.main_loop(sass.parse(LISTING.replace("HMMA", "FFMA"))) is None
 
 
 def test_the_innermost_loop_counts() -> None:
-    """With a way from behind the second loop to the beginning, both are inner loops still."""
-    text = LISTING.replace("EXIT ;", "@P2 BRA 0x10 ;\n        /*0100*/                   EXIT ;")
-    loop = sass.main_loop(sass.parse(text))
+    """With a loop around both, left by the compiler's other way to jump."""
+    way_back = "@P2 CALL.REL.NOINC 0x130 ;\n        /*0100*/                   BRA 0x0 ;"
+    loop = sass.main_loop(sass.parse(LISTING.replace("EXIT ;", way_back)))
     assert loop is not None and (loop.instructions, loop.hmma) == (5, 1)
 
 
