@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -44,6 +45,26 @@ def in_turn(cases: Sequence[tuple[Any, ...]]) -> list[Any]:
 # ------------------------------------------------------------------------- linear, linear_swiglu
 
 
+def linear_params(
+    x: Tensor,
+    w: Tensor,
+    out: Tensor,
+    norm_weight: Tensor | None = None,
+    residual: Tensor | None = None,
+) -> ctypes.Structure:
+    params = abi.structs()["mk_linear_params"](
+        x=x.data_ptr(), w=w.data_ptr(), out=out.data_ptr(),
+        x_stride=x.stride(0), w_stride=w.stride(0), out_stride=out.stride(0),
+        m=x.shape[0], n=w.shape[0], k=x.shape[1], eps=EPS, dtype=dtype_id(x),
+        out_dtype=dtype_id(out),
+    )  # fmt: skip
+    if norm_weight is not None:
+        params.norm_weight = norm_weight.data_ptr()
+    if residual is not None:
+        params.residual, params.residual_stride = residual.data_ptr(), residual.stride(0)
+    return params
+
+
 def run_linear(
     op: str,
     arch: str,
@@ -55,20 +76,8 @@ def run_linear(
     seed: int = 0,
 ) -> emulator.Counters | None:
     """mk_linear or mk_linear_swiglu of these tensors into `out`."""
-    params = abi.structs()["mk_linear_params"](
-        x=x.data_ptr(), w=w.data_ptr(), out=out.data_ptr(),
-        x_stride=x.stride(0), w_stride=w.stride(0), out_stride=out.stride(0),
-        m=x.shape[0], n=w.shape[0], k=x.shape[1], eps=EPS, dtype=dtype_id(x),
-        out_dtype=dtype_id(out),
-    )  # fmt: skip
-    tensors = [x, w, out]
-    if norm_weight is not None:
-        params.norm_weight = norm_weight.data_ptr()
-        tensors.append(norm_weight)
-    if residual is not None:
-        params.residual, params.residual_stride = residual.data_ptr(), residual.stride(0)
-        if residual.data_ptr() != out.data_ptr():
-            tensors.append(residual)
+    params = linear_params(x, w, out, norm_weight, residual)
+    tensors = [x, w, out, *(t for t in (norm_weight, residual) if t is not None and t is not out)]
     return run(op, arch, params, [storage_of(t) for t in tensors], seed)
 
 

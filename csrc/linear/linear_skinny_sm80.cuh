@@ -45,22 +45,157 @@ __device__ __forceinline__ uint32_t skinny_offset(int r, int c) {
     return r * kSkinnyRowBytes + (c ^ r % 8) * 16;
 }
 
-// Elements k ... k + 7 of a row of `size` to shared memory: 16 bytes by cp.async, or by elements.
-__device__ __forceinline__ void copy_piece(uint8_t* smem, const void* row, int k, int size,
-                                           bool is_aligned) {
-    if (is_aligned) {
-        const bool exists = k < size;
-        ptx::cp_async_cg_16(static_cast<uint32_t>(__cvta_generic_to_shared(smem)),
-                            static_cast<const uint16_t*>(row) + (exists ? k : 0), exists ? 16 : 0);
-    } else {
-        *reinterpret_cast<Vec8*>(smem) = load8<false>(row, k, size);
+// A block's shared memory (linear_tiles.h): stage 0, from which the others are stage_bytes apart,
+// and what follows the last one.
+struct SkinnySmem {
+    int stage_bytes;
+    uint8_t* w;  // of this warp
+    uint8_t* x;
+    uint8_t* zeros;
+    float* scale;
+    float4* group_sums;
+
+    __device__ __forceinline__ SkinnySmem(uint8_t* smem, int most_rows) {
+        const int w_bytes = blockDim.x / 32 * kSkinnyCols * kSkinnyRowBytes;
+        stage_bytes = w_bytes + most_rows * kSkinnyRowBytes;
+        w = smem + threadIdx.x / 32 * kSkinnyCols * kSkinnyRowBytes;
+        x = smem + w_bytes;
+        zeros = smem + kSkinnyStages * stage_bytes;
+        scale = reinterpret_cast<float*>(zeros + kSkinnyRowBytes);
+        group_sums = reinterpret_cast<float4*>(scale + kSkinnyRows);
     }
+};
+
+// 16 bytes of shared memory, in one access.
+__device__ __forceinline__ Vec8 load_piece(const uint8_t* smem) {
+    const uint4 v = *reinterpret_cast<const uint4*>(smem);
+    return {v.x, v.y, v.z, v.w};
+}
+__device__ __forceinline__ void store_piece(uint8_t* smem, const Vec8& v) {
+    *reinterpret_cast<uint4*>(smem) = {v.pair[0], v.pair[1], v.pair[2], v.pair[3]};
 }
 
-// 1 / rms of each row of x, to smem_scale. Every quad of groups of a row is a unit of work.
+__device__ __forceinline__ uint32_t smem_address(const void* smem) {
+    return static_cast<uint32_t>(__cvta_generic_to_shared(smem));
+}
+
+// Copies the stages of this block's tiles, one after the other.
+struct SkinnyLoader {
+    static constexpr int kCopies = kSkinnyCols / kRowsPerCopy;
+
+    const Product& a;
+    const SkinnySmem& smem;
+    const int first_row, num_rows, num_strips, num_tiles;
+    int tile, k, stage_offset;
+    bool has_strip;
+    const uint16_t* w[kCopies];  // this thread's next pieces
+    const uint16_t* x;
+
+    __device__ __forceinline__ SkinnyLoader(const Product& product, const SkinnySmem& layout,
+                                            int row, int rows, int strips, int tiles)
+        : a(product),
+          smem(layout),
+          first_row(row),
+          num_rows(rows),
+          num_strips(strips),
+          num_tiles(tiles),
+          tile(blockIdx.x),
+          stage_offset(0) {
+        start_tile();
+    }
+
+    // What this thread copies: a chunk of every row, from these rows of w (its warp's) and x on.
+    static __device__ __forceinline__ int chunk() { return threadIdx.x % kSkinnyChunks; }
+    static __device__ __forceinline__ int w_row() { return threadIdx.x % 32 / kSkinnyChunks; }
+    static __device__ __forceinline__ int x_row() { return threadIdx.x / kSkinnyChunks; }
+    static __device__ __forceinline__ int x_row_step() { return blockDim.x / kSkinnyChunks; }
+
+    __device__ __forceinline__ int strip() const {
+        return tile * (blockDim.x / 32) + threadIdx.x / 32;
+    }
+
+    // Row r of w's strip. Columns from n on are not stored: any row will do for them.
+    __device__ __forceinline__ const uint16_t* row_of_w(int r) const {
+        const int row = min(strip() * kSkinnyCols + r, a.n - 1);
+        return static_cast<const uint16_t*>(row_of(a.w, row, a.w_stride));
+    }
+    __device__ __forceinline__ const uint16_t* row_of_x(int r) const {
+        return static_cast<const uint16_t*>(row_of(a.x, first_row + r, a.x_stride));
+    }
+
+    __device__ __forceinline__ void start_tile() {
+        k = 0;
+        has_strip = strip() < num_strips;
+        MK_UNROLL
+        for (int i = 0; i < kCopies; ++i) {
+            w[i] = row_of_w(i * kRowsPerCopy + w_row()) + chunk() * kVec;
+        }
+        x = row_of_x(x_row()) + chunk() * kVec;
+    }
+
+    // One group of cp.async; an empty one after the last tile.
+    __device__ __forceinline__ void load_stage() {
+        if (tile < num_tiles) {
+            if (a.is_aligned) {
+                load_aligned();
+            } else {
+                load_elements();
+            }
+            stage_offset += smem.stage_bytes;
+            if (stage_offset == kSkinnyStages * smem.stage_bytes) stage_offset = 0;
+            k += kSkinnyK;
+            if (k >= a.k) {
+                tile += gridDim.x;
+                start_tile();
+            }
+        }
+        ptx::cp_async_commit_group();
+    }
+
+    __device__ __forceinline__ void load_aligned() {
+        const int bytes = k + chunk() * kVec < a.k ? 16 : 0;
+        if (has_strip) {
+            const uint32_t to =
+                smem_address(smem.w) + stage_offset + skinny_offset(w_row(), chunk());
+            MK_UNROLL
+            for (int i = 0; i < kCopies; ++i) {
+                // skinny_offset(i * kRowsPerCopy + w_row(), chunk()) in one instruction
+                static_assert(kRowsPerCopy == 2);
+                ptx::cp_async_cg_16((to ^ i * 32) + i * 2 * kSkinnyRowBytes, w[i], bytes);
+                w[i] += kSkinnyK;
+            }
+        }
+        const uint32_t to = smem_address(smem.x) + stage_offset;
+        const uint16_t* from = x;
+        for (int r = x_row(); r < num_rows; r += x_row_step()) {
+            ptx::cp_async_cg_16(to + skinny_offset(r, chunk()), from, bytes);
+            from += x_row_step() * a.x_stride;
+        }
+        x += kSkinnyK;
+    }
+
+    // Through registers, element by element.
+    __device__ __forceinline__ void load_elements() {
+        const int first = k + chunk() * kVec;
+        const auto copy = [&](uint8_t* to, int r, const void* row) {
+            store_piece(to + stage_offset + skinny_offset(r, chunk()),
+                        load8<false>(row, first, a.k));
+        };
+        MK_NO_UNROLL
+        for (int r = w_row(); r < kSkinnyCols && has_strip; r += kRowsPerCopy) {
+            copy(smem.w, r, row_of_w(r));
+        }
+        MK_NO_UNROLL
+        for (int r = x_row(); r < num_rows; r += x_row_step()) {
+            copy(smem.x, r, row_of_x(r));
+        }
+    }
+};
+
+// 1 / rms of each row of x. Every quad of groups of a row is a unit of work.
 template <class Dtype>
 __device__ __forceinline__ void row_scales(const Product& a, int first_row, int num_rows,
-                                           float4* smem_group_sums, float* smem_scale) {
+                                           const SkinnySmem& smem) {
     const int lane = threadIdx.x % 32;
     const int num_quads = (a.k + kSkinnyNormQuad - 1) / kSkinnyNormQuad;
     for (int unit = threadIdx.x / 32; unit < num_rows * num_quads; unit += blockDim.x / 32) {
@@ -75,126 +210,81 @@ __device__ __forceinline__ void row_scales(const Product& a, int first_row, int 
         }
         const float4 sums = {sum_of_squares<Dtype>(v[0]), sum_of_squares<Dtype>(v[1]),
                              sum_of_squares<Dtype>(v[2]), sum_of_squares<Dtype>(v[3])};
-        if (lane == 0) smem_group_sums[unit] = sums;
+        if (lane == 0) smem.group_sums[unit] = sums;
     }
     __syncthreads();
     if (threadIdx.x < num_rows) {
-        const float4* const sums = smem_group_sums + threadIdx.x * num_quads;
-        smem_scale[threadIdx.x] = rms_scale(sum_of_groups(sums, num_quads), a.k, a.eps);
+        const float4* const sums = smem.group_sums + threadIdx.x * num_quads;
+        smem.scale[threadIdx.x] = rms_scale(sum_of_groups(sums, num_quads), a.k, a.eps);
     }
     __syncthreads();
 }
 
 // One stage: acc += x w^T over 128 k, for the lane's addresses of its rows of x and w.
-template <class Dtype, int kRows>
+template <class Dtype>
 __device__ __forceinline__ void multiply_stage(float (&acc)[4], uint32_t smem_x, uint32_t smem_w) {
     MK_UNROLL
     for (int i = 0; i < kSkinnyK / 32; ++i) {
-        uint32_t b[4];  // 8 columns, 32 k
-        ptx::ldmatrix_x4(b, smem_w ^ i * 64);
-        if constexpr (kRows == 8) {
-            uint32_t a[4];  // 8 rows, 32 k
-            ptx::ldmatrix_x4(a, smem_x ^ i * 64);
-            Dtype::mma(acc, {a[0], 0, a[1], 0}, b[0], b[1]);
-            Dtype::mma(acc, {a[2], 0, a[3], 0}, b[2], b[3]);
-        } else {
-            uint32_t a[2][4];  // 16 rows, 16 k each
-            ptx::ldmatrix_x4(a[0], smem_x ^ i * 64);
-            ptx::ldmatrix_x4(a[1], smem_x ^ (i * 64 + 32));
-            Dtype::mma(acc, a[0], b[0], b[1]);
-            Dtype::mma(acc, a[1], b[2], b[3]);
-        }
+        uint32_t x[2][4], w[4];  // 16 rows, 16 k each; 8 columns, 32 k
+        ptx::ldmatrix_x4(w, smem_w ^ i * 64);
+        ptx::ldmatrix_x4(x[0], smem_x ^ i * 64);
+        ptx::ldmatrix_x4(x[1], smem_x ^ (i * 64 + 32));
+        Dtype::mma(acc, x[0], w[0], w[1]);
+        Dtype::mma(acc, x[1], w[2], w[3]);
+    }
+}
+
+// Normalise the pieces of a stage of x that this thread copied.
+template <class Dtype>
+__device__ __forceinline__ void normalise_stage(const SkinnySmem& smem, int stage_offset,
+                                                int num_rows, const Vec8& norm_weight) {
+    const int chunk = SkinnyLoader::chunk();
+    for (int r = SkinnyLoader::x_row(); r < num_rows; r += SkinnyLoader::x_row_step()) {
+        uint8_t* const piece = smem.x + stage_offset + skinny_offset(r, chunk);
+        store_piece(piece, normalise<Dtype>(load_piece(piece), smem.scale[r], norm_weight));
     }
 }
 
 template <class Dtype, class Epilogue>
 __device__ __forceinline__ void linear_skinny(const LinearArgs<typename Epilogue::Params>& args) {
-    extern __shared__ __align__(1024) uint8_t smem[];
+    extern __shared__ __align__(1024) uint8_t dynamic_smem[];
     const Product& a = args.product;
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const int num_warps = blockDim.x / 32;
-    const int most_rows = min(a.m, kSkinnyRows);
-    const int stage_bytes = (num_warps * kSkinnyCols + most_rows) * kSkinnyRowBytes;
-    uint8_t* const smem_w = smem + warp * kSkinnyCols * kSkinnyRowBytes;
-    uint8_t* const smem_x = smem + num_warps * kSkinnyCols * kSkinnyRowBytes;
-    uint8_t* const smem_zeros = smem + kSkinnyStages * stage_bytes;
-    float* const smem_scale = reinterpret_cast<float*>(smem_zeros + kSkinnyRowBytes);
-    float4* const smem_group_sums = reinterpret_cast<float4*>(smem_scale + kSkinnyRows);
-
+    const SkinnySmem smem(dynamic_smem, min(a.m, kSkinnyRows));
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, num_warps = blockDim.x / 32;
     const int num_strips = (a.n + kSkinnyCols - 1) / kSkinnyCols;
     const int num_tiles = (num_strips + num_warps - 1) / num_warps;
-    const int my_tiles = (num_tiles - 1 - static_cast<int>(blockIdx.x)) / gridDim.x + 1;
-    const int stages_per_tile = (a.k + kSkinnyK - 1) / kSkinnyK;
-    const int num_steps = my_tiles * stages_per_tile;
-    const auto strip_of = [&](int tile) { return tile * num_warps + warp; };
-
-    // What this thread copies of every stage: chunk `chunk` of rows of w and of x.
-    const int chunk = lane % kSkinnyChunks;
-    const int x_row = threadIdx.x / kSkinnyChunks;
-    const int x_row_step = blockDim.x / kSkinnyChunks;
 
     ptx::griddepcontrol_launch_dependents();
 #if MK_SM >= 90
     // w does not change: it comes as far as L2 while the kernels before this one still run.
-    if (strip_of(blockIdx.x) < num_strips) {
-        const int row = min(strip_of(blockIdx.x) * kSkinnyCols + lane / 4, a.n - 1);
+    if (const int strip = blockIdx.x * num_warps + warp; strip < num_strips) {
+        const void* const row =
+            row_of(a.w, min(strip * kSkinnyCols + lane / 4, a.n - 1), a.w_stride);
         const int end = min(a.k, (kSkinnyStages - 1) * kSkinnyK);
         for (int k = lane % 4 * 64; k < end; k += 4 * 64) {
-            ptx::prefetch_global_l2(static_cast<const uint16_t*>(row_of(a.w, row, a.w_stride)) + k);
+            ptx::prefetch_global_l2(static_cast<const uint16_t*>(row) + k);
         }
     }
 #endif
-    if (threadIdx.x < kSkinnyChunks) reinterpret_cast<uint4*>(smem_zeros)[threadIdx.x] = {};
+    if (threadIdx.x < kSkinnyChunks) reinterpret_cast<uint4*>(smem.zeros)[threadIdx.x] = {};
     ptx::griddepcontrol_wait();
 
     const Epilogue epilogue(args.p);
     for (int first_row = blockIdx.y * kSkinnyRows; first_row < a.m;
          first_row += gridDim.y * kSkinnyRows) {
         const int num_rows = min(a.m - first_row, kSkinnyRows);
-
-        int load_tile = blockIdx.x, load_k = 0, load_stage = 0;
-        const auto load_next = [&] {  // nothing after the last tile
-            if (load_tile < num_tiles) {
-                uint8_t* const stage = smem + load_stage * stage_bytes;
-                const int k = load_k + chunk * kVec;
-                if (strip_of(load_tile) < num_strips) {
-                    const int column = strip_of(load_tile) * kSkinnyCols;
-                    MK_UNROLL
-                    for (int i = 0; i < kSkinnyCols / kRowsPerCopy; ++i) {
-                        const int r = i * kRowsPerCopy + lane / kSkinnyChunks;
-                        // Columns from n on are not stored: any row of w will do.
-                        const void* const row = row_of(a.w, min(column + r, a.n - 1), a.w_stride);
-                        copy_piece(smem_w + (stage - smem) + skinny_offset(r, chunk), row, k, a.k,
-                                   a.is_aligned);
-                    }
-                }
-                for (int r = x_row; r < num_rows; r += x_row_step) {
-                    copy_piece(smem_x + (stage - smem) + skinny_offset(r, chunk),
-                               row_of(a.x, first_row + r, a.x_stride), k, a.k, a.is_aligned);
-                }
-                load_stage = load_stage + 1 == kSkinnyStages ? 0 : load_stage + 1;
-                load_k += kSkinnyK;
-                if (load_k >= a.k) load_k = 0, load_tile += gridDim.x;
-            }
-            ptx::cp_async_commit_group();
-        };
-
         __syncthreads();  // the last block of rows is done with the stages
-        for (int s = 0; s < kSkinnyStages - 1; ++s) load_next();
-        if (a.norm_weight) {
-            row_scales<Dtype>(a, first_row, num_rows, smem_group_sums, smem_scale);
-        }
+        SkinnyLoader loader(a, smem, first_row, num_rows, num_strips, num_tiles);
+        for (int s = 0; s < kSkinnyStages - 1; ++s) loader.load_stage();
+        if (a.norm_weight) row_scales<Dtype>(a, first_row, num_rows, smem);
 
-        // Lane addresses in stage 0, and how far the stages are apart; absent rows stay at the
-        // zeros.
-        const int few = num_rows <= 8;
-        const int a_row = few ? lane % 8 : lane % 16, a_chunk = few ? lane / 8 : lane / 16;
-        const uint32_t lane_x = static_cast<uint32_t>(__cvta_generic_to_shared(
-            a_row < num_rows ? smem_x + skinny_offset(a_row, a_chunk)
-                             : smem_zeros + skinny_offset(a_row, a_chunk) % kSkinnyRowBytes));
-        const uint32_t lane_x_step = a_row < num_rows ? stage_bytes : 0;
-        const uint32_t lane_w = static_cast<uint32_t>(
-            __cvta_generic_to_shared(smem_w + skinny_offset(lane % 8, lane / 8)));
+        // Lane addresses in stage 0; absent rows of x stay at the zeros.
+        const int x_row = lane % 16;
+        const bool has_row = x_row < num_rows;
+        const uint32_t lane_x =
+            smem_address(has_row ? smem.x : smem.zeros - x_row * kSkinnyRowBytes) +
+            skinny_offset(x_row, lane / 16);
+        const uint32_t lane_w = smem_address(smem.w) + skinny_offset(lane % 8, lane / 8);
 
         // Of the sums that this thread holds: rows g and g + 8, columns 2t and 2t + 1.
         const int g = lane / 4, t = lane % 4;
@@ -204,47 +294,36 @@ __device__ __forceinline__ void linear_skinny(const LinearArgs<typename Epilogue
             if (g + 8 * i < num_rows) rows[i] = epilogue.row(first_row + g + 8 * i);
         }
 
-        float acc[4]{};
-        int tile = blockIdx.x, stage = 0, k0 = 0;
-        for (int step = 0; step < num_steps; ++step) {
-            Vec8 norm_weight{};
-            const bool has_norm = a.norm_weight && x_row < num_rows && k0 + chunk * kVec < a.k;
-            if (has_norm) {
-                const int k = k0 + chunk * kVec;
-                norm_weight = a.is_aligned ? load8<true, Reuse::kOften>(a.norm_weight, k, a.k)
-                                           : load8<false>(a.norm_weight, k, a.k);
-            }
-            ptx::cp_async_wait_group<kSkinnyStages - 2>();
-            if (has_norm) {
-                for (int r = x_row; r < num_rows; r += x_row_step) {
-                    auto* const piece = reinterpret_cast<Vec8*>(smem_x + stage * stage_bytes +
-                                                                skinny_offset(r, chunk));
-                    *piece = normalise<Dtype>(*piece, smem_scale[r], norm_weight);
+        int stage_offset = 0;
+        for (int tile = blockIdx.x; tile < num_tiles; tile += gridDim.x) {
+            const int strip = tile * num_warps + warp;
+            float acc[4]{};
+            for (int k = 0; k < a.k; k += kSkinnyK) {
+                const int piece = k + SkinnyLoader::chunk() * kVec;
+                const bool has_norm =
+                    a.norm_weight && SkinnyLoader::x_row() < num_rows && piece < a.k;
+                Vec8 norm_weight{};
+                if (has_norm) {
+                    norm_weight = a.is_aligned
+                                      ? load8<true, Reuse::kOften>(a.norm_weight, piece, a.k)
+                                      : load8<false>(a.norm_weight, piece, a.k);
                 }
-            }
-            __syncthreads();  // the stage is there for all; all are done with the one before
-            load_next();
-            if (strip_of(tile) < num_strips) {
-                const uint32_t x = lane_x + stage * lane_x_step, w = lane_w + stage * stage_bytes;
-                if (few) {
-                    multiply_stage<Dtype, 8>(acc, x, w);
-                } else {
-                    multiply_stage<Dtype, 16>(acc, x, w);
+                ptx::cp_async_wait_group<kSkinnyStages - 2>();
+                if (has_norm) normalise_stage<Dtype>(smem, stage_offset, num_rows, norm_weight);
+                __syncthreads();  // the stage is there for all; all are done with the one before
+                loader.load_stage();
+                if (strip < num_strips) {
+                    const uint32_t x = lane_x + (has_row ? stage_offset : 0);
+                    multiply_stage<Dtype>(acc, x, lane_w + stage_offset);
                 }
+                stage_offset += smem.stage_bytes;
+                if (stage_offset == kSkinnyStages * smem.stage_bytes) stage_offset = 0;
             }
-            stage = stage + 1 == kSkinnyStages ? 0 : stage + 1;
-            k0 += kSkinnyK;
-            if (k0 < a.k) continue;
             MK_UNROLL
             for (int i = 0; i < 2; ++i) {
                 if (g + 8 * i >= num_rows) continue;
-                epilogue.store(rows[i], strip_of(tile) * kSkinnyCols + 2 * t, acc[2 * i],
-                               acc[2 * i + 1]);
+                epilogue.store(rows[i], strip * kSkinnyCols + 2 * t, acc[2 * i], acc[2 * i + 1]);
             }
-            MK_UNROLL
-            for (float& sum : acc) sum = 0.f;
-            k0 = 0;
-            tile += gridDim.x;
         }
     }
 }
