@@ -166,6 +166,13 @@ def _model_options(command: _Command) -> _Command:
     return run
 
 
+_cuda_graphs_option = click.option(
+    "--cuda-graphs/--no-cuda-graphs",
+    default=None,
+    help="Decode in CUDA graphs, or do not.  [default: where there are any]",
+)
+
+
 def _sampling_options(max_new_tokens: int) -> Callable[[_Command], _Command]:
     # Named as the fields of SamplingParams, which checks the values and has the defaults.
     return _options(
@@ -274,12 +281,14 @@ def cli(ctx: click.Context) -> None:
     help='A prompt a line, or JSONL: {"prompt": TEXT or IDS, sampling options of this request}.',
 )
 @click.option("--no-stream", is_flag=True, help="Print the text when it is complete.")
+@_cuda_graphs_option
 @_json_option
 def generate(
     source: ModelOptions,
     prompt: str | None,
     batch_file: Path | None,
     no_stream: bool,
+    cuda_graphs: bool | None,
     as_json: bool,
     **sampling: Any,
 ) -> int:
@@ -301,8 +310,9 @@ def generate(
         load_seconds = time.perf_counter() - start
         from minitron_kernels.generate import stream
 
+        prompts = [request.prompt for request in requests]
         try:
-            run = stream(model, tokenizer, [request.prompt for request in requests], params)
+            run = stream(model, tokenizer, prompts, params, cuda_graphs=cuda_graphs)
         except ValueError as error:  # counts the prompts; the user counts lines
             raise ValueError(
                 re.sub(
@@ -442,9 +452,11 @@ def _timings_json(timings: Timings) -> dict[str, float | int | None]:
 @_model_options
 @_sampling_options(max_new_tokens=512)
 @click.option("--system", metavar="TEXT", help="Message that tells the model how to behave.")
+@_cuda_graphs_option
 def chat(
     source: ModelOptions,
     system: str | None,
+    cuda_graphs: bool | None,
     **sampling: Any,
 ) -> int:
     """Talk with a model that has a chat template, on a terminal or with one turn a line piped in.
@@ -485,7 +497,7 @@ def chat(
             click.echo(f"error: {problem}; /reset starts over", err=True)
             turns.pop()
             continue
-        run = stream(model, tokenizer, [ids], params)
+        run = stream(model, tokenizer, [ids], params, cuda_graphs=cuda_graphs)
         if not _run(run, show=True) and not interactive:
             return EXIT_INTERRUPTED
         turns.append({"role": "assistant", "content": run.results[0].text})

@@ -66,6 +66,15 @@ def parse(device: torch.device | str | None) -> torch.device:
     return parsed
 
 
+def free_memory(device: torch.device) -> int:
+    """Bytes of memory that are free there."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    import psutil
+
+    return int(psutil.virtual_memory().available)
+
+
 def host_buffer(num_bytes: int, device: torch.device) -> Tensor:
     """uint8 [num_bytes] of host memory that copies to ``device`` need not wait for."""
     return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
@@ -74,16 +83,23 @@ def host_buffer(num_bytes: int, device: torch.device) -> Tensor:
 def upload(host: Tensor, device: torch.device) -> Tensor:
     """A CPU tensor on ``device``, without waiting for what the device is doing."""
     if device.type == "cuda":
-        return host.pin_memory().to(device, non_blocking=True)
-    return host.to(device)
+        host = host.pin_memory()
+    return host.to(device, non_blocking=True)
 
 
-def capture_for(device: torch.device) -> Capture | None:
-    """What captures graphs on ``device``; None where there are no graphs."""
-    for family in families.values():
-        if family.owns(device):
-            return family.capture(device)
-    return CudaCapture(device) if device.type == "cuda" else None
+def _family_of(device: torch.device) -> Family | None:
+    return next((family for family in families.values() if family.owns(device)), None)
+
+
+def has_graphs(device: torch.device) -> bool:
+    """Whether steps can be captured there."""
+    return device.type == "cuda" or _family_of(device) is not None
+
+
+def capture_for(device: torch.device) -> Capture:
+    """What captures graphs on a device that has them."""
+    family = _family_of(device)
+    return CudaCapture(device) if family is None else family.capture(device)
 
 
 class CudaCapture:

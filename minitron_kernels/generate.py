@@ -8,22 +8,35 @@ nothing about it depends on what else is in the batch.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from minitron_kernels import devices
+from minitron_kernels.graphs import DecodeGraphs, DecodeRow, why_not
 from minitron_kernels.model import Batch, MinitronForCausalLM
-from minitron_kernels.sampling import SamplingParams, SamplingState, sample
+from minitron_kernels.sampling import (
+    Sampled,
+    SamplingParams,
+    SamplingState,
+    sample,
+    settle,
+    takes_logits_as_they_are,
+)
 
 if TYPE_CHECKING:
     from minitron_kernels.loaders.tokenizer import StreamDecoder, Tokenizer
 
 Tensor = torch.Tensor
 Prompt = str | Sequence[int]
+
+_log = logging.getLogger(__name__)
 
 DEFAULT_MAX_NEW_TOKENS = 128
 # Of the memory that is free, the share that a cache may claim when its size is not given.
@@ -127,7 +140,8 @@ class Engine:
 
     ``num_tokens`` sizes the cache; ``max_batch_size`` bounds the requests in it at a time,
     ``prefill_chunk`` the tokens of one prompt in a step, ``max_step_tokens`` all prompts' tokens in
-    a step.
+    a step. ``cuda_graphs`` captures the steps that only decode in CUDA graphs (None: where that is
+    possible; True: a reason why it is not is logged as a warning). The tokens are the same.
     """
 
     def __init__(
@@ -140,6 +154,7 @@ class Engine:
         prefill_chunk: int = 512,
         max_step_tokens: int = 2048,
         page_size: int = 16,
+        cuda_graphs: bool | None = None,
     ) -> None:
         for name, value in (
             ("max_batch_size", max_batch_size),
@@ -157,6 +172,14 @@ class Engine:
         self._waiting: deque[_Request] = deque()
         self._running: list[_Request] = []
         self._added = 0
+        self._graphs: DecodeGraphs | None = None
+        if cuda_graphs is not False:
+            reason = why_not(model)
+            if reason is None:
+                self._graphs = DecodeGraphs(model, self.cache, max_batch_size)
+            else:
+                level = logging.WARNING if cuda_graphs else logging.DEBUG
+                _log.log(level, "decoding without CUDA graphs: %s", reason)
 
     def add(self, prompt_ids: Sequence[int], params: SamplingParams) -> GenerationResult:
         """Queue a prompt of token ids; the returned result fills as steps are run."""
@@ -223,14 +246,13 @@ class Engine:
         if not rows:
             return []
         started = time.perf_counter()
-        logits = self._forward(rows)
+        decodes = all(r.num_cached + 1 == len(r.tokens) for r, _ in rows)
+        if decodes and self._graphs is not None:
+            sampled = self._decode(self._graphs, [r for r, _ in rows])
+        else:
+            sampled = self._forward(rows)
         ready = [r for r, count in rows if r.num_cached == len(r.tokens)]
-        events = [
-            self._accept(request, sampled)
-            for request, sampled in zip(
-                ready, sample(logits, [r.state for r in ready]) if ready else [], strict=True
-            )
-        ]
+        events = [self._accept(r, token) for r, token in zip(ready, sampled, strict=True)]
         seconds = time.perf_counter() - started
         if prompt_tokens:
             self.timings.prefill_seconds += seconds
@@ -240,32 +262,41 @@ class Engine:
             self.timings.decode_tokens += len(events)
         return events
 
-    def _forward(self, rows: list[tuple[_Request, int]]) -> Tensor:
-        device = self.model.device
-        ids: list[int] = []
-        last: list[int] = []  # rows whose logits are wanted: of tokens with no known successor
-        for request, count in rows:
-            ids += request.tokens[request.num_cached : request.num_cached + count]
-            if request.num_cached + count == len(request.tokens):
-                last.append(len(ids) - 1)
+    def _forward(self, rows: list[tuple[_Request, int]]) -> list[Sampled]:
+        """One step of any rows; the next tokens of those whose last token is in it."""
+        new = [r.tokens[r.num_cached : r.num_cached + count] for r, count in rows]
+        ends = accumulate(count for _, count in rows)
+        last = [
+            (request, end - 1)
+            for (request, count), end in zip(rows, ends, strict=True)
+            if request.num_cached + count == len(request.tokens)
+        ]
         batch = Batch.build(
             [r.pages for r, _ in rows],
             [r.num_cached for r, _ in rows],
-            [count for _, count in rows],
+            new,
             self.cache.page_size,
-            device,
+            self.model.device,
+            rows=[row for _, row in last],
         )
-        logits: Tensor = self.model(
-            torch.tensor(ids, dtype=torch.int32, device=device),
-            batch,
-            self.cache,
-            torch.tensor(last, dtype=torch.int64, device=device),
-        )
+        logits: Tensor = self.model(batch, self.cache)
         for request, count in rows:
             request.num_cached += count
-        return logits
+        return sample(logits, [request.state for request, _ in last])
 
-    def _accept(self, request: _Request, sampled: Any) -> TokenEvent:
+    def _decode(self, graphs: DecodeGraphs, requests: list[_Request]) -> list[Sampled]:
+        """A step of one token of every request, all of whose next tokens are wanted."""
+        states = [r.state for r in requests]
+        tokens, logits = graphs.run(
+            [DecodeRow(r.tokens[-1], r.num_cached, r.pages, r.state) for r in requests]
+        )
+        for request in requests:
+            request.num_cached += 1
+        if all(takes_logits_as_they_are(state) for state in states):
+            return settle(tokens, logits, states)
+        return sample(logits, states)
+
+    def _accept(self, request: _Request, sampled: Sampled) -> TokenEvent:
         result, token = request.result, sampled.token_id
         request.tokens.append(token)
         result.token_ids.append(token)
@@ -355,14 +386,15 @@ def stream(
     max_batch_size: int = 64,
     prefill_chunk: int = 512,
     page_size: int = 16,
+    cuda_graphs: bool | None = None,
 ) -> TokenStream:
     """Generate for one prompt or several, yielding a `TokenEvent` for every token as it comes.
 
     ``prompts``: strings (encoded with the tokenizer's special-token rules) or lists of token ids;
     ``params``: one for all or one each (None: greedy, 128 tokens). Without a tokenizer, prompts
-    must be ids and texts stay empty. Raises ValueError before anything is computed for a prompt
-    that is empty, too long or holds an id out of range, and for contradictory options; MemoryError
-    if one prompt's cache does not fit.
+    must be ids and texts stay empty. The other options are those of `Engine`. Raises ValueError
+    before anything is computed for a prompt that is empty, too long or holds an id out of range,
+    and for contradictory options; MemoryError if one prompt's cache does not fit.
     """
     ids = [_encode(tokenizer, p, i) for i, p in enumerate(_as_list(prompts))]
     if params is None:
@@ -379,6 +411,7 @@ def stream(
         max_batch_size=max_batch_size,
         prefill_chunk=prefill_chunk,
         page_size=page_size,
+        cuda_graphs=cuda_graphs,
     )
     return TokenStream(engine, [engine.add(p, s) for p, s in zip(ids, each, strict=True)])
 
@@ -418,12 +451,7 @@ def _affordable_tokens(model: MinitronForCausalLM, needs: Sequence[int]) -> int:
     """Cache tokens for ``needs`` (longest first), or as many of them as memory allows."""
     if not needs:
         return 1
-    if model.device.type == "cuda":
-        free = torch.cuda.mem_get_info(model.device)[0]
-    else:
-        import psutil
-
-        free = psutil.virtual_memory().available
+    free = devices.free_memory(model.device)
     per_token = model.config.kv_bytes_per_token(model.dtype.itemsize)
     budget = int(free * CACHE_MEMORY_SHARE) // per_token
     if needs[0] > budget:
@@ -455,9 +483,10 @@ def score(
     logprobs: list[float | None] = [None]
     for start in range(0, len(ids) - 1, chunk):
         part = ids[start : min(start + chunk, len(ids) - 1)]
-        batch = Batch.build([pages], [start], [len(part)], cache.page_size, model.device)
-        logits = model(torch.tensor(part, dtype=torch.int32, device=model.device), batch, cache)
-        following = torch.tensor(ids[start + 1 : start + 1 + len(part)], device=model.device)
+        batch = Batch.build([pages], [start], [part], cache.page_size, model.device)
+        logits = model(batch, cache)
+        following = torch.tensor(ids[start + 1 : start + 1 + len(part)])
+        following = devices.upload(following, model.device)
         chosen = logits.float().log_softmax(-1).gather(1, following[:, None])[:, 0]
         logprobs += chosen.tolist()
     return logprobs
@@ -498,6 +527,7 @@ def generate_ids(
 
     pad = options.pop("pad_token_id", model.config.pad_token_id)
     eos = options.pop("eos_token_id", None)
+    cuda_graphs = options.pop("cuda_graphs", None)
     for name in _IGNORED_OPTIONS:
         if options.pop(name, None) not in (None, name == "use_cache"):
             raise NotImplementedError(f"{name} can only be {name == 'use_cache'}")
@@ -522,7 +552,7 @@ def generate_ids(
         else replace(params, max_length=params.max_length - (width - len(p)))
         for p in prompts
     ]
-    results = generate(model, None, prompts, each)
+    results = generate(model, None, prompts, each, cuda_graphs=cuda_graphs)
     longest = max((len(r.token_ids) for r in results), default=0)
     new = [r.token_ids + [pad] * (longest - len(r.token_ids)) for r in results]
     new_ids = torch.tensor(new, dtype=torch.int64, device=inputs.device).view(len(new), longest)
@@ -543,8 +573,8 @@ def _hf_params(options: dict[str, Any]) -> SamplingParams:
     for name in options:
         if name not in known:
             raise TypeError(
-                f"generate() got an unknown option {name!r}; accepted: do_sample, eos_token_id, "
-                f"pad_token_id, {', '.join(known)}"
+                f"generate() got an unknown option {name!r}; accepted: cuda_graphs, do_sample, "
+                f"eos_token_id, pad_token_id, {', '.join(known)}"
             )
     if do_sample and "temperature" not in options:
         options["temperature"] = 1.0

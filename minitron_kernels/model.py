@@ -11,18 +11,20 @@ single new tokens alike:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, chain
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import nn
 
-from minitron_kernels import ops
-from minitron_kernels.cache import PagedKVCache
+from minitron_kernels import cuda_ops, devices, ops
+from minitron_kernels.cache import PAGE_SIZES, PagedKVCache
 from minitron_kernels.config import DTYPES, ModelConfig
-from minitron_kernels.layers import Embedding, Linear, RMSNorm, SwiGLUMLP
+from minitron_kernels.layers import Embedding, Linear, Packable, RMSNorm, SwiGLUMLP
 
 if TYPE_CHECKING:
     from minitron_kernels.loaders.checkpoint import Checkpoint
@@ -32,67 +34,106 @@ Tensor = torch.Tensor
 
 @dataclass
 class Batch:
-    """Which sequences the packed rows of one step belong to; index tensors are int32.
+    """The packed rows of one step, and which sequences they belong to; index tensors are int32.
 
-    ``cu_seqlens_q`` [B + 1] delimits each sequence's new rows; ``seqlens`` [B] is its length with
-    them; ``block_table`` [B, max_pages] lists its pages; ``positions`` and ``slots`` [T] say where
-    each row stands in its sequence and in the cache.
+    ``ids`` [T]; ``positions`` and ``slots`` [T] say where each row stands in its sequence and in
+    the cache (a negative slot: nowhere). ``cu_seqlens_q`` [B + 1] delimits each sequence's rows
+    (None: one each); ``seqlens`` [B] is its length with them; ``block_table`` [B, max_pages] lists
+    its pages. ``rows`` are those whose logits are wanted (None: all). The least and the largest
+    number of rows of a sequence are known to the host, so that nobody asks the device.
     """
 
+    ids: Tensor
     positions: Tensor
     slots: Tensor
-    cu_seqlens_q: Tensor
+    cu_seqlens_q: Tensor | None
     seqlens: Tensor
     block_table: Tensor
+    rows: Tensor | None
+    min_seqlen_q: int
+    max_seqlen_q: int
 
     @classmethod
     def build(
         cls,
         pages: Sequence[Sequence[int]],
         starts: Sequence[int],
-        counts: Sequence[int],
+        ids: Sequence[Sequence[int]],
         page_size: int,
         device: torch.device | str,
+        rows: Sequence[int] | None = None,
     ) -> Batch:
-        """Sequence i owns ``pages[i]``, has ``starts[i]`` tokens cached and gets ``counts[i]``."""
+        """Sequence i owns ``pages[i]``, has ``starts[i]`` tokens cached and gets ``ids[i]``.
+
+        Everything goes to the device in one copy, which nobody waits for.
+        """
+        counts = [len(new) for new in ids]
+        lengths = [start + count for start, count in zip(starts, counts, strict=True)]
         positions: list[int] = []
         slots: list[int] = []
-        cu_seqlens = [0]
-        for own, start, count in zip(pages, starts, counts, strict=True):
-            rows = range(start, start + count)
-            positions += rows
-            slots += [own[p // page_size] * page_size + p % page_size for p in rows]
-            cu_seqlens.append(cu_seqlens[-1] + count)
+        for own, start, end in zip(pages, starts, lengths, strict=True):
+            positions += range(start, end)
+            slots += [own[p // page_size] * page_size + p % page_size for p in range(start, end)]
         width = max(map(len, pages), default=0)
-        table = [[*own, *[0] * (width - len(own))] for own in pages]
-        seqlens = [s + c for s, c in zip(starts, counts, strict=True)]
-
-        def tensor(values: Any) -> Tensor:
-            return torch.tensor(values, dtype=torch.int32, device=device)
-
+        parts: list[Iterable[int]] = [
+            chain.from_iterable(ids),
+            positions,
+            slots,
+            accumulate(counts, initial=0),
+            lengths,
+            chain.from_iterable([*own, *[0] * (width - len(own))] for own in pages),
+            rows or (),
+        ]
+        arrays = [np.fromiter(part, dtype=np.int32) for part in parts]
+        packed = devices.upload(torch.from_numpy(np.concatenate(arrays)), torch.device(device))
+        new, places, where, starts_q, seqlens, table, wanted = packed.split(
+            [len(array) for array in arrays]
+        )
         return cls(
-            tensor(positions),
-            tensor(slots),
-            tensor(cu_seqlens),
-            tensor(seqlens),
-            tensor(table).view(len(pages), width),
+            ids=new,
+            positions=places,
+            slots=where,
+            cu_seqlens_q=None if counts == [1] * len(counts) else starts_q,
+            seqlens=seqlens,
+            block_table=table.view(len(pages), width),
+            rows=None if rows is None else wanted,
+            min_seqlen_q=min(filter(None, counts), default=0),
+            max_seqlen_q=max(counts, default=0),
         )
 
 
-class Attention(nn.Module):
+class Attention(Packable):
+    matrices = ("q_proj", "k_proj", "v_proj")
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         hidden, d = config.hidden_size, config.head_dim
         self.window = config.sliding_window
+        self.shape = (config.num_attention_heads, config.num_key_value_heads, d)
         self.q_proj = Linear(hidden, config.num_attention_heads * d)
         self.k_proj = Linear(hidden, config.num_key_value_heads * d)
         self.v_proj = Linear(hidden, config.num_key_value_heads * d)
         self.o_proj = Linear(config.num_attention_heads * d, hidden)
 
+    def _pack(self, *weights: Tensor) -> Tensor:
+        wq, wk, wv = weights
+        return ops.pack_qkv(wq, wk, wv, head_dim=self.shape[2]).weight
+
+    def _unpack(self) -> tuple[Tensor, ...]:
+        return ops.unpack_qkv(self._packed())
+
+    def _packed(self) -> ops.PackedQKV:
+        assert self.packed_weight is not None
+        return ops.PackedQKV(self.packed_weight, *self.shape, rotary_dim=self.shape[2])
+
     def forward(
         self, x: Tensor, norm: ops.Norm, rope: ops.Rope, kv: tuple[Tensor, Tensor], batch: Batch
     ) -> Tensor:
-        w_qkv = (self.q_proj.weight, self.k_proj.weight, self.v_proj.weight)
+        w_qkv: ops.PackedQKV | tuple[Tensor, Tensor, Tensor]
+        if self.packed_weight is None:
+            w_qkv = self.q_proj.weight, self.k_proj.weight, self.v_proj.weight
+        else:
+            w_qkv = self._packed()
         q = ops.qkv_rope_append(x, norm, w_qkv, rope, kv, batch.slots)
         out = ops.attention_kvcache(
             q,
@@ -102,6 +143,8 @@ class Attention(nn.Module):
             batch.block_table,
             batch.seqlens,
             cu_seqlens_q=batch.cu_seqlens_q,
+            min_seqlen_q=batch.min_seqlen_q,
+            max_seqlen_q=batch.max_seqlen_q,
             window=self.window,
         )
         assert isinstance(out, Tensor)
@@ -166,7 +209,8 @@ class MinitronForCausalLM(nn.Module):
         (smollm2-135m, minitron-8b, minitron-8b:Q4_K_M). ``dtype`` ("auto": as stored, bfloat16 for
         quantised GGUF) and ``device`` also go by transformers' names torch_dtype and device_map.
         Weights stored in the wanted dtype stay memory-mapped on the CPU; others are converted one
-        tensor at a time. ``progress`` shows a bar (None: on a terminal, when there is much to do).
+        tensor at a time. On a GPU they are packed for the fused kernels (see `pack`), layer by
+        layer. ``progress`` shows a bar (None: on a terminal, when there is much to do).
 
         Raises ValueError for a bad argument or a damaged file (naming file and field),
         FileNotFoundError, NotImplementedError for an unsupported model, MemoryError beforehand if
@@ -175,11 +219,14 @@ class MinitronForCausalLM(nn.Module):
         from minitron_kernels.loaders.checkpoint import check_memory, open_checkpoint
         from minitron_kernels.loaders.hub import resolve
 
-        device = _device(_one_of("device", device, "device_map", device_map))
+        device = devices.parse(_one_of("device", device, "device_map", device_map))
         wanted_dtype = _one_of("dtype", dtype, "torch_dtype", torch_dtype)
         checkpoint = open_checkpoint(resolve(source, revision))
         torch_type = _dtype(wanted_dtype, checkpoint.config)
-        check_memory(checkpoint, torch_type)
+        if device.type == "cpu":
+            check_memory(checkpoint, torch_type)
+        else:
+            _check_device_memory(checkpoint.config, torch_type, device)
         with torch.device("meta"):
             model = cls(checkpoint.config)
         model.checkpoint = checkpoint
@@ -219,9 +266,25 @@ class MinitronForCausalLM(nn.Module):
         ) as bar:
             for name in shapes:
                 owner, _, leaf = name.rpartition(".")
-                weight = checkpoint.load(name, dtype).to(device)
-                setattr(self.get_submodule(owner), leaf, nn.Parameter(weight, requires_grad=False))
+                weight = nn.Parameter(checkpoint.load(name, dtype).to(device), requires_grad=False)
+                setattr(self.get_submodule(owner), leaf, weight)
+                packs = cuda_ops.serves(weight)
+                del weight  # so that packing is what holds it last
+                parent = self.get_submodule(owner.rpartition(".")[0])
+                if packs and isinstance(parent, Packable) and not parent.is_partly_on_meta:
+                    parent.pack()
                 bar.update(checkpoint.tensors[name].nbytes)
+
+    def pack(self) -> None:
+        """Pack the weights for the fused kernels, one layer after the other.
+
+        from_pretrained has done so where kernels compute; it is for a model that came to a GPU by
+        ``to``. A packed model computes on the CPU as well, and its state_dict() has the names and
+        shapes of an unpacked one (Q and K are copies there, gate and up strided views).
+        """
+        for module in self.modules():
+            if isinstance(module, Packable):
+                module.pack()
 
     @property
     def device(self) -> torch.device:
@@ -244,22 +307,17 @@ class MinitronForCausalLM(nn.Module):
         return self._rope._replace(positions=positions)
 
     @torch.inference_mode()
-    def forward(
-        self, ids: Tensor, batch: Batch, cache: PagedKVCache, rows: Tensor | None = None
-    ) -> Tensor:
-        """Logits [len(rows), V] of the packed tokens ``ids`` [T], whose K and V go to ``cache``.
-
-        ``rows`` (None: all) picks the tokens whose logits are wanted, as indices into ids.
-        """
+    def forward(self, batch: Batch, cache: PagedKVCache) -> Tensor:
+        """Logits fp32 [len(batch.rows), V] of a batch whose K and V go to ``cache``."""
         rope = self._rope_for(batch.positions)
-        x = self.model.embed_tokens(ids)
+        x = self.model.embed_tokens(batch.ids)
         for i, layer in enumerate(self.model.layers):
             x = layer(x, rope, cache.layer(i), batch)
-        if rows is not None:
-            x = x[rows]
-        x = self.model.norm(x)
+        if batch.rows is not None:
+            x = ops.embedding(batch.rows, x)  # rows of x
         head = self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head
-        return ops.linear(x, head.weight)
+        norm = self.model.norm.as_norm()
+        return ops.linear(x, head.weight, norm=norm, out_dtype=torch.float32)
 
     def logits(self, ids: Tensor) -> Tensor:
         """Logits [B, S, V] of unpadded sequences ``ids`` [B, S], with a cache of their own."""
@@ -269,12 +327,11 @@ class MinitronForCausalLM(nn.Module):
                 f"got {list(ids.shape)}"
             )
         b, s = ids.shape
-        cache = self.new_cache(0)
-        per_sequence = cache.pages_for(s)
-        cache = self.new_cache(max(1, b * per_sequence) * cache.page_size, cache.page_size)
+        per_sequence = self.new_cache(0).pages_for(s)
+        cache = self.new_cache(max(1, b * per_sequence) * PAGE_SIZES[0])
         pages = [list(range(i * per_sequence, (i + 1) * per_sequence)) for i in range(b)]
-        batch = Batch.build(pages, [0] * b, [s] * b, cache.page_size, self.device)
-        return self(ids.flatten(), batch, cache).view(b, s, -1)
+        batch = Batch.build(pages, [0] * b, ids.tolist(), cache.page_size, self.device)
+        return self(batch, cache).view(b, s, -1)
 
     def generate(
         self, inputs: Tensor | None = None, attention_mask: Tensor | None = None, **options: Any
@@ -282,9 +339,10 @@ class MinitronForCausalLM(nn.Module):
         """Continue token ids ``inputs`` [B, S], as transformers' method of this name does.
 
         ``attention_mask`` [B, S] marks left padding with 0. Options: those of `SamplingParams`,
-        do_sample, pad_token_id, eos_token_id, input_ids (for inputs). Greedy unless do_sample or a
-        temperature is given; without max_length and max_new_tokens, 128 new tokens at the most.
-        Returns int64 [B, S + longest continuation], shorter ones padded on the right.
+        do_sample, pad_token_id, eos_token_id, input_ids (for inputs), cuda_graphs (see `Engine`).
+        Greedy unless do_sample or a temperature is given; without max_length and max_new_tokens,
+        128 new tokens at the most. Returns int64 [B, S + longest continuation], shorter ones padded
+        on the right.
         """
         from minitron_kernels.generate import generate_ids
 
@@ -297,20 +355,13 @@ def _one_of(name: str, value: Any, other_name: str, other: Any) -> Any:
     return value if value is not None else other
 
 
-def _device(device: torch.device | str | None) -> torch.device:
-    if device is None or device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        parsed = torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        raise ValueError(
-            f"device {device!r} is not one; accepted: auto, cpu, cuda, cuda:N"
-        ) from error
-    if parsed.type not in ("cpu", "cuda"):
-        raise ValueError(f"device {device!r} is not supported; accepted: auto, cpu, cuda, cuda:N")
-    if parsed.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device {device!r}: torch finds no CUDA device; use device cpu")
-    return parsed
+def _check_device_memory(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
+    need, have = config.num_parameters * dtype.itemsize, devices.free_memory(device)
+    if need > have:
+        raise MemoryError(
+            f"{config.source}: the weights as {str(dtype).removeprefix('torch.')} need "
+            f"{need / 2**30:.1f} GiB of memory on {device}, and {have / 2**30:.1f} GiB are free"
+        )
 
 
 def _dtype(dtype: torch.dtype | str | None, config: ModelConfig) -> torch.dtype:

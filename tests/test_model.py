@@ -146,8 +146,8 @@ def test_chunked_prefill_and_decode_equal_whole_prefill(pair: tuple[Any, Path]) 
     pages = [11, 3, 4, 9, 0, 15, 7]
     parts, start = [], 0
     for count in (1, 37, 16, 1, 1, 40, 4):
-        batch = Batch.build([pages], [start], [count], cache.page_size, "cpu")
-        parts.append(ours(ids[start : start + count], batch, cache))
+        part = ids[start : start + count].tolist()
+        parts.append(ours(Batch.build([pages], [start], [part], cache.page_size, "cpu"), cache))
         start += count
     error = (torch.cat(parts) - whole).abs().max() / whole.abs().max()
     assert error <= 1e-5, f"relative error {error:.2e}"
@@ -161,6 +161,40 @@ def test_state_dict_has_transformers_names(pair: tuple[Any, Path]) -> None:
     assert missing <= {"lm_head.weight"}
     for name, weight in ours.state_dict().items():
         assert torch.equal(weight, expected[name]), name
+
+
+def test_packed_model_computes_and_saves_as_before(pair: tuple[Any, Path]) -> None:
+    """pack() changes no bit of the logits, and neither names nor values of the state dict."""
+    ours = MinitronForCausalLM.from_pretrained(pair[1], dtype="float32", device="cpu")
+    ids = random_ids(2, 40)
+    logits, state = ours.logits(ids), copy.deepcopy(ours.state_dict())
+    ours.pack()
+    assert ours.model.layers[0].mlp.up_proj is None
+    assert torch.equal(ours.logits(ids), logits)
+    assert list(ours.state_dict()) == list(state)
+    for name, weight in ours.state_dict().items():
+        assert torch.equal(weight, state[name]), name
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_packed_model_loads_a_state_dict(pair: tuple[Any, Path], assign: bool) -> None:
+    _, folder = pair
+    ours = MinitronForCausalLM.from_pretrained(folder, dtype="float32", device="cpu")
+    ids = random_ids(1, 20)
+    logits, state = ours.logits(ids), copy.deepcopy(ours.state_dict())
+    ours.pack()
+    for weight in ours.parameters():
+        weight.zero_()
+    assert not ours.logits(ids).any()
+    ours.load_state_dict(state, assign=assign)
+    assert torch.equal(ours.logits(ids), logits)
+
+    absent = "model.layers.1.self_attn.k_proj.weight"
+    wrong = "model.layers.0.mlp.up_proj.weight"
+    found = ours.load_state_dict({n: w for n, w in state.items() if n != absent}, strict=False)
+    assert found.missing_keys == [absent] and not found.unexpected_keys
+    with pytest.raises(RuntimeError, match=r"layers\.0\.mlp.* must both be"):
+        ours.load_state_dict({**state, wrong: state[wrong][1:]})
 
 
 def test_weights_in_their_stored_dtype_are_mapped_not_copied(
