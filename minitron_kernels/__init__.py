@@ -11,6 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from minitron_kernels.config import ModelConfig
+    from minitron_kernels.flash_attn import (
+        flash_attn_func,
+        flash_attn_varlen_func,
+        flash_attn_with_kvcache,
+    )
     from minitron_kernels.generate import GenerationResult, TokenEvent
     from minitron_kernels.loaders.tokenizer import AutoTokenizer, Tokenizer
     from minitron_kernels.model import MinitronForCausalLM
@@ -21,6 +26,9 @@ if TYPE_CHECKING:
 
 _HOME = {
     "ModelConfig": "config",
+    "flash_attn_func": "flash_attn",
+    "flash_attn_varlen_func": "flash_attn",
+    "flash_attn_with_kvcache": "flash_attn",
     "GenerationResult": "generate",
     "TokenEvent": "generate",
     "AutoTokenizer": "loaders.tokenizer",
@@ -48,6 +56,9 @@ __all__ = [
     "TokenEvent",
     "Tokenizer",
     "build_info",
+    "flash_attn_func",
+    "flash_attn_varlen_func",
+    "flash_attn_with_kvcache",
     "get_include",
     "get_library",
 ]
