@@ -293,7 +293,7 @@ def test_each_weight_is_read_once_without_conflicts(
     slack = 1.002 if has_norm else 1  # before the main loop the norm's sums meet in shared memory
     assert c.shared_wavefronts <= slack * c.shared_wavefronts_min
     instructions = (c.instructions - c.issued["mov"]) / (n * k / 1000)
-    assert instructions < (220 if has_norm else 140), "A100 has 600 issue slots per 1000 weights"
+    assert instructions < (260 if has_norm else 160), "A100 has 600 issue slots per 1000 weights"
 
 
 @pytest.mark.slow

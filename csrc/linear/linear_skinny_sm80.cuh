@@ -2,31 +2,26 @@
 //
 //   output    columns |  tile 0   |  tile 1   | ...     a tile = `warps` strips of 8 columns
 //   (m <= 16)         |w0|w1|..|w7|w0|w1|..|w7|         block b does tiles b, b + grid, ...
+//   stage     8 * warps rows of w, then m rows of x, 128 k (256 bytes) each; chunk c of 16 bytes of
+//             row r lies at c ^ (r % 8): ldmatrix and cp.async touch every bank once
 //
-//   stage     8 * warps rows of w, m rows of x, 128 k each (256 bytes a row); kStages stages, then
-//   a
-//             row of zeros; chunk c of 16 bytes of row r lies at c ^ (r % 8), so that ldmatrix and
-//             cp.async touch every bank once
-//
-// One pipeline of cp.async runs through all the tiles of a block: while a stage is multiplied, the
-// others are in flight. A warp copies its own rows of w, in pieces of 256 bytes; all warps copy x,
-// which comes from L2. Rows of x from m on are not copied: their lanes of ldmatrix read the row of
-// zeros instead, with their own swizzle.
-//
-// The sum is one accumulator over the whole of k, in ascending groups of 16 (minitron_kernels.h):
-// no split of k, and an MMA's output depends on its own row, column and accumulator only. So a
-// row's bits are those of any other kernel or m that adds in this order. The chain is not what
-// binds: 256 MMAs of about 33 clocks for k = 4096 take 6 us on A100, where the bytes of 4096 x 4096
-// weights take 16 us; a stage of 8 MMAs lets an SM's 5 warps take 28 bytes per clock, DRAM
-// gives 13.
-//
-// The norm: w's first stages are on their way while all warps pass over x (in L2) for its scale;
-// then each thread normalises in shared memory the pieces of x that it copied, before the stage's
-// barrier.
-//
-// Without 16-byte rows, pieces go through registers element by element: slow, with the same bits.
-// That form also serves m > 16 (grid.y = blocks of 16 rows), so that the GEMM needs none of its
-// own.
+// One cp.async pipeline of kSkinnyStages runs through all tiles of a block, one barrier a stage. A
+// warp copies its own rows of w, all warps copy x, which is in L2. Rows of x from m on are not
+// copied: their lanes of ldmatrix read a row of zeros, by their own swizzle. Between a stage's MMAs
+// stand the fragments of the next 32 k and the copies of the stage that is loaded.
+// The sum is one accumulator over all k in ascending groups of 16 (minitron_kernels.h): k is not
+// split, and what an MMA gives depends on its own row, column and accumulator only. So a row's bits
+// are those of any m and any kernel of this order. The chain of MMAs does not bind: 256 of about 33
+// clocks for k = 4096 take 6 us on A100, where the bytes of 4096 columns take 16 us.
+// Norm: w's first stages are on their way while the warps pass over x for its scale; later each
+// thread normalises the pieces of x that it copied in shared memory, before the stage's barrier.
+// Without 16-byte rows, pieces go through registers, element by element: slow, the same bits. That
+// also serves m > 16 (grid.y: blocks of 16 rows), so that the GEMM needs no such form.
+// Counted per 1000 weights, of some 600 issue slots at A100's bandwidth: 115 instructions at m = 1,
+// 129 at m = 16 (with the norm 124, 218; N = 6144). Shared memory is busy 64 of 153 clocks.
+// Lost: ldmatrix of 8 rows at m <= 8 saves 16 of 64 wavefronts and 4 instructions a stage, and costs
+// 32 moves, because an MMA takes zeros and rows in consecutive registers. All copies before the
+// first MMA: 10 % fewer instructions, but none of them in the shadow of the MMAs.
 #pragma once
 
 #include "linear/linear_epilogue.cuh"
@@ -87,7 +82,9 @@ struct SkinnyLoader {
     const SkinnySmem& smem;
     const int first_row, num_rows, num_strips, num_tiles;
     int tile, k, stage_offset;
-    bool has_strip;
+    bool has_copies;  // of this tile: cp.async, rather than elements, and a strip for this warp
+    uint32_t w_to;    // of the stage that is copied: where this thread's first piece goes
+    int bytes;        // 16, or 0 past the last k
     const uint16_t* w[kCopies];  // this thread's next pieces
     const uint16_t* x;
 
@@ -125,7 +122,7 @@ struct SkinnyLoader {
 
     __device__ __forceinline__ void start_tile() {
         k = 0;
-        has_strip = strip() < num_strips;
+        has_copies = a.is_aligned && strip() < num_strips;
         MK_UNROLL
         for (int i = 0; i < kCopies; ++i) {
             w[i] = row_of_w(i * kRowsPerCopy + w_row()) + chunk() * kVec;
@@ -133,14 +130,32 @@ struct SkinnyLoader {
         x = row_of_x(x_row()) + chunk() * kVec;
     }
 
-    // One group of cp.async; an empty one after the last tile.
+    // The next stage, as one group of cp.async (an empty one after the last tile), in steps between
+    // which a warp's MMAs stand: start_stage(), copy_w(0) ... copy_w(kCopies - 1), finish_stage().
     __device__ __forceinline__ void load_stage() {
+        start_stage();
+        MK_UNROLL
+        for (int i = 0; i < kCopies; ++i) copy_w(i);
+        finish_stage();
+    }
+
+    __device__ __forceinline__ void start_stage() {
+        bytes = k + chunk() * kVec < a.k ? 16 : 0;
+        w_to = smem_address(smem.w) + stage_offset + skinny_offset(w_row(), chunk());
+        if (!a.is_aligned && tile < num_tiles) load_elements();
+    }
+
+    __device__ __forceinline__ void copy_w(int i) {
+        if (!has_copies) return;
+        // skinny_offset(i * kRowsPerCopy + w_row(), chunk()), by one instruction
+        static_assert(kRowsPerCopy == 2);
+        ptx::cp_async_cg_16((w_to ^ i * 32) + i * 2 * kSkinnyRowBytes, w[i], bytes);
+        w[i] += kSkinnyK;
+    }
+
+    __device__ __forceinline__ void finish_stage() {
         if (tile < num_tiles) {
-            if (a.is_aligned) {
-                load_aligned();
-            } else {
-                load_elements();
-            }
+            if (a.is_aligned) copy_x();
             stage_offset += smem.stage_bytes;
             if (stage_offset == kSkinnyStages * smem.stage_bytes) stage_offset = 0;
             k += kSkinnyK;
@@ -152,19 +167,7 @@ struct SkinnyLoader {
         ptx::cp_async_commit_group();
     }
 
-    __device__ __forceinline__ void load_aligned() {
-        const int bytes = k + chunk() * kVec < a.k ? 16 : 0;
-        if (has_strip) {
-            const uint32_t to =
-                smem_address(smem.w) + stage_offset + skinny_offset(w_row(), chunk());
-            MK_UNROLL
-            for (int i = 0; i < kCopies; ++i) {
-                // skinny_offset(i * kRowsPerCopy + w_row(), chunk()) in one instruction
-                static_assert(kRowsPerCopy == 2);
-                ptx::cp_async_cg_16((to ^ i * 32) + i * 2 * kSkinnyRowBytes, w[i], bytes);
-                w[i] += kSkinnyK;
-            }
-        }
+    __device__ __forceinline__ void copy_x() {
         const uint32_t to = smem_address(smem.x) + stage_offset;
         const uint16_t* from = x;
         for (int r = x_row(); r < num_rows; r += x_row_step()) {
@@ -182,7 +185,7 @@ struct SkinnyLoader {
                         load8<false>(row, first, a.k));
         };
         MK_NO_UNROLL
-        for (int r = w_row(); r < kSkinnyCols && has_strip; r += kRowsPerCopy) {
+        for (int r = w_row(); r < kSkinnyCols && strip() < num_strips; r += kRowsPerCopy) {
             copy(smem.w, r, row_of_w(r));
         }
         MK_NO_UNROLL
@@ -220,17 +223,27 @@ __device__ __forceinline__ void row_scales(const Product& a, int first_row, int 
     __syncthreads();
 }
 
-// One stage: acc += x w^T over 128 k, for the lane's addresses of its rows of x and w.
+// acc += x w^T over the 128 k of a stage, from the lane's addresses of its rows of x and w. The
+// fragments of the next 32 k, and a copy of the stage that is loaded meanwhile, come before the
+// MMAs that they need not wait for.
 template <class Dtype>
-__device__ __forceinline__ void multiply_stage(float (&acc)[4], uint32_t smem_x, uint32_t smem_w) {
+__device__ __forceinline__ void multiply_stage(float (&acc)[4], uint32_t smem_x, uint32_t smem_w,
+                                               SkinnyLoader& loader) {
+    constexpr int kSteps = kSkinnyK / 32;
+    static_assert(kSteps == SkinnyLoader::kCopies);
+    uint32_t x[2][2][4], w[2][4];  // 16 rows, 16 k twice; 8 columns, 32 k
+    const auto load = [&](int i) {
+        ptx::ldmatrix_x4(w[i % 2], smem_w ^ i * 64);
+        ptx::ldmatrix_x4(x[i % 2][0], smem_x ^ i * 64);
+        ptx::ldmatrix_x4(x[i % 2][1], smem_x ^ (i * 64 + 32));
+    };
+    load(0);
     MK_UNROLL
-    for (int i = 0; i < kSkinnyK / 32; ++i) {
-        uint32_t x[2][4], w[4];  // 16 rows, 16 k each; 8 columns, 32 k
-        ptx::ldmatrix_x4(w, smem_w ^ i * 64);
-        ptx::ldmatrix_x4(x[0], smem_x ^ i * 64);
-        ptx::ldmatrix_x4(x[1], smem_x ^ (i * 64 + 32));
-        Dtype::mma(acc, x[0], w[0], w[1]);
-        Dtype::mma(acc, x[1], w[2], w[3]);
+    for (int i = 0; i < kSteps; ++i) {
+        if (i + 1 < kSteps) load(i + 1);
+        loader.copy_w(i);
+        Dtype::mma(acc, x[i % 2][0], w[i % 2][0], w[i % 2][1]);
+        Dtype::mma(acc, x[i % 2][1], w[i % 2][2], w[i % 2][3]);
     }
 }
 
@@ -278,12 +291,12 @@ __device__ __forceinline__ void linear_skinny(const LinearArgs<typename Epilogue
         for (int s = 0; s < kSkinnyStages - 1; ++s) loader.load_stage();
         if (a.norm_weight) row_scales<Dtype>(a, first_row, num_rows, smem);
 
-        // Lane addresses in stage 0; absent rows of x stay at the zeros.
+        // Lane addresses in stage 0. Absent rows of x are at the zeros in all stages.
         const int x_row = lane % 16;
         const bool has_row = x_row < num_rows;
         const uint32_t lane_x =
-            smem_address(has_row ? smem.x : smem.zeros - x_row * kSkinnyRowBytes) +
-            skinny_offset(x_row, lane / 16);
+            smem_address(has_row ? smem.x + x_row * kSkinnyRowBytes : smem.zeros) +
+            skinny_offset(x_row, lane / 16) % kSkinnyRowBytes;
         const uint32_t lane_w = smem_address(smem.w) + skinny_offset(lane % 8, lane / 8);
 
         // Of the sums that this thread holds: rows g and g + 8, columns 2t and 2t + 1.
@@ -311,11 +324,12 @@ __device__ __forceinline__ void linear_skinny(const LinearArgs<typename Epilogue
                 ptx::cp_async_wait_group<kSkinnyStages - 2>();
                 if (has_norm) normalise_stage<Dtype>(smem, stage_offset, num_rows, norm_weight);
                 __syncthreads();  // the stage is there for all; all are done with the one before
-                loader.load_stage();
-                if (strip < num_strips) {
+                loader.start_stage();
+                if (strip < num_strips) {  // else there is no strip to come either
                     const uint32_t x = lane_x + (has_row ? stage_offset : 0);
-                    multiply_stage<Dtype>(acc, x, lane_w + stage_offset);
+                    multiply_stage<Dtype>(acc, x, lane_w + stage_offset, loader);
                 }
+                loader.finish_stage();
                 stage_offset += smem.stage_bytes;
                 if (stage_offset == kSkinnyStages * smem.stage_bytes) stage_offset = 0;
             }

@@ -31,7 +31,7 @@ constexpr int kSkinnyRows = 16;  // M of the MMA
 constexpr int kSkinnyCols = 8;   // N of the MMA, of a warp
 constexpr int kSkinnyK = 128;    // of a stage: 256 bytes of each row
 constexpr int kSkinnyMaxWarps = 8;
-constexpr int kSkinnyRegisters = 128;  // 2 blocks an SM, for the next launch's to start under PDL
+constexpr int kSkinnyBlocksPerSm = 2;  // registers: the next launch's block starts under PDL
 
 // Stages of the pipeline; one is being used, the others are in flight. With 8 warps a stage of w is
 // 16 KB, with 4 it is 8 KB: 40 ... 80 KB in flight per SM, where 700 ns of latency need 13 KB on
