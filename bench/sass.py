@@ -148,7 +148,9 @@ def _basic_blocks(code: list[Instruction]) -> tuple[list[list[Instruction]], lis
     for b, block in enumerate(blocks):
         last = block[-1]
         out = {block_at[last.target]} if last.target in block_at else set()
-        goes_on = last.name not in _BRANCHES or last.name == "CALL" or last.predicate
+        # A uniform predicate is an operand: BRA.U !UP0, target.
+        is_conditional = last.predicate or "," in last.operands
+        goes_on = last.name not in _BRANCHES or last.name == "CALL" or is_conditional
         if goes_on and b + 1 < len(blocks):
             out.add(b + 1)
         successors.append(out)

@@ -29,6 +29,7 @@ BUILD = Path("build/native")  # relative to ROOT, where every command runs
 # Entry file below csrc/ -> the architectures it is compiled for.
 ENTRY_FILES: dict[str, tuple[str, ...]] = {
     "embedding/entries/embedding.cu": cuda.ARCHS,
+    "linear/entries/linear_gemm.cu": cuda.ARCHS,
     "linear/entries/linear_skinny.cu": cuda.ARCHS,
     "rms_norm/entries/rms_norm.cu": cuda.ARCHS,
     "rope/entries/rope.cu": cuda.ARCHS,

@@ -206,7 +206,7 @@ SCALED = [
     replace(cases.prefill(256, True), units=4),
     cases.decode(4, 300),
     replace(cases.linear("gate_up", 2048, 256, 130), units=8),
-    replace(cases.linear("qkv", 6144, 256, 300), units=8),
+    replace(cases.linear("qkv", 6144, 256, 40), units=8),
 ]
 
 

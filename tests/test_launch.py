@@ -326,6 +326,11 @@ def test_plan_and_entries_match(arch: str) -> None:
                 change |= {"out_dtype": dtype} if "out_dtype" in VALID[op] else {}
                 plan = check_plan(op, make_params(op, **change), arch)
                 reached.add(plan.entry.decode())
+            if rows := {"linear": "m", "linear_swiglu": "m", "qkv_rope_append": "tokens"}.get(op):
+                for m in (17, 256, 8192):  # each tile of the GEMM
+                    change = {rows: m, "norm_weight": None, "dtype": dtype}
+                    change |= {"out_dtype": dtype} if "out_dtype" in VALID[op] else {}
+                    reached.add(check_plan(op, make_params(op, **change), arch).entry.decode())
     assert reached == set(native.build_info()["entries"][arch])
 
 

@@ -46,6 +46,11 @@ CLAIMS = {
     "linear": (128, 0),
     "linear_swiglu": (128, 0),
     "qkv_rope_append": (128, 0),
+    **{
+        f"{op}_{tile}": (registers, 0)
+        for op in ("linear", "linear_swiglu", "qkv_rope_append")
+        for tile, registers in (("m128_n256", 255), ("m128_n128", 255), ("m64_n64", 128))
+    },
 }
 LINEAR = ("linear", "linear_swiglu", "qkv_rope_append")
 ENTRY_NAME = re.compile(
@@ -95,7 +100,8 @@ def test_resources_within_claims(arch: str) -> None:
     for name, use in entries(arch).items():
         assert use["spill_bytes"] == 0 and use["stack_bytes"] == 0, name
         match = ENTRY_NAME.fullmatch(name)
-        registers, smem = CLAIMS[match["op"] + match["flags"]]
+        key = match["op"] + match["keys"] + match["flags"]
+        registers, smem = CLAIMS.get(key) or CLAIMS[match["op"] + match["flags"]]
         assert use["registers"] <= registers and use["smem_bytes"] <= smem, (name, use)
 
 
@@ -121,7 +127,7 @@ def test_cuxray_gate(arch: str, tmp_path: Path) -> None:
     assert len(cubins) == len({use["file"] for use in entries(arch).values()})
     env = {**os.environ, "PATH": f"{Path(tool('nvdisasm')).parent}:{os.environ['PATH']}"}
     for cubin in cubins:
-        gate = ["cuxray", "gate", str(cubin), "spill_instrs==0, regs<=128"]
+        gate = ["cuxray", "gate", str(cubin), "spill_instrs==0, regs<=255"]
         done = subprocess.run(gate, capture_output=True, text=True, env=env)
         assert done.returncode == 0, f"{cubin.name}: {done.stdout}{done.stderr}"
 

@@ -9,17 +9,8 @@
 // rotation's pair. So no epilogue needs another thread's sums. An epilogue has
 //   Params, Row                the op's struct; what is looked up once per row
 //   row(r)                     r < m
-//   apply(row, c, y0, y1)      the outputs of columns c and c + 1, rounded, the first in the low
-//                              half (swiglu: that one only); c + 1 < n
-//   store(row, c, y0, y1)      the same and writes them, element by element where they are not
-//                              aligned; columns from n on are skipped
-// and, for a kernel that collects a tile of outputs in shared memory to write 16 bytes at a time,
-//   kPerPair                   outputs of a pair of columns: 2, swiglu 1
-//   has_vectors()              whether 8 outputs in staged order are 16 aligned, contiguous bytes
-//   place(c)                   {where they are staged, how much further the second is}
-//   vector(row, s)             where the 8 outputs staged at s (a multiple of 8) go; null: nowhere
-// The staged order is that of the outputs, but for halves of a rotation (features i and i + R/2):
-// of each 16 columns the first features come first, then the second ones.
+//   store(row, c, y0, y1)      writes the outputs of columns c and c + 1, c even, rounded; as one
+//                              access where they are aligned; columns from n on are skipped
 #pragma once
 
 #include "common/vec.cuh"
@@ -43,14 +34,9 @@ __device__ __forceinline__ void store_pair(uint16_t* to, uint32_t pair, bool is_
     }
 }
 
-struct Place {
-    int first, step;
-};
-
 template <class Dtype>
 struct PlainEpilogue {
     using Params = mk_linear_params;
-    static constexpr int kPerPair = 2;
 
     struct Row {
         void* out;
@@ -107,20 +93,11 @@ struct PlainEpilogue {
             store_pair(to, Dtype::pack(y0 + Dtype::unpack(row.residual[c]).x, 0.f), false, false);
         }
     }
-
-    __device__ __forceinline__ bool has_vectors() const {
-        return !is_f32 && p.n % kVec == 0 && is_multiple(p.out, p.out_stride * 2, 16);
-    }
-    __device__ __forceinline__ Place place(int c) const { return {c, 1}; }
-    __device__ __forceinline__ void* vector(const Row& row, int s) const {
-        return s < p.n ? static_cast<uint16_t*>(row.out) + s : nullptr;
-    }
 };
 
 template <class Dtype>
 struct SwigluEpilogue {
     using Params = mk_linear_params;
-    static constexpr int kPerPair = 1;
 
     struct Row {
         uint16_t* out;
@@ -134,27 +111,14 @@ struct SwigluEpilogue {
         return {static_cast<uint16_t*>(p.out) + r * p.out_stride};
     }
 
-    __device__ __forceinline__ uint32_t apply(const Row&, int, float gate, float up) const {
-        return Dtype::pack(silu(gate) * up, 0.f);
-    }
-
     __device__ __forceinline__ void store(const Row& row, int c, float gate, float up) const {
-        if (c < p.n) row.out[c / 2] = static_cast<uint16_t>(apply(row, c, gate, up));
-    }
-
-    __device__ __forceinline__ bool has_vectors() const {
-        return p.n % (2 * kVec) == 0 && is_multiple(p.out, p.out_stride * 2, 16);
-    }
-    __device__ __forceinline__ Place place(int c) const { return {c / 2, 0}; }
-    __device__ __forceinline__ void* vector(const Row& row, int s) const {
-        return s < p.n / 2 ? row.out + s : nullptr;
+        if (c < p.n) row.out[c / 2] = static_cast<uint16_t>(Dtype::pack(silu(gate) * up, 0.f));
     }
 };
 
 template <class Dtype>
 struct QkvEpilogue {
     using Params = mk_qkv_rope_append_params;
-    static constexpr int kPerPair = 2;
 
     struct Row {
         uint16_t* q;
@@ -166,13 +130,17 @@ struct QkvEpilogue {
     const Params& p;
     int num_q, num_qk, n;  // columns of Q, of Q and K, of all
     int gap;               // from the first to the second feature of a pair
+    bool out_in_pairs;     // adjacent features are one access
 
     __device__ __forceinline__ explicit QkvEpilogue(const Params& params)
         : p(params),
           num_q(params.num_q_heads * params.head_dim),
           num_qk(num_q + params.num_kv_heads * params.head_dim),
           n(num_qk + params.num_kv_heads * params.head_dim),
-          gap(params.rope.interleaved ? 1 : params.rope.rotary_dim / 2) {}
+          gap(params.rope.interleaved ? 1 : params.rope.rotary_dim / 2),
+          out_in_pairs(is_multiple(p.q, (p.q_stride | p.q_head_stride) * 2, 4) &&
+                       is_multiple(p.k_cache, cache_strides() * 2, 4) &&
+                       is_multiple(p.v_cache, cache_strides() * 2, 4)) {}
 
     __device__ __forceinline__ Row row(int r) const {
         const int64_t slot = load_index(p.slots, p.slots_dtype, r);
@@ -213,44 +181,25 @@ struct QkvEpilogue {
         return Dtype::pack(fmaf(a, cos, -(b * sin)), fmaf(b, cos, a * sin));
     }
 
-    __device__ __forceinline__ uint32_t apply(const Row& row, int c, float y0, float y1) const {
-        const Head to = head(row, c);
-        return to.is_rotated ? rotate(row, to.d / 2, y0, y1) : Dtype::pack(y0, y1);
-    }
-
     __device__ __forceinline__ void store(const Row& row, int c, float y0, float y1) const {
         if (c >= n) return;
         const Head head = this->head(row, c);
         if (!head.to) return;
         const uint32_t pair =
             head.is_rotated ? rotate(row, head.d / 2, y0, y1) : Dtype::pack(y0, y1);
-        uint16_t* const to = head.to + (is_split(head) ? head.d / 2 : head.d);
-        to[0] = static_cast<uint16_t>(pair);
-        to[is_split(head) ? gap : 1] = static_cast<uint16_t>(pair >> 16);
+        if (is_split(head)) {
+            head.to[head.d / 2] = static_cast<uint16_t>(pair);
+            head.to[head.d / 2 + gap] = static_cast<uint16_t>(pair >> 16);
+        } else {
+            store_pair(head.to + head.d, pair, out_in_pairs, true);
+        }
     }
 
-    __device__ __forceinline__ bool has_vectors() const {
-        return (gap == 1 || p.rope.rotary_dim % 16 == 0) &&
-               is_multiple(p.q, (p.q_stride | p.q_head_stride) * 2, 16) &&
-               is_multiple(p.k_cache, cache_strides() * 2, 16) &&
-               is_multiple(p.v_cache, cache_strides() * 2, 16);
-    }
     __device__ __forceinline__ int64_t cache_strides() const {
         return p.cache_page_stride | p.cache_stride | p.cache_head_stride;
     }
     __device__ __forceinline__ bool is_split(const Head& head) const {
         return head.is_rotated && gap != 1;
-    }
-    __device__ __forceinline__ Place place(int c) const {
-        if (gap == 1 || c >= num_qk || c % p.head_dim >= p.rope.rotary_dim) return {c, 1};
-        return {c / 16 * 16 + c % 16 / 2, kVec};
-    }
-    __device__ __forceinline__ void* vector(const Row& row, int s) const {
-        if (s >= n) return nullptr;
-        const Head head = this->head(row, s);
-        if (!head.to) return nullptr;
-        if (!is_split(head)) return head.to + head.d;
-        return head.to + head.d / 16 * kVec + (head.d % 16 ? gap : 0);
     }
 };
 

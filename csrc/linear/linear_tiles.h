@@ -71,17 +71,17 @@ constexpr int gemm_smem_bytes(const GemmTile& t) { return t.stages * (t.m + t.n)
 //            last round
 //   small    few rows, where w's bytes count: two blocks keep 128 KB per SM in flight (A100), of
 //            which half is w, and 64 columns still give N = 4096 to 64 SMs
-// Stages of 32 k are half as wide as a cache line, and pass twice as many barriers: they stand
-// where 64 would leave two stages.
+// A thread copies half as many rows of a stage of 32 k as of one of 64, and keeps a pointer to
+// each: with 128 sums a thread, 64 take 254 registers and spill on some architectures, 32 take 242.
 struct GemmTiles {
     GemmTile large, middle, small;
 };
 constexpr GemmTiles kGemmSm80 = {
-    {128, 256, 64, 3, 64, 64, 1}, {128, 128, 32, 5, 64, 64, 2}, {64, 64, 64, 5, 32, 32, 2}};
+    {128, 256, 32, 6, 64, 64, 1}, {128, 128, 32, 5, 64, 64, 2}, {64, 64, 64, 5, 32, 32, 2}};
 constexpr GemmTiles kGemmSm89 = {
     {128, 256, 32, 4, 64, 64, 1}, {128, 128, 32, 3, 64, 64, 2}, {64, 64, 64, 3, 32, 32, 2}};
 constexpr GemmTiles kGemmSm90 = {
-    {128, 256, 64, 4, 64, 64, 1}, {128, 128, 64, 3, 64, 64, 2}, {64, 64, 64, 7, 32, 32, 2}};
+    {128, 256, 32, 8, 64, 64, 1}, {128, 128, 32, 6, 64, 64, 2}, {64, 64, 64, 7, 32, 32, 2}};
 constexpr const GemmTiles& gemm_tiles(int sm) {
     return sm == 80 ? kGemmSm80 : sm == 89 ? kGemmSm89 : kGemmSm90;
 }
