@@ -252,6 +252,60 @@ def test_qkv_of_a_position_out_of_range_is_nan(arch: str) -> None:
     assert torch.equal(slots, expected[2].flatten(0, 1)[:6])
 
 
+def test_qkv_of_more_rows_than_16_by_elements() -> None:
+    """Rows that are no multiples of 16 bytes apart, in three blocks of 16."""
+    Qkv.random(37, 100, (2, 1), 32, 32, dtype=F16, padding=1).check(BUILT[0])
+
+
+# ---------------------------------------------------------------------------------------- plans
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    arch=st.sampled_from(list(abi.DEVICES)),
+    m=st.one_of(st.integers(1, 16), st.integers(1, 2**30)),
+    n=st.one_of(st.integers(1, 2**24), st.integers(1, 20000)),
+    k=st.integers(1, 2**20),
+    offset=st.sampled_from([0, 8]),
+)
+def test_skinny_plan_fits_and_spreads(arch: str, m: int, n: int, k: int, offset: int) -> None:
+    """Every size fits the device, and no SM has many more strips of 8 columns than the average."""
+    pointer = 1 << 20
+    params = abi.structs()["mk_linear_params"](
+        x=pointer, w=pointer + offset, out=pointer, x_stride=k, w_stride=k, out_stride=n,
+        m=m, n=n, k=k, dtype=abi.constants()["MK_BF16"], out_dtype=abi.constants()["MK_BF16"],
+    )  # fmt: skip
+    if m <= 16 and k <= 1 << 14:
+        params.norm_weight = pointer
+    plan, device = abi.plan("linear", params, arch), abi.device(arch)
+    is_skinny = m <= 16 or k % 8 != 0 or offset == 8
+    assert plan.entry.decode().endswith("_m16") == is_skinny
+    assert plan.smem_bytes <= device.smem_per_block
+    if not is_skinny:
+        return
+    warps = plan.block[0] // 32
+    assert 1 <= warps <= 8 and 1 <= plan.grid[0] <= device.num_sms and plan.grid[1] <= 65535
+    busiest = warps * ceil_div(ceil_div(n, 8 * warps), plan.grid[0])
+    assert busiest * device.num_sms <= max(1.5 * ceil_div(n, 8), 8 * device.num_sms)
+
+
+def test_skinny_plan_of_minitron_uses_nearly_all_sms() -> None:
+    for arch in abi.DEVICES:
+        num_sms = abi.device(arch).num_sms
+        for n in (4096, 6144, 23040, 131072):
+            x, w, out = torch.empty(1, 64), torch.empty(n, 64), torch.empty(1, n)
+            params = linear_params(x, w.bfloat16(), out.bfloat16())
+            params.dtype = params.out_dtype = abi.constants()["MK_BF16"]
+            plan = abi.plan("linear", params, arch)
+            warps = plan.block[0] // 32
+            busiest = warps * ceil_div(ceil_div(n, 8 * warps), plan.grid[0])
+            assert busiest * num_sms <= 1.3 * n / 8, (arch, n)
+
+
 # ------------------------------------------------------------------------------------- counters
 
 COUNTED = [  # of a layer of Minitron-8B
@@ -285,13 +339,12 @@ def test_each_weight_is_read_once_without_conflicts(
     # each warp that has rows of x.
     plan = abi.plan(op, linear_params(x, w, out, norm_weight), "80")
     blocks, warps = plan.grid[0], plan.block[0] // 32
-    tiles = -(-n // (8 * warps))
+    tiles = ceil_div(n, 8 * warps)
     rereads = tiles * x_sectors
     if has_norm:
         rereads += blocks * x_sectors + tiles * min(m, warps) * norm_sectors
     assert c.read_sectors <= w_sectors + rereads
-    slack = 1.002 if has_norm else 1  # before the main loop the norm's sums meet in shared memory
-    assert c.shared_wavefronts <= slack * c.shared_wavefronts_min
+    assert c.shared_wavefronts == c.shared_wavefronts_min
     instructions = (c.instructions - c.issued["mov"]) / (n * k / 1000)
     assert instructions < (260 if has_norm else 160), "A100 has 600 issue slots per 1000 weights"
 

@@ -19,9 +19,9 @@
 // also serves m > 16 (grid.y: blocks of 16 rows), so that the GEMM needs no such form.
 // Counted per 1000 weights, of some 600 issue slots at A100's bandwidth: 115 instructions at m = 1,
 // 129 at m = 16 (with the norm 124, 218; N = 6144). Shared memory is busy 64 of 153 clocks.
-// Lost: ldmatrix of 8 rows at m <= 8 saves 16 of 64 wavefronts and 4 instructions a stage, and costs
-// 32 moves, because an MMA takes zeros and rows in consecutive registers. All copies before the
-// first MMA: 10 % fewer instructions, but none of them in the shadow of the MMAs.
+// Lost: ldmatrix of 8 rows at m <= 8 saves 16 of 64 wavefronts and 4 instructions a stage but costs
+// 32 moves, as an MMA takes zeros and rows in consecutive registers. All copies before the first
+// MMA: 10 % fewer instructions, but none of them in the shadow of the MMAs.
 #pragma once
 
 #include "linear/linear_epilogue.cuh"
@@ -213,12 +213,12 @@ __device__ __forceinline__ void row_scales(const Product& a, int first_row, int 
         }
         const float4 sums = {sum_of_squares<Dtype>(v[0]), sum_of_squares<Dtype>(v[1]),
                              sum_of_squares<Dtype>(v[2]), sum_of_squares<Dtype>(v[3])};
-        if (lane == 0) smem.group_sums[unit] = sums;
+        if (lane == 0) smem.group_sums[quad * num_rows + r] = sums;
     }
     __syncthreads();
     if (threadIdx.x < num_rows) {
-        const float4* const sums = smem.group_sums + threadIdx.x * num_quads;
-        smem.scale[threadIdx.x] = rms_scale(sum_of_groups(sums, num_quads), a.k, a.eps);
+        const float4 total = sum_of_groups(smem.group_sums + threadIdx.x, num_quads, num_rows);
+        smem.scale[threadIdx.x] = rms_scale(total, a.k, a.eps);
     }
     __syncthreads();
 }

@@ -27,11 +27,12 @@ __device__ __forceinline__ float sum_of_squares(const Vec8& v) {
     return sum;
 }
 
-// Of the sums of four groups each.
-__device__ __forceinline__ float4 sum_of_groups(const float4* group_sums, int num_quads) {
+// Of the sums of four groups each, `stride` apart.
+__device__ __forceinline__ float4 sum_of_groups(const float4* group_sums, int num_quads,
+                                                int stride = 1) {
     float4 total = {0.f, 0.f, 0.f, 0.f};
     for (int quad = 0; quad < num_quads; ++quad) {
-        const float4 sum = group_sums[quad];
+        const float4 sum = group_sums[quad * stride];
         total = {total.x + sum.x, total.y + sum.y, total.z + sum.z, total.w + sum.w};
     }
     return total;
