@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from minitron_kernels.loaders.tokenizer import AutoTokenizer, Tokenizer
     from minitron_kernels.model import MinitronForCausalLM
     from minitron_kernels.native import build_info, get_include, get_library
+    from minitron_kernels.quantized import QuantizedTensor
     from minitron_kernels.sampling import SamplingParams
 
     LlamaForCausalLM = MistralForCausalLM = AutoModelForCausalLM = MinitronForCausalLM
@@ -34,6 +35,7 @@ _HOME = {
     "AutoTokenizer": "loaders.tokenizer",
     "Tokenizer": "loaders.tokenizer",
     "MinitronForCausalLM": "model",
+    "QuantizedTensor": "quantized",
     "SamplingParams": "sampling",
     "build_info": "native",
     "get_include": "native",
@@ -52,6 +54,7 @@ __all__ = [
     "MinitronForCausalLM",
     "MistralForCausalLM",
     "ModelConfig",
+    "QuantizedTensor",
     "SamplingParams",
     "TokenEvent",
     "Tokenizer",

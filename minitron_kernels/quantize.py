@@ -26,7 +26,7 @@ from tqdm import tqdm
 from minitron_kernels import block_encoders
 from minitron_kernels.config import ModelConfig
 from minitron_kernels.loaders import gguf_writer
-from minitron_kernels.loaders.checkpoint import TORCH_DTYPES, open_checkpoint
+from minitron_kernels.loaders.checkpoint import TORCH_DTYPES, Checkpoint, open_checkpoint
 from minitron_kernels.loaders.gguf import GGUFCheckpoint, GGUFFile, gguf_name
 from minitron_kernels.loaders.gguf_writer import TensorHead
 from minitron_kernels.loaders.safetensors import SafetensorsCheckpoint
@@ -165,18 +165,15 @@ class Source:
 
 def _open(path: Path) -> Source:
     checkpoint = open_checkpoint(path)
+    _check_complete(checkpoint)
     if isinstance(checkpoint, GGUFCheckpoint):
         return _open_gguf(checkpoint)
     assert isinstance(checkpoint, SafetensorsCheckpoint)
     return _open_safetensors(checkpoint)
 
 
-def _open_safetensors(checkpoint: SafetensorsCheckpoint) -> Source:
-    from minitron_kernels.loaders.tokenizer import Tokenizer
-
-    config = checkpoint.config
-    tensors = []
-    for name, shape in config.weight_shapes().items():
+def _check_complete(checkpoint: Checkpoint) -> None:
+    for name, shape in checkpoint.config.weight_shapes().items():
         info = checkpoint.tensors.get(name)
         if info is None:
             raise ValueError(f"{checkpoint.path}: tensor {name} is missing")
@@ -185,6 +182,15 @@ def _open_safetensors(checkpoint: SafetensorsCheckpoint) -> Source:
                 f"{info.file}: tensor {name} has shape {list(info.shape)}, "
                 f"the config asks for {list(shape)}"
             )
+
+
+def _open_safetensors(checkpoint: SafetensorsCheckpoint) -> Source:
+    from minitron_kernels.loaders.tokenizer import Tokenizer
+
+    config = checkpoint.config
+    tensors = []
+    for name, shape in config.weight_shapes().items():
+        info = checkpoint.tensors[name]
         stored = checkpoint.load(name, TORCH_DTYPES[info.type])  # a view of the mapped file
         order = _pair_order(name, config)
         tensors.append(

@@ -169,7 +169,7 @@ class QuantizedTensor(torch.Tensor):
         cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         handler = _HANDLERS.get(func)
-        if handler is None or not isinstance(args[0], QuantizedTensor):
+        if handler is None or not (args and isinstance(args[0], QuantizedTensor)):
             raise TypeError(
                 f"{func} does not take a QuantizedTensor, which stays packed: pass "
                 "w.dequantize(dtype), or use an operation of minitron_kernels"
@@ -199,7 +199,7 @@ def _as_parameter(tensor: QuantizedTensor, is_parameter: bool) -> QuantizedTenso
     return parameter
 
 
-torch.serialization.add_safe_globals([rebuild])  # torch.load(weights_only=True)
+torch.serialization.add_safe_globals([rebuild])  # torch.load(weights_only=True) calls it
 
 
 # ---- the operators that keep a matrix packed ----
