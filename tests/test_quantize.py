@@ -344,15 +344,35 @@ def test_every_kind_is_read_by_the_gguf_library(folder: Path, tmp_path: Path, ki
     assert list(tmp_path.iterdir()) == [out]
 
 
-def test_float32_file_is_the_same_model(folder: Path, tmp_path: Path) -> None:
+IDS = torch.arange(5, 45)[None]
+
+
+def logits_of(path: Path) -> torch.Tensor:
+    return MinitronForCausalLM.from_pretrained(path, dtype="float32", device="cpu").logits(IDS)
+
+
+def test_float32_file_is_the_same_model(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Logits to the last bit: the order of Q's and K's rows, RoPE, norms and head are right."""
     quantize.quantize(folder, tmp_path / "m.gguf", "F32")
-    ids = torch.arange(5, 45)[None]
-    logits = [
-        MinitronForCausalLM.from_pretrained(path, dtype="float32", device="cpu").logits(ids)
-        for path in (folder, tmp_path / "m.gguf")
-    ]
-    assert torch.equal(*logits)
+    expected = logits_of(folder)
+    assert torch.equal(logits_of(tmp_path / "m.gguf"), expected)
+    monkeypatch.setattr(quantize, "_pair_order", lambda name, config: None)
+    quantize.quantize(folder, tmp_path / "wrong.gguf", "F32")
+    assert not torch.allclose(logits_of(tmp_path / "wrong.gguf"), expected, atol=0.1)
+
+
+def test_transformers_reads_it(folder: Path, tmp_path: Path) -> None:
+    """Third-party code, from the file's metadata to its logits."""
+    from transformers import AutoModelForCausalLM
+
+    quantize.quantize(folder, tmp_path / "m.gguf", "Q4_K_M")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="m.gguf", dtype=torch.float32)
+    with torch.no_grad():
+        theirs = model(IDS).logits
+    assert theirs.std() > 0.5
+    assert torch.allclose(logits_of(tmp_path / "m.gguf"), theirs, atol=1e-3)
 
 
 def test_metadata_says_what_the_config_says(folder: Path, tmp_path: Path) -> None:
