@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from minitron_kernels import cuda_ops, devices
+from minitron_kernels import cuda_attention, cuda_ops, devices
 from minitron_kernels.cache import PagedKVCache
 from minitron_kernels.model import Batch, MinitronForCausalLM
 from minitron_kernels.sampling import SamplingState
@@ -42,7 +42,7 @@ def why_not(model: MinitronForCausalLM) -> str | None:
         return f"the model is on {model.device}, which has no CUDA graphs"
     if not cuda_ops.serves(model.model.norm.weight):
         return f"there are no kernels for {model.dtype}"
-    if model.config.head_dim not in (64, 128):
+    if model.config.head_dim not in cuda_attention.HEAD_DIMS:
         return f"there is no attention kernel for head_dim {model.config.head_dim}"
     return None
 

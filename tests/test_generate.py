@@ -345,6 +345,7 @@ def test_do_sample(model: Any) -> None:
     greedy = model.generate(ids, max_new_tokens=12)
     assert torch.equal(model.generate(ids, max_new_tokens=12, do_sample=False), greedy)
     assert torch.equal(model.generate(ids, max_new_tokens=12, temperature=None), greedy)
+    assert torch.equal(model.generate(ids, max_new_tokens=12, cuda_graphs=False), greedy)
     torch.manual_seed(0)
     first = model.generate(ids, max_new_tokens=12, do_sample=True)
     torch.manual_seed(0)
