@@ -49,7 +49,8 @@ def _int32(t: Tensor) -> Tensor:
 def _wide(x: Tensor) -> Tensor:
     """x [T, H, D] so that it can be read 16 bytes at a time; copied only if it must be."""
     row, head, feature = x.stride()
-    if feature == 1 and row % 8 == 0 and head % 8 == 0 and x.data_ptr() % 16 == 0:
+    apart = min(row, head) >= x.shape[2] and row % 8 == 0 and head % 8 == 0  # not expanded
+    if apart and feature == 1 and x.data_ptr() % 16 == 0:
         return x
     return torch.empty(x.shape, dtype=x.dtype, device=x.device).copy_(x)
 

@@ -256,20 +256,22 @@ def _linear(
     eps: float,
     out_dtype: torch.dtype | None,
 ) -> Tensor:
-    check_float(x=x, w=w)
+    tensors = {"x": x, "w": w}
+    if residual is not None:
+        tensors["residual"] = residual
+    if norm_weight is not None:
+        tensors["norm_weight"] = norm_weight
+    check_float(**tensors)
     if w.ndim != 2:
         raise ValueError(f"w must be [N, K], got {shape_of(w)}")
     if x.ndim < 1 or x.shape[-1] != w.shape[1]:
         raise ValueError(f"the last dimension of x ({shape_of(x)}) must be w's K = {w.shape[1]}")
-    if residual is not None:
-        check_float(x=x, residual=residual)
-        if residual.shape != (*x.shape[:-1], w.shape[0]):
-            raise ValueError(
-                f"residual must be {'x'.join(map(str, (*x.shape[:-1], w.shape[0])))}, "
-                f"got {shape_of(residual)}"
-            )
+    if residual is not None and residual.shape != (*x.shape[:-1], w.shape[0]):
+        raise ValueError(
+            f"residual must be {'x'.join(map(str, (*x.shape[:-1], w.shape[0])))}, "
+            f"got {shape_of(residual)}"
+        )
     if norm_weight is not None:
-        check_float(x=x, norm_weight=norm_weight)
         check_norm(x, norm_weight)
     out_dtype = x.dtype if out_dtype is None else out_dtype
     if out_dtype is not x.dtype and (out_dtype is not torch.float32 or residual is not None):

@@ -6,85 +6,35 @@ kernels' own tests are in test_kernels_memory.py; here it is pointers, strides a
 
 from __future__ import annotations
 
-import ctypes
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from minitron_kernels import cuda_ops, ops, sampling
-from tests import emulator
+from minitron_kernels import cuda_ops, ops, reference, sampling
+from tests import native_abi
+from tests.cuda_device import (
+    PARAMS,
+    both,
+    cuda_device,
+    launches,
+    no_host_reads,
+    on,
+    on_cpu,
+    on_device,
+)
+from tests.test_kernels_memory import assert_close, rope_scale
 
 Tensor = torch.Tensor
-HAS_GPU = torch.cuda.is_available()
-ORDINALS = {"sm_80": 0, "sm_89": 1, "sm_90": 2, "sm_100": 3}
+HALVES = (torch.bfloat16, torch.float16)
 
 
-@pytest.fixture(
-    params=[pytest.param("gpu", marks=pytest.mark.gpu)]
-    if HAS_GPU
-    else [pytest.param(d, id=f"emu-{d}") for d in ORDINALS]
-)
+@pytest.fixture(params=PARAMS)
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """torch's device to make tensors on; on the emulator every tensor made is known to it."""
-    if request.param == "gpu":
-        yield "cuda"
-        return
-    os.environ.setdefault("MK_CUDA_DRIVER", str(emulator.build()))
-    driver = emulator.library()
-    context = ctypes.c_void_p()
-    assert driver.cuInit(0) == 0
-    assert driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), ORDINALS[request.param]) == 0
-    assert driver.cuCtxSetCurrent(context) == 0
-
-    def known(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def make(*args: Any, **kwargs: Any) -> Tensor:
-            tensor = function(*args, **kwargs)
-            tensor.fill_(float("nan") if tensor.is_floating_point() else -77)
-            return on(tensor, "cpu")
-
-        return make
-
-    for name in ("empty", "empty_like"):
-        monkeypatch.setattr(torch, name, known(getattr(torch, name)))
-    monkeypatch.setattr(cuda_ops, "emulate", True)
-    yield "cpu"
-    for tensor in _known:
-        driver.emu_region_remove(tensor.untyped_storage().data_ptr())
-    _known.clear()
-
-
-_known: list[Tensor] = []
-
-
-def on(tensor: Tensor, device: str) -> Tensor:
-    """The tensor on the device under test, accessible to kernels there."""
-    if device == "cuda":
-        return tensor.cuda()
-    storage = tensor.untyped_storage()
-    emulator.library().emu_region_add(storage.data_ptr(), storage.nbytes(), b"tensor")
-    _known.append(tensor)
-    return tensor
-
-
-def both(
-    function: Callable[..., Any], device: str, *args: Any
-) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """(kernel's outputs, CPU's outputs, kernel's versions of the tensor arguments)."""
-    mine = [on(a.clone(), device) if isinstance(a, Tensor) else a for a in args]
-    got = function(*mine)
-    was, cuda_ops.emulate = cuda_ops.emulate, False
-    expected = function(*args)
-    cuda_ops.emulate = was
-
-    def tensors(value: Any) -> list[Tensor]:
-        values = value if isinstance(value, tuple) else (value,)
-        return [t.cpu() for t in values if isinstance(t, Tensor)]
-
-    return tensors(got), tensors(expected), [t.cpu() for t in mine if isinstance(t, Tensor)]
+    with cuda_device(request.param, monkeypatch) as name:
+        yield name
 
 
 def randn(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -118,20 +68,7 @@ def test_add_rms_norm_writes_a_strided_residual(device: str) -> None:
     wide = on(randn(6, 128), device)
     total = wide[:, ::2]
     expected = (x.to(total.device) + total).cpu()
-    copies: list[Tensor] = []
-    if device == "cpu":  # the kernel reads a copy that only the op knows of
-        plain = Tensor.contiguous
-
-        def known(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            copy = plain(self, *args, **kwargs)
-            copies.append(on(copy, device))
-            return copy
-
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Tensor, "contiguous", known)
-            ops.add_rms_norm(on(x, device), total, on(weight, device), 1e-5)
-    else:
-        ops.add_rms_norm(x.cuda(), total, weight.cuda(), 1e-5)
+    ops.add_rms_norm(on(x, device), total, on(weight, device), 1e-5)
     assert torch.equal(total.cpu(), expected)
 
 
@@ -168,6 +105,211 @@ def test_silu_and_embedding(device: str) -> None:
         close(got, expected)
 
 
+# ----------------------------------------------------------------------------------------- linear
+
+
+def magnitude(x: Tensor, w: Tensor) -> Tensor:
+    """The sum of |x w|: what is left of it when terms cancel has no relative error of its own."""
+    return x.double().abs() @ w.double().abs().T
+
+
+def near(got: Tensor, expected: Tensor, exact: Tensor, scale: Tensor) -> None:
+    """The tolerance rule against the CPU's error; 2^-8 of ``scale`` counts besides the result."""
+    assert got.dtype == expected.dtype and got.shape == expected.shape
+    assert_close(got, exact, expected, "out", exact.abs() + scale / 256)
+
+
+LINEAR_SHAPES = [((1,), 64, 96), ((3, 2), 40, 33), ((16,), 70, 576), ((0,), 8, 8), ((33,), 130, 64)]
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=["bfloat16", "float16"])
+@pytest.mark.parametrize("shape", LINEAR_SHAPES, ids=str)
+def test_linear(device: str, dtype: torch.dtype, shape: tuple[tuple[int, ...], int, int]) -> None:
+    rows, n, k = shape
+    x, w = randn(*rows, k, dtype=dtype), randn(n, k, dtype=dtype)
+    residual = randn(*rows, n + 8, dtype=dtype)[..., :n]
+    exact, scale = x.double() @ w.double().T, magnitude(x.reshape(-1, k), w).view(*rows, n)
+    (got,), (expected,), _ = both(ops.linear, device, x, w)
+    near(got, expected, exact, scale)
+    (got,), (expected,), arguments = both(ops.linear, device, x, w, residual)
+    near(got, expected, exact + residual.double(), scale)
+    assert torch.equal(arguments[2], residual)
+    (got,), (expected,), _ = both(ops.linear, device, x, w, out_dtype=torch.float32)
+    assert got.dtype == torch.float32
+    assert ((got.double() - exact).abs() <= 2**-20 * scale).all()
+    assert not got.isnan().any()
+
+
+def test_linear_of_any_strides(device: str) -> None:
+    x = randn(5, 66, 3)[..., 1].T  # neither dimension adjoins
+    w = randn(66 * 5, 2)[:, 0].view(66, 5)
+    (got,), (expected,), _ = both(ops.linear, device, x, w)
+    near(got, expected, x.double() @ w.double().T, magnitude(x, w))
+
+
+@pytest.mark.parametrize("tokens", [1, 16, 17])
+def test_a_norm_that_rides_has_the_bits_of_rms_norm(device: str, tokens: int) -> None:
+    x, w, weight = (on(t, device) for t in (randn(tokens, 96), randn(40, 96), randn(96) + 1))
+    with launches() as names, no_host_reads(device):
+        together = ops.linear(x, w, norm=ops.Norm(weight, 1e-5))
+    assert names == ["linear"] if tokens <= 16 else ["rms_norm", "linear"]
+    assert torch.equal(together, ops.linear(ops.rms_norm(x, weight, 1e-5), w))
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 20])
+@pytest.mark.parametrize("packed", [False, True], ids=["pair", "packed"])
+def test_swiglu_mlp(device: str, tokens: int, packed: bool) -> None:
+    hidden, inner = 64, 88
+    x, residual, weight = randn(tokens, hidden), randn(tokens, hidden), randn(hidden) + 1
+    gate, up, down = randn(inner, hidden) / 4, randn(inner, hidden) / 5, randn(hidden, inner) / 4
+    matrices: Any = ops.pack_gate_up(gate, up) if packed else (gate, up)
+    norm = ops.Norm(weight, 1e-5)
+    with launches() as names:
+        (got,), (expected,), _ = both(
+            ops.swiglu_mlp, device, x, matrices, down, norm=norm, residual=residual
+        )
+    gate_up = ["linear_swiglu"] if packed else ["linear", "linear", "silu_and_mul"]
+    assert names == [*(["rms_norm"] if tokens > 16 else []), *gate_up, "linear"]
+    normed = ops.Norm(weight.double(), 1e-5)
+    exact = reference.swiglu_mlp(
+        x.double(), (gate.double(), up.double()), down.double(), normed, residual.double()
+    )
+    with on_cpu():
+        hidden_rows = ops.silu_and_mul(ops.linear(x, torch.cat((gate, up)), norm=norm))
+    near(got, expected, exact, 64 * magnitude(hidden_rows, down))
+
+
+def angles_of(positions: int, rotated: int) -> tuple[Tensor, Tensor]:
+    angles = torch.arange(positions)[:, None] / 1e4 ** (torch.arange(rotated // 2) * 2 / rotated)
+    return angles.cos(), angles.sin()
+
+
+class QkvCase:
+    """Arguments of qkv_rope_append; the caches hold 5 and 6 where nothing is written."""
+
+    def __init__(
+        self, tokens: int, hq: int, hk: int, d: int, rotated: int, interleaved: bool = False
+    ) -> None:
+        hidden = 72
+        self.x, self.norm = randn(tokens, hidden), ops.Norm(randn(hidden) + 1, 1e-5)
+        self.matrices = tuple(randn(h * d, hidden) / 6 for h in (hq, hk, hk))
+        self.packed = ops.pack_qkv(*self.matrices, d, rotated, interleaved)
+        positions = torch.arange(tokens) * 7 % 40
+        self.rope = ops.Rope(*angles_of(40, rotated), positions, interleaved)
+        self.cache = torch.full((3, 16, hk, d), 5.0), torch.full((3, 16, hk, d), 6.0)
+        self.cache = tuple(c.bfloat16() for c in self.cache)
+        self.slots = torch.arange(tokens, dtype=torch.int32) * 5 % 48
+        self.slots[tokens // 2] = -1
+
+    def check(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, expected: list[Tensor]) -> None:
+        """``expected``: what the CPU made of the same arguments."""
+        x, weight = self.x.double(), self.norm.weight.double()
+        normed = reference.rms_norm(x, weight, self.norm.eps)
+        cos, sin = (t[self.rope.positions] for t in self.rope[:2])
+        kept = self.slots >= 0
+        for i, got in enumerate((q, k_cache.flatten(0, 1), v_cache.flatten(0, 1))):
+            w = self.matrices[i]
+            y = (normed @ w.double().T).unflatten(1, (-1, got.shape[-1]))
+            scale = magnitude(normed, w).view_as(y)
+            if i < 2:
+                y = reference.rotate(y, cos.double(), sin.double(), self.rope.interleaved)
+                scale = rope_scale(scale, cos, sin, self.rope.interleaved)
+            if i == 0:
+                near(got, expected[0], y, 4 * scale)
+                continue
+            rows = self.slots[kept].long()
+            near(got[rows], expected[i].flatten(0, 1)[rows], y[kept], 4 * scale[kept])
+            others = torch.ones(48, dtype=torch.bool)
+            others[rows] = False
+            assert (got[others] == 4 + i).all()
+
+
+QKV = [(1, 4, 2, 64, 64, False), (7, 3, 1, 32, 16, True), (19, 4, 4, 16, 16, False)]
+
+
+@pytest.mark.parametrize("shape", QKV, ids=str)
+@pytest.mark.parametrize("packed", [False, True], ids=["three", "packed"])
+def test_qkv_rope_append(device: str, shape: tuple[Any, ...], packed: bool) -> None:
+    case = QkvCase(*shape)
+
+    def op(*args: Any) -> tuple[Any, ...]:
+        q = ops.qkv_rope_append(*args)
+        return q, *args[4]
+
+    w = case.packed if packed else case.matrices
+    with launches() as names:
+        got, expected, _ = both(op, device, case.x, case.norm, w, case.rope, case.cache, case.slots)
+    fused = ["qkv_rope_append"] if packed else ["linear"] * 3 + ["rope_append", "apply_rope"]
+    assert names == [*(["rms_norm"] if shape[0] > 16 else []), *fused]
+    case.check(*got, expected)
+
+
+def test_rows_have_the_same_bits_in_any_batch(device: str) -> None:
+    case = QkvCase(21, 4, 2, 32, 32)
+    gate, up, down = randn(40, 72) / 4, randn(40, 72) / 5, randn(72, 40) / 4
+    packed, norm = on_device(ops.pack_gate_up(gate, up), device), on_device(case.norm, device)
+    down, w_qkv = on(down, device), on_device(case.packed, device)
+    x, rope, slots = (on_device(t, device) for t in (case.x, case.rope, case.slots))
+
+    def run(rows: slice) -> tuple[Tensor, ...]:
+        cache = on_device(case.cache, device)
+        turn = rope._replace(positions=rope.positions[rows])
+        q = ops.qkv_rope_append(x[rows], norm, w_qkv, turn, cache, slots[rows])
+        mlp = ops.swiglu_mlp(x[rows], packed, down, norm, x[rows])
+        own = slots[rows][slots[rows] >= 0].long()
+        return q, mlp, *(c.flatten(0, 1)[own] for c in cache)
+
+    whole = run(slice(0, 21))
+    for rows in (slice(0, 1), slice(3, 10), slice(4, 20)):
+        part = run(rows)
+        assert torch.equal(part[0], whole[0][rows]) and torch.equal(part[1], whole[1][rows])
+        kept = slots[: rows.stop] >= 0
+        first = int(kept[: rows.start].sum())
+        for a, b in zip(part[2:], whole[2:], strict=True):
+            assert torch.equal(a, b[first : first + len(a)])
+
+
+def test_a_wrong_order_of_rows_is_seen(device: str) -> None:
+    """The comparisons above can fail: gate and up that changed places, pairs that are not."""
+    x, gate, up, down = randn(4, 64), randn(88, 64) / 4, randn(88, 64) / 5, randn(64, 88) / 4
+    packed = ops.pack_gate_up(up, gate)
+    got = ops.swiglu_mlp(*(on_device(t, device) for t in (x, packed, down)))
+    with on_cpu():
+        expected = ops.swiglu_mlp(x, (gate, up), down)
+        hidden = ops.silu_and_mul(ops.linear(x, torch.cat((gate, up))))
+    exact = reference.swiglu_mlp(x.double(), (gate.double(), up.double()), down.double())
+    with pytest.raises(AssertionError, match="relative error"):
+        near(got.cpu(), expected, exact, 64 * magnitude(hidden, down))
+
+    case = QkvCase(5, 2, 1, 32, 32)
+    wrong = case.packed._replace(weight=torch.cat(case.matrices))
+    arguments = (case.x, case.norm, wrong, case.rope, case.cache, case.slots)
+    moved = tuple(on_device(a, device) for a in arguments)
+    q = ops.qkv_rope_append(*moved)
+    with on_cpu():
+        right = ops.qkv_rope_append(case.x, case.norm, case.packed, *arguments[3:])
+    with pytest.raises(AssertionError, match="relative error"):
+        case.check(q.cpu(), *(t.cpu() for t in moved[4]), [right, *case.cache])
+
+
+@pytest.mark.parametrize("head_dim", [24])
+def test_what_no_kernel_takes_is_computed_and_told(
+    device: str, head_dim: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    cuda_ops._log_fallback.cache_clear()
+    case = QkvCase(3, 2, 1, head_dim, 8)
+    arguments = (case.x, case.norm, case.packed, case.rope, case.cache, case.slots)
+    q = ops.qkv_rope_append(*(on_device(a, device) for a in arguments))
+    with on_cpu():
+        assert torch.equal(q.cpu(), ops.qkv_rope_append(*arguments)) or device == "cuda"
+    assert "qkv_rope_append takes head_dim 16, 32, ... 256, it is 24" in caplog.text
+
+
+def test_limits_are_those_of_the_header() -> None:
+    constants = native_abi.constants()
+    assert constants["MK_LINEAR_MAX_NORM_M"] == cuda_ops.MAX_NORM_ROWS
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_sampling_equals_the_cpu_sampler(device: str, dtype: torch.dtype) -> None:
     logits = 4 * randn(24, 1031, dtype=dtype)
@@ -194,9 +336,8 @@ def test_sampling_equals_the_cpu_sampler(device: str, dtype: torch.dtype) -> Non
 
     rows = torch.from_numpy(cuda_ops.sampling_rows(states()).view(np.uint8))
     got = cuda_ops.sample(mine, on(rows, device))
-    was, cuda_ops.emulate = cuda_ops.emulate, False
-    expected = [s.token_id for s in sampling.sample(logits, states())]
-    cuda_ops.emulate = was
+    with on_cpu():
+        expected = [s.token_id for s in sampling.sample(logits, states())]
     assert got.tolist() == expected
 
 
