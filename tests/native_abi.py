@@ -60,7 +60,8 @@ def functions() -> set[str]:
 
 
 OPS = ("rms_norm", "add_rms_norm", "apply_rope", "rope_append", "silu_and_mul", "embedding",
-       "argmax", "sample", "linear", "linear_swiglu", "qkv_rope_append")  # fmt: skip
+       "argmax", "sample", "linear", "linear_swiglu", "qkv_rope_append",
+       "attention_decode")  # fmt: skip
 
 
 def load(path: str | Path) -> ctypes.CDLL:

@@ -68,22 +68,27 @@ def make_current(arch: str) -> None:
     assert driver.cuCtxSetCurrent(context) == 0
 
 
+def load_emulated(path: Path, archs: Sequence[str] = BUILT) -> ctypes.CDLL:
+    """A library with the emulator as its driver, and the kernels of `archs` loaded."""
+    lib = abi.load(path)
+    previous = os.environ.get("MK_CUDA_DRIVER")
+    os.environ["MK_CUDA_DRIVER"] = str(emulator.build())
+    try:
+        for arch in archs:
+            make_current(arch)
+            abi.check(lib.mk_load(), lib)
+    finally:
+        if previous is None:
+            del os.environ["MK_CUDA_DRIVER"]
+        else:
+            os.environ["MK_CUDA_DRIVER"] = previous
+    return lib
+
+
 @functools.cache
 def emulated_library() -> ctypes.CDLL:
     with tempfile.TemporaryDirectory() as folder:
-        lib = abi.load(copy_of_library(Path(folder) / "package"))
-        previous = os.environ.get("MK_CUDA_DRIVER")
-        os.environ["MK_CUDA_DRIVER"] = str(emulator.build())
-        try:
-            for arch in BUILT:
-                make_current(arch)
-                abi.check(lib.mk_load(), lib)
-        finally:
-            if previous is None:
-                del os.environ["MK_CUDA_DRIVER"]
-            else:
-                os.environ["MK_CUDA_DRIVER"] = previous
-    return lib
+        return load_emulated(copy_of_library(Path(folder) / "package"))
 
 
 @contextlib.contextmanager
@@ -110,11 +115,17 @@ def _on_gpu(params: ctypes.Structure, tensors: list[torch.Tensor]) -> Iterator[N
 
 
 def run(
-    op: str, device: str, params: ctypes.Structure, tensors: list[torch.Tensor], seed: int = 0
+    op: str,
+    device: str,
+    params: ctypes.Structure,
+    tensors: list[torch.Tensor],
+    seed: int = 0,
+    lib: ctypes.CDLL | None = None,
 ) -> emulator.Counters | None:
     """mk_<op> on one of DEVICES; counters of the launch on an emulated one.
 
     `tensors`: all memory that it may touch. `seed`: the interleaving of warps on the emulator.
+    `lib`: of load_emulated, in place of the installed library.
     Raises StatusError, and on the emulator with what the kernel did wrong.
     """
     if device == "gpu":
@@ -122,7 +133,7 @@ def run(
         with _on_gpu(moved, [storage_of(t) for t in tensors]):
             abi.check(getattr(abi.library(), f"mk_{op}")(ctypes.byref(moved), None))
         return None
-    lib = emulated_library()
+    lib = lib or emulated_library()
     make_current(device)
     emulator.set_seed(seed)
     arrays = {f"tensor {i}": storage_of(t) for i, t in enumerate(tensors) if t.numel()}

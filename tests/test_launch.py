@@ -66,6 +66,17 @@ VALID: dict[str, dict[str, Any]] = {
         "dtype": C["MK_F32"],
     },
 }  # fmt: skip
+VALID["attention_decode"] = {
+    **dict.fromkeys(("q", "k_new", "v_new", "k_cache", "v_cache", "out", "lse"), POINTER),
+    **dict.fromkeys(("cu_seqlens_q", "seqlens_k", "block_table", "workspace"), POINTER),
+    "workspace_bytes": 1 << 40, "q_stride": 4096, "out_stride": 4096,
+    **dict.fromkeys(("k_new_stride", "v_new_stride", "cache_stride"), 1024),
+    **{f"{t}_head_stride": 128 for t in ("q", "k_new", "v_new", "cache", "out")},
+    "cache_page_stride": 65536, "lse_stride": 3, "block_table_stride": 128, "tokens": 3, "batch": 3,
+    "num_q_heads": 32, "num_kv_heads": 8, "head_dim": 128, "num_pages": 400, "page_size": 64,
+    "max_pages": 128, "max_seqlen_q": 1, "causal": 1, "softmax_scale": 128**-0.5,
+    "dtype": C["MK_BF16"], "rope": ROPE,
+}  # fmt: skip
 VALID["add_rms_norm"] = {**VALID["rms_norm"], "residual": POINTER, "residual_stride": 4096}
 VALID["sample"] = {**VALID["argmax"], "sampling": POINTER}
 VALID["linear"] = {
@@ -211,6 +222,43 @@ BAD: list[tuple[str, str, Any, str]] = [
     ("qkv_rope_append", "cache_head_stride", 127, "STRIDE"),
     ("qkv_rope_append", "eps", float("inf"), "VALUE"),
     ("qkv_rope_append", "dtype", C["MK_I32"], "DTYPE"),
+    ("attention_decode", "q", None, "NULL"),
+    ("attention_decode", "q", POINTER + 8, "ALIGNMENT"),
+    ("attention_decode", "v_new", None, "NULL"),
+    ("attention_decode", "k_cache", None, "NULL"),
+    ("attention_decode", "out", POINTER + 2, "ALIGNMENT"),
+    ("attention_decode", "lse", POINTER + 2, "ALIGNMENT"),
+    ("attention_decode", "seqlens_k", None, "NULL"),
+    ("attention_decode", "block_table", None, "NULL"),
+    ("attention_decode", "workspace", None, "NULL"),
+    ("attention_decode", "workspace", POINTER + 8, "ALIGNMENT"),
+    ("attention_decode", "workspace_bytes", 1 << 10, "VALUE"),
+    ("attention_decode", "cu_seqlens_q", POINTER + 1, "ALIGNMENT"),
+    ("attention_decode", "q_stride", 127, "STRIDE"),
+    ("attention_decode", "q_stride", 4100, "STRIDE"),
+    ("attention_decode", "k_new_head_stride", 132, "STRIDE"),
+    ("attention_decode", "cache_stride", 1028, "STRIDE"),
+    ("attention_decode", "cache_page_stride", 0, "STRIDE"),
+    ("attention_decode", "lse_stride", 2, "STRIDE"),
+    ("attention_decode", "block_table_stride", 127, "STRIDE"),
+    ("attention_decode", "tokens", -1, "SHAPE"),
+    ("attention_decode", "batch", 65536, "SHAPE"),
+    ("attention_decode", "num_q_heads", 33, "SHAPE"),
+    ("attention_decode", "num_kv_heads", 0, "SHAPE"),
+    ("attention_decode", "head_dim", 96, "SHAPE"),
+    ("attention_decode", "page_size", 48, "SHAPE"),
+    ("attention_decode", "max_pages", -1, "SHAPE"),
+    ("attention_decode", "max_seqlen_q", 0, "SHAPE"),
+    ("attention_decode", "max_seqlen_q", 9, "SHAPE"),
+    ("attention_decode", "causal", 2, "VALUE"),
+    ("attention_decode", "window", -1, "SHAPE"),
+    ("attention_decode", "softmax_scale", float("inf"), "VALUE"),
+    ("attention_decode", "dtype", C["MK_F32"], "DTYPE"),
+    ("attention_decode", "rope.cos", None, "NULL"),
+    ("attention_decode", "rope.rotary_dim", 130, "SHAPE"),
+    ("attention_decode", "rope.interleaved", 2, "VALUE"),
+    ("attention_decode", "rope.positions_dtype", C["MK_F32"], "DTYPE"),
+    ("attention_decode", "rope.table_stride", 63, "STRIDE"),
 ]
 
 
@@ -292,6 +340,12 @@ def test_abi_version_and_status_names() -> None:
 
 # ---------------------------------------------------------------------------------------- plans
 
+# Fields whose values choose among the kernels of an op, where that is not alignment.
+VARIANTS: dict[str, list[dict[str, Any]]] = {
+    "attention_decode": [
+        {"head_dim": d, "max_seqlen_q": n, "rope.rotary_dim": 64} for d in (64, 128) for n in (2, 3)
+    ],
+}
 PLANNED: dict[str, set[str]] = {arch: set() for arch in ARCHS}
 
 
@@ -319,10 +373,11 @@ def test_plan_and_entries_match(arch: str) -> None:
     reached = set()
     for op in abi.OPS:
         halves = [C["MK_BF16"], C["MK_F16"]]
+        first = next(f for f in ("x", "q", "k", "gate_up", "table", "logits") if f in VALID[op])
+        unaligned = [{}, {first: POINTER + 4}]
         for dtype in [*halves, C["MK_F32"]] if op in ("argmax", "sample") else halves:
-            first = next(f for f in ("x", "q", "k", "gate_up", "table", "logits") if f in VALID[op])
-            for offset in (0, 4):
-                change = {"dtype": dtype, first: POINTER + offset}
+            for change in VARIANTS.get(op, unaligned):
+                change = {"dtype": dtype, **change}
                 change |= {"out_dtype": dtype} if "out_dtype" in VALID[op] else {}
                 plan = check_plan(op, make_params(op, **change), arch)
                 reached.add(plan.entry.decode())

@@ -138,6 +138,14 @@ __device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&d)[4], uint32_t sme
                  : "memory");
 }
 
+// ISA#warp-level-matrix-instructions-movmatrix
+// An 8x8 matrix of 2-byte elements, in the layout of ldmatrix, transposed between the lanes.
+__device__ __forceinline__ uint32_t movmatrix_trans(uint32_t a) {
+    uint32_t d;
+    asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(d) : "r"(a));
+    return d;
+}
+
 // ISA#warp-level-matrix-instructions-for-mma
 // d += a b, a 16x16, b 16x8, fp32 sums.
 __device__ __forceinline__ void mma_m16n8k16_f32_bf16(float (&d)[4], const uint32_t (&a)[4],
