@@ -7,10 +7,10 @@
 //
 // A thread of mma.m16n8k16 holds columns c and c + 1 (c even) of a row: gate and up, or a
 // rotation's pair. So no epilogue needs another thread's sums. An epilogue has
-//   Params, Row                the op's struct; what is looked up once per row
-//   row(r)                     r < m
-//   store(row, c, y0, y1)      writes the outputs of columns c and c + 1, c even, rounded; as one
-//                              access where they are aligned; columns from n on are skipped
+//   Params                     the op's struct
+//   row(r), column(c)          what is looked up once per row, r < m, and per column, c even
+//   store(row, column, y0, y1) writes the outputs of columns c and c + 1, rounded; as one access
+//                              where they are aligned; columns from n on are skipped
 #pragma once
 
 #include "common/vec.cuh"
@@ -23,14 +23,13 @@ __device__ __forceinline__ bool is_multiple(const void* pointer, int64_t stride_
     return ((reinterpret_cast<uintptr_t>(pointer) | stride_bytes) & (bytes - 1)) == 0;
 }
 
-// One 4-byte store, or two of 2 bytes; has_second false: the first element only.
-__device__ __forceinline__ void store_pair(uint16_t* to, uint32_t pair, bool is_one_access,
-                                           bool has_second) {
-    if (is_one_access && has_second) {
+// One 4-byte store, or two of 2 bytes.
+__device__ __forceinline__ void store_pair(uint16_t* to, uint32_t pair, bool is_one_access) {
+    if (is_one_access) {
         *reinterpret_cast<uint32_t*>(to) = pair;
     } else {
         to[0] = static_cast<uint16_t>(pair);
-        if (has_second) to[1] = static_cast<uint16_t>(pair >> 16);
+        to[1] = static_cast<uint16_t>(pair >> 16);
     }
 }
 
@@ -45,13 +44,13 @@ struct PlainEpilogue {
 
     const Params& p;
     bool is_f32;
-    bool out_in_pairs, residual_in_pairs;  // a pair is one access
+    bool in_pairs;  // a pair of outputs is one access, and so is one of the residual
 
     __device__ __forceinline__ explicit PlainEpilogue(const Params& params)
         : p(params), is_f32(params.out_dtype == MK_F32) {
         const int bytes = is_f32 ? 4 : 2;
-        out_in_pairs = is_multiple(p.out, p.out_stride * bytes, 2 * bytes);
-        residual_in_pairs = is_multiple(p.residual, p.residual_stride * 2, 4);
+        in_pairs = is_multiple(p.out, p.out_stride * bytes, 2 * bytes) &&
+                   is_multiple(p.residual, p.residual_stride * 2, 4);
     }
 
     __device__ __forceinline__ Row row(int r) const {
@@ -60,37 +59,34 @@ struct PlainEpilogue {
                            : nullptr};
     }
 
-    __device__ __forceinline__ uint32_t apply(const Row& row, int c, float y0, float y1) const {
-        if (row.residual) {
-            const uint16_t* const from = row.residual + c;
-            const uint32_t pair = residual_in_pairs ? *reinterpret_cast<const uint32_t*>(from)
-                                                    : from[0] | uint32_t{from[1]} << 16;
-            const float2 f = Dtype::unpack(pair);
-            y0 += f.x;
-            y1 += f.y;
-        }
-        return Dtype::pack(y0, y1);
-    }
+    __device__ __forceinline__ int column(int c) const { return c; }
 
     __device__ __forceinline__ void store(const Row& row, int c, float y0, float y1) const {
-        if (c >= p.n) return;
-        const bool has_second = c + 1 < p.n;
-        if (is_f32) {
-            float* const to = static_cast<float*>(row.out) + c;
-            if (out_in_pairs && has_second) {
-                *reinterpret_cast<float2*>(to) = {y0, y1};
-            } else {
-                to[0] = y0;
-                if (has_second) to[1] = y1;
+        if (in_pairs && c + 1 < p.n) {
+            if (is_f32) {
+                *reinterpret_cast<float2*>(static_cast<float*>(row.out) + c) = {y0, y1};
+                return;
             }
+            if (p.residual) {
+                const auto* const pair = reinterpret_cast<const uint32_t*>(row.residual + c);
+                const float2 f = Dtype::unpack(*pair);
+                y0 += f.x;
+                y1 += f.y;
+            }
+            *reinterpret_cast<uint32_t*>(static_cast<uint16_t*>(row.out) + c) = Dtype::pack(y0, y1);
             return;
         }
-        uint16_t* const to = static_cast<uint16_t*>(row.out) + c;
-        if (has_second || !row.residual) {
-            store_pair(to, has_second ? apply(row, c, y0, y1) : Dtype::pack(y0, 0.f), out_in_pairs,
-                       has_second);
+        store_one(row, c, y0);
+        store_one(row, c + 1, y1);
+    }
+
+    __device__ __forceinline__ void store_one(const Row& row, int c, float y) const {
+        if (c >= p.n) return;
+        if (is_f32) {
+            static_cast<float*>(row.out)[c] = y;
         } else {
-            store_pair(to, Dtype::pack(y0 + Dtype::unpack(row.residual[c]).x, 0.f), false, false);
+            if (p.residual) y += Dtype::unpack(row.residual[c]).x;
+            static_cast<uint16_t*>(row.out)[c] = static_cast<uint16_t>(Dtype::pack(y, 0.f));
         }
     }
 };
@@ -111,6 +107,8 @@ struct SwigluEpilogue {
         return {static_cast<uint16_t*>(p.out) + r * p.out_stride};
     }
 
+    __device__ __forceinline__ int column(int c) const { return c; }
+
     __device__ __forceinline__ void store(const Row& row, int c, float gate, float up) const {
         if (c < p.n) row.out[c / 2] = static_cast<uint16_t>(Dtype::pack(silu(gate) * up, 0.f));
     }
@@ -130,7 +128,7 @@ struct QkvEpilogue {
     const Params& p;
     int num_q, num_qk, n;  // columns of Q, of Q and K, of all
     int gap;               // from the first to the second feature of a pair
-    bool out_in_pairs;     // adjacent features are one access
+    bool in_pairs;         // adjacent features are one access
 
     __device__ __forceinline__ explicit QkvEpilogue(const Params& params)
         : p(params),
@@ -138,9 +136,9 @@ struct QkvEpilogue {
           num_qk(num_q + params.num_kv_heads * params.head_dim),
           n(num_qk + params.num_kv_heads * params.head_dim),
           gap(params.rope.interleaved ? 1 : params.rope.rotary_dim / 2),
-          out_in_pairs(is_multiple(p.q, (p.q_stride | p.q_head_stride) * 2, 4) &&
-                       is_multiple(p.k_cache, cache_strides() * 2, 4) &&
-                       is_multiple(p.v_cache, cache_strides() * 2, 4)) {}
+          in_pairs(is_multiple(p.q, (p.q_stride | p.q_head_stride) * 2, 4) &&
+                   is_multiple(p.k_cache, cache_strides() * 2, 4) &&
+                   is_multiple(p.v_cache, cache_strides() * 2, 4)) {}
 
     __device__ __forceinline__ Row row(int r) const {
         const int64_t slot = load_index(p.slots, p.slots_dtype, r);
@@ -157,21 +155,23 @@ struct QkvEpilogue {
         return row;
     }
 
-    // Of a column: where its head starts in q or a cache (null: not written), and its place there.
-    struct Head {
-        uint16_t* to;
-        int d;
-        bool is_rotated;
+    // Where the outputs of columns c and c + 1 go, from the row's start in q or in a cache.
+    struct Column {
+        uint16_t* cache;
+        int64_t offset;
+        int pair;  // of the rotation; negative: the features pass
+        bool is_q, is_inside;
     };
-    __device__ __forceinline__ Head head(const Row& row, int c) const {
+    __device__ __forceinline__ Column column(int c) const {
         const int first = c < num_q ? 0 : c < num_qk ? num_q : num_qk;
         const int h = (c - first) / p.head_dim;
         const int d = (c - first) - h * p.head_dim;
+        const bool is_q = c < num_q;
         const bool is_rotated = c < num_qk && d < p.rope.rotary_dim;
-        if (c < num_q) return {row.q + h * p.q_head_stride, d, is_rotated};
-        if (row.cache < 0) return {nullptr, d, is_rotated};
-        auto* const cache = static_cast<uint16_t*>(c < num_qk ? p.k_cache : p.v_cache);
-        return {cache + row.cache + h * p.cache_head_stride, d, is_rotated};
+        return {static_cast<uint16_t*>(c < num_qk ? p.k_cache : p.v_cache),
+                h * (is_q ? p.q_head_stride : p.cache_head_stride) +
+                    (is_rotated && gap != 1 ? d / 2 : d),
+                is_rotated ? d / 2 : -1, is_q, c < n};
     }
 
     __device__ __forceinline__ uint32_t rotate(const Row& row, int pair, float a, float b) const {
@@ -181,25 +181,21 @@ struct QkvEpilogue {
         return Dtype::pack(fmaf(a, cos, -(b * sin)), fmaf(b, cos, a * sin));
     }
 
-    __device__ __forceinline__ void store(const Row& row, int c, float y0, float y1) const {
-        if (c >= n) return;
-        const Head head = this->head(row, c);
-        if (!head.to) return;
-        const uint32_t pair =
-            head.is_rotated ? rotate(row, head.d / 2, y0, y1) : Dtype::pack(y0, y1);
-        if (is_split(head)) {
-            head.to[head.d / 2] = static_cast<uint16_t>(pair);
-            head.to[head.d / 2 + gap] = static_cast<uint16_t>(pair >> 16);
+    __device__ __forceinline__ void store(const Row& row, const Column& c, float y0,
+                                          float y1) const {
+        if (!c.is_inside || (!c.is_q && row.cache < 0)) return;
+        uint16_t* const to = (c.is_q ? row.q : c.cache + row.cache) + c.offset;
+        const uint32_t pair = c.pair < 0 ? Dtype::pack(y0, y1) : rotate(row, c.pair, y0, y1);
+        if (c.pair < 0 || gap == 1) {
+            store_pair(to, pair, in_pairs);
         } else {
-            store_pair(head.to + head.d, pair, out_in_pairs, true);
+            to[0] = static_cast<uint16_t>(pair);
+            to[gap] = static_cast<uint16_t>(pair >> 16);
         }
     }
 
     __device__ __forceinline__ int64_t cache_strides() const {
         return p.cache_page_stride | p.cache_stride | p.cache_head_stride;
-    }
-    __device__ __forceinline__ bool is_split(const Head& head) const {
-        return head.is_rotated && gap != 1;
     }
 };
 

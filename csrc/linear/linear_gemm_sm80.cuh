@@ -2,24 +2,26 @@
 //
 //         w  n0 ......... n0 + T.n         block: one T.m x T.n tile of y, all of k
 //   x     +------+------+------+-----+     warp:  T.warp_m x T.warp_n of it, in registers
-//   m0    | warp |      |      |     |            (128x256: 8 warps of 64x64, 128 sums a thread)
-//   ...   +------+------+------+-----+     grid:  tiles in groups of kGemmGroupRows rows of x; in a
-//   + T.m |      |      |      |     |            group m first, so that w crosses DRAM once a
-//         +------+------+------+-----+            group, and x stays in L2
+//   m0    | warp |      |      |     |     grid:  tiles in groups of kGemmGroupRows rows of x; in
+//   ...   +------+------+------+-----+            a group m first, so that w crosses DRAM once a
+//   + T.m |      |      |      |     |            group, and x stays in L2
+//         +------+------+------+-----+
+// k ascends in groups of 16 into one accumulator per output, whatever the tile (see the header).
 //
-// The order of an output's sum is the header's, whatever the tile: k ascending in groups of 16, one
-// accumulator. So there is no split of k, and m17 and m4096 give a row the same bits.
+// Shared memory: T.stages times [x: T.m rows][w: T.n rows] of T.k; on A100 6 x 24 KB (large), twice
+// 5 x 16 KB (middle, small). After the sums: Epilogue::Row of each row, 16 rows of sums per warp.
 //
-// Shared memory: T.stages stages of [x: T.m rows][w: T.n rows], T.k wide; then, once the sums are
-// done, Epilogue::Row of each row and the outputs of each warp. 16-byte pieces are XOR-swizzled
-// (swizzled()), so that cp.async, ldmatrix and the epilogue are free of bank conflicts.
+// Pipeline: stage t + stages - 1 is copied while t is multiplied. The last step of 16 k waits for
+// stage t + 1, passes the block's only barrier, and loads the first fragments of t + 1: those of x
+// are a step ahead in a second set, those of w replace what the MMAs have just used. Rows past m
+// and n repeat the last row, pieces past k are filled with 0: the loop has no branch but its end.
+// Unrolled over the stages, every shared address is a register plus a constant. In SASS 32 k of a
+// warp's 64x64 are 64 HMMA, 16 LDSM, 6 LDGSTS, 17 others: 0.20 issue slots per slot of tensor time
+// (whole kernel at k = 4096: 0.25 by its PTX, without mov). No bank conflicts, no local memory.
 //
-// Pipeline: stage t + stages - 1 is copied while t is multiplied, in portions between the MMAs of
-// all steps of 16 k but the last. The last one waits for stage t + 1, passes the block's only
-// barrier, and loads the first fragments of t + 1: fragments are always one step ahead of the MMAs.
-// Rows past m and n repeat the last row, pieces past k are filled with 0: the loop has no branch
-// but its end. It is unrolled over the stages, so that every shared address is a register plus a
-// constant.
+// Lost: two sets of w's fragments too: 255 registers and spills. 64 k a stage: 12 row pointers a
+// thread, 254 registers, spills on sm_90 and sm_100. Outputs rounded in registers and staged as
+// 16-byte vectors: 8100 instructions a kernel instead of 3400; pairs fill the same sectors.
 #pragma once
 
 #include "linear/linear_epilogue.cuh"
@@ -211,7 +213,7 @@ __device__ __forceinline__ void gemm_store(const Epilogue& epilogue, int m, int 
     const int lane = threadIdx.x % 32;
     const int warp = threadIdx.x / 32;
     const int warp_row = warp / S::kWarpsN * T.warp_m;
-    const int col = n0 + warp % S::kWarpsN * T.warp_n + lane % kPairs * 2;
+    const auto column = epilogue.column(n0 + warp % S::kWarpsN * T.warp_n + lane % kPairs * 2);
     char* const staged = smem + kRowsBytes + warp * kStagedBytes;
     // Pair `pair` of row r of the 16; four pairs make 32 bytes, which the XOR moves as one.
     const auto place = [&](int r, int pair) -> float2& {
@@ -230,7 +232,7 @@ __device__ __forceinline__ void gemm_store(const Epilogue& epilogue, int m, int 
         const int end = min(16, num_rows - first);
         _Pragma("unroll 4") for (int r = lane / kPairs; r < end; r += 32 / kPairs) {
             const float2 y = place(r, lane % kPairs);
-            epilogue.store(rows[first + r], col, y.x, y.y);
+            epilogue.store(rows[first + r], column, y.x, y.y);
         }
         __syncwarp();
     }

@@ -333,10 +333,11 @@ __device__ __forceinline__ void linear_skinny(const LinearArgs<typename Epilogue
                 stage_offset += smem.stage_bytes;
                 if (stage_offset == kSkinnyStages * smem.stage_bytes) stage_offset = 0;
             }
+            const auto column = epilogue.column(strip * kSkinnyCols + 2 * t);
             MK_UNROLL
             for (int i = 0; i < 2; ++i) {
-                if (g + 8 * i >= num_rows) continue;
-                epilogue.store(rows[i], strip * kSkinnyCols + 2 * t, acc[2 * i], acc[2 * i + 1]);
+                if (g + 8 * i < num_rows)
+                    epilogue.store(rows[i], column, acc[2 * i], acc[2 * i + 1]);
             }
         }
     }
