@@ -92,6 +92,13 @@ VALID["qkv_rope_append"] = {
     "hidden": 4096, "num_q_heads": 32, "num_kv_heads": 8, "head_dim": 128, "num_pages": 4,
     "page_size": 16, "eps": 1e-5, "slots_dtype": C["MK_I64"], "dtype": C["MK_F16"], "rope": ROPE,
 }  # fmt: skip
+VALID["attention"] = {
+    **dict.fromkeys(("q", "k", "v", "out", "lse", "cu_seqlens_q", "cu_seqlens_k"), POINTER),
+    "q_stride": 4096, "out_stride": 4096, "k_stride": 1024, "v_stride": 1024, "lse_stride": 300,
+    **{f"{t}_head_stride": 128 for t in ("q", "k", "v", "out")}, "tokens_q": 300, "tokens_k": 400,
+    "batch": 3, "num_q_heads": 32, "num_kv_heads": 8, "head_dim": 128, "max_seqlen_q": 200,
+    "causal": 1, "softmax_scale": 128**-0.5, "dtype": C["MK_BF16"], "rope": ROPE,
+}  # fmt: skip
 
 
 def make_params(op: str, **changes: Any) -> ctypes.Structure:
@@ -163,6 +170,37 @@ BAD: list[tuple[str, str, Any, str]] = [
     ("argmax", "out", POINTER + 4, "ALIGNMENT"),
     ("argmax", "vocab", (1 << 19) + 1, "SHAPE"),
     ("argmax", "dtype", C["MK_I64"], "DTYPE"),
+    ("attention", "q", None, "NULL"),
+    ("attention", "q", POINTER + 8, "ALIGNMENT"),
+    ("attention", "k", POINTER + 2, "ALIGNMENT"),
+    ("attention", "v", None, "NULL"),
+    ("attention", "out", None, "NULL"),
+    ("attention", "lse", POINTER + 2, "ALIGNMENT"),
+    ("attention", "cu_seqlens_q", None, "NULL"),
+    ("attention", "cu_seqlens_k", None, "NULL"),
+    ("attention", "q_stride", 127, "STRIDE"),
+    ("attention", "q_stride", 4100, "STRIDE"),
+    ("attention", "k_stride", 1 << 31, "STRIDE"),
+    ("attention", "v_head_stride", 132, "STRIDE"),
+    ("attention", "out_stride", -4096, "STRIDE"),
+    ("attention", "lse_stride", 299, "STRIDE"),
+    ("attention", "tokens_q", -1, "SHAPE"),
+    ("attention", "tokens_k", -1, "SHAPE"),
+    ("attention", "batch", 65536, "SHAPE"),
+    ("attention", "num_q_heads", 33, "SHAPE"),
+    ("attention", "num_kv_heads", 0, "SHAPE"),
+    ("attention", "head_dim", 96, "SHAPE"),
+    ("attention", "page_size", 48, "SHAPE"),
+    ("attention", "max_seqlen_q", 65535 * 128 + 1, "SHAPE"),
+    ("attention", "skip_seqlen_q", -1, "SHAPE"),
+    ("attention", "causal", 2, "VALUE"),
+    ("attention", "window", -1, "VALUE"),
+    ("attention", "softmax_scale", 0.0, "VALUE"),
+    ("attention", "softmax_scale", float("inf"), "VALUE"),
+    ("attention", "dtype", C["MK_F32"], "DTYPE"),
+    ("attention", "rope.cos", None, "NULL"),
+    ("attention", "rope.rotary_dim", 130, "SHAPE"),
+    ("attention", "rope.table_stride", 63, "STRIDE"),
     ("sample", "sampling", None, "NULL"),
     ("sample", "logits_stride", 999, "STRIDE"),
     *(
@@ -345,6 +383,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "attention_decode": [
         {"head_dim": d, "max_seqlen_q": n, "rope.rotary_dim": 64} for d in (64, 128) for n in (2, 3)
     ],
+    "attention": [{"head_dim": d, "rope.rotary_dim": 64} for d in (64, 128)],
 }
 PLANNED: dict[str, set[str]] = {arch: set() for arch in ARCHS}
 
@@ -440,7 +479,7 @@ def test_few_rows_get_more_threads() -> None:
 
 @pytest.mark.parametrize("op", abi.OPS)
 def test_empty_input_launches_nothing(op: str) -> None:
-    rows = next(field for field in ("tokens", "m", "rows") if field in VALID[op])
+    rows = next(field for field in ("tokens", "m", "rows", "tokens_q") if field in VALID[op])
     pointers = {f: None for f, v in VALID[op].items() if v == POINTER}
     params = make_params(op, **{rows: 0}, **pointers)
     assert abi.plan(op, params, "80").grid[0] == 0

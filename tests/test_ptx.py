@@ -44,6 +44,8 @@ CLAIMS = {
     "argmax_unaligned": (64, 256),
     "sample": (64, 25 << 10),
     "sample_unaligned": (64, 25 << 10),
+    "attention_hd64": (224, 0),
+    "attention_hd128": (255, 0),
     "linear": (128, 0),
     "linear_swiglu": (128, 0),
     "qkv_rope_append": (128, 0),
@@ -60,7 +62,12 @@ CLAIMS = {
 LINEAR = ("linear", "linear_swiglu", "qkv_rope_append")
 # Widths of stores next to 16 bytes: a token, an index; attention's out (8 bytes a lane, a row a
 # warp), statistics of partial results, lse and the counter.
-NARROW_STORES = {"argmax": {".64"}, "sample": {".64"}, "attention_decode": {".64", ""}}
+NARROW_STORES = {
+    "argmax": {".64"},
+    "sample": {".64"},
+    "attention_decode": {".64", ""},
+    "attention": {""},
+}
 ENTRY_NAME = re.compile(
     r"mk_(?P<op>[a-z_]+)_sm(?P<sm>80|89|90|100)_(?P<dtype>bf16|f16|f32|b16)"
     r"(?P<keys>(_[a-z]+\d+)*)(?P<flags>(_[a-z]+)*)"

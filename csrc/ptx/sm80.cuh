@@ -33,6 +33,30 @@ __device__ __forceinline__ void st_global_v4(void* address, uint4 v) {
                  : "memory");
 }
 
+// `address` is one of shared memory, kOffset bytes before the place.
+template <int kOffset = 0>
+__device__ __forceinline__ void st_shared_v4(uint32_t address, uint4 v) {
+    asm volatile("st.shared.v4.b32 [%0 + %1], {%2, %3, %4, %5};" ::"r"(address), "n"(kOffset),
+                 "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+                 : "memory");
+}
+
+// ISA#data-movement-and-conversion-instructions-mov
+// A value that the compiler does not know how to recompute: it stays in its register, where nvcc
+// would derive it anew in each turn of a loop. (ptxas, which counts registers, still may.)
+__device__ __forceinline__ uint32_t mov_b32(uint32_t a) {
+    uint32_t d;
+    asm volatile("mov.b32 %0, %1;" : "=r"(d) : "r"(a));
+    return d;
+}
+
+// threadIdx.x read here and now, so that what is derived from it holds no register elsewhere.
+__device__ __forceinline__ uint32_t mov_u32_tid_x() {
+    uint32_t d;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(d));
+    return d;
+}
+
 // ISA#data-movement-and-conversion-instructions-cvt
 __device__ __forceinline__ uint32_t cvt_rn_bf16x2_f32(float hi, float lo) {
     uint32_t d;
@@ -94,6 +118,13 @@ __device__ __forceinline__ float ex2_approx_ftz_f32(float a) {
     return d;
 }
 
+// ISA#floating-point-instructions-lg2  (absolute error below 2^-22)
+__device__ __forceinline__ float lg2_approx_ftz_f32(float a) {
+    float d;
+    asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(d) : "f"(a));
+    return d;
+}
+
 // ISA#data-movement-and-conversion-instructions-cp-async
 // 16 bytes from global to shared memory, past L1; of them src_bytes (0 ... 16) are read and the
 // rest is 0.
@@ -104,6 +135,21 @@ __device__ __forceinline__ void cp_async_cg_16(uint32_t smem, const void* gmem) 
 __device__ __forceinline__ void cp_async_cg_16(uint32_t smem, const void* gmem, int src_bytes) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(smem), "l"(gmem),
                  "r"(src_bytes)
+                 : "memory");
+}
+
+// The same, kSmem and kGmem bytes behind the addresses.
+template <int kSmem, int kGmem>
+__device__ __forceinline__ void cp_async_cg_16(uint32_t smem, const void* gmem) {
+    asm volatile("cp.async.cg.shared.global [%0 + %2], [%1 + %3], 16;" ::"r"(smem), "l"(gmem),
+                 "n"(kSmem), "n"(kGmem)
+                 : "memory");
+}
+
+template <int kSmem, int kGmem>
+__device__ __forceinline__ void cp_async_cg_16(uint32_t smem, const void* gmem, int src_bytes) {
+    asm volatile("cp.async.cg.shared.global [%0 + %2], [%1 + %3], 16, %4;" ::"r"(smem), "l"(gmem),
+                 "n"(kSmem), "n"(kGmem), "r"(src_bytes)
                  : "memory");
 }
 
@@ -123,18 +169,21 @@ __device__ __forceinline__ void prefetch_global_l2(const void* address) {
 }
 
 // ISA#warp-level-matrix-instructions-ldmatrix
-// Four 8x8 matrices of 2-byte elements; lane 8i + r gives the address of row r of matrix i.
+// Four 8x8 matrices of 2-byte elements; lane 8i + r gives the address of row r of matrix i, which
+// lies kOffset bytes further.
+template <int kOffset = 0>
 __device__ __forceinline__ void ldmatrix_x4(uint32_t (&d)[4], uint32_t smem) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4 + %5];"
                  : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
-                 : "r"(smem)
+                 : "r"(smem), "n"(kOffset)
                  : "memory");
 }
 
+template <int kOffset = 0>
 __device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&d)[4], uint32_t smem) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4 + %5];"
                  : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
-                 : "r"(smem)
+                 : "r"(smem), "n"(kOffset)
                  : "memory");
 }
 

@@ -1,0 +1,596 @@
+"""mk_attention, on the emulator and a GPU, against reference.attend in fp64.
+
+Outputs, pages, tails of pages and the gaps between rows are poisoned with NaN. An element's error
+is relative to sum over keys of weight * |v|: what the weighted mean cancels says nothing about it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from minitron_kernels import ops, reference
+from tests import native_abi as abi
+from tests.emulator import Counters, Emulator
+from tests.native_emulator import ARCHS, DEVICES, dtype_id, ptx_of, run, storage_of
+from tests.test_kernels_memory import (
+    HALVES,
+    archs,
+    assert_close,
+    assert_padding_untouched,
+    dtypes,
+    poisoned,
+    rope_struct,
+    strided,
+    tables,
+    values,
+)
+
+Tensor = torch.Tensor
+NAN = float("nan")
+MAX_POSITION = 1024
+
+
+@dataclass(frozen=True)
+class Rope:
+    rotary_dim: int
+    interleaved: bool = False
+    given_positions: bool = False  # else a query's place in its sequence
+
+
+@dataclass(frozen=True)
+class Case:
+    """Options of one call; everything random is drawn from `seed`."""
+
+    lengths: Sequence[tuple[int, int]]  # queries and keys of each sequence
+    heads: tuple[int, int] = (2, 1)
+    head_dim: int = 128
+    dtype: torch.dtype = torch.bfloat16
+    causal: bool = True
+    window: int | None = None
+    scale: float | None = None
+    rope: Rope | None = None
+    page: int = 0  # 0: packed
+    padding: int = 0  # elements between rows
+    skip: int = 0
+    add: bool = False  # seqlens_k without the new keys
+    seed: int = 0
+
+    @property
+    def softmax_scale(self) -> float:
+        return self.head_dim**-0.5 if self.scale is None else self.scale
+
+
+@dataclass
+class Inputs:
+    case: Case
+    q: Tensor
+    k: list[Tensor]  # of each sequence
+    v: list[Tensor]
+    positions: Tensor
+    cos: Tensor
+    sin: Tensor
+
+    @property
+    def q_starts(self) -> list[int]:
+        return starts([n for n, _ in self.case.lengths])
+
+
+def starts(lengths: Sequence[int]) -> list[int]:
+    return [sum(lengths[:i]) for i in range(len(lengths) + 1)]
+
+
+def make_inputs(case: Case) -> Inputs:
+    """A sequence's data depend on its own number and lengths only, not on the others'."""
+    (hq, hk), d = case.heads, case.head_dim
+    q, k, v, positions = [], [], [], []
+    for b, (lq, lk) in enumerate(case.lengths):
+        seed = case.seed + 7919 * (b + 1)
+        q.append(values(lq, hq, d, dtype=case.dtype, seed=seed))
+        k.append(values(lk, hk, d, dtype=case.dtype, seed=seed + 1))
+        v.append(values(lk, hk, d, dtype=case.dtype, seed=seed + 2))
+        place = torch.arange(lk - lq, lk)
+        if case.rope and case.rope.given_positions:
+            place = (3 * place + 5) % MAX_POSITION
+        positions.append(place)
+    cos, sin = tables(MAX_POSITION, case.rope.rotary_dim if case.rope else 2, 1e4)
+    return Inputs(case, torch.cat(q), k, v, torch.cat(positions), cos, sin)
+
+
+# ------------------------------------------------------------------------------- what is expected
+
+
+def hidden_keys(case: Case, lq: int, lk: int) -> Tensor:
+    distance = torch.arange(lk - lq, lk)[:, None] - torch.arange(lk)
+    hidden = torch.zeros(lq, lk, dtype=torch.bool)
+    if case.causal:
+        hidden |= distance < 0
+    if case.window is not None:
+        hidden |= distance.abs() >= case.window
+    return hidden
+
+
+def sdpa(case: Case, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """PyTorch's attention in the dtype."""
+    hidden = hidden_keys(case, len(q), len(k))
+    q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))
+    out = F.scaled_dot_product_attention(
+        q, k, v, ~hidden, scale=case.softmax_scale, enable_gqa=True
+    )[0].transpose(0, 1)
+    return out.masked_fill(hidden.all(-1)[:, None, None], 0.0)
+
+
+def check(inputs: Inputs, out: Tensor, lse: Tensor) -> None:
+    """Every element of every sequence, and that what is skipped was left alone."""
+    case = inputs.case
+    exacts, rounded, scales, kept = [], [], [], []
+    for b, (lq, _) in enumerate(case.lengths):
+        rows = slice(inputs.q_starts[b], inputs.q_starts[b + 1])
+        if lq <= case.skip:
+            assert out[rows].isnan().all() and lse[:, rows].isnan().all(), "a skipped sequence"
+            continue
+        q, k, v = inputs.q[rows], inputs.k[b], inputs.v[b]
+        exact_q = q.double()
+        if case.rope:
+            p = inputs.positions[rows]
+            angles = inputs.cos.double()[p], inputs.sin.double()[p]
+            exact_q = reference.rotate(exact_q, *angles, case.rope.interleaved)
+            q = ops.apply_rope(q, q, inputs.cos, inputs.sin, p, case.rope.interleaved)[0]
+        masks = case.causal, case.softmax_scale, case.window
+        exact, exact_lse = reference.attend(exact_q, k.double(), v.double(), *masks)
+        scale, _ = reference.attend(exact_q, k.double(), v.double().abs(), *masks)
+        exacts.append(exact)
+        rounded.append(sdpa(case, q, k, v))
+        scales.append(scale)
+        kept += range(rows.start, rows.stop)
+        # lse is fp32; only the rotated q is rounded to the dtype before
+        rounded_lse = reference.attend(q.double(), k.double(), v.double(), *masks)[1]
+        assert (lse[:, rows].isneginf() == exact_lse.isneginf()).all(), "lse of blind queries"
+        error, rounding = (
+            (t.double() - exact_lse).nan_to_num(0.0).abs().max() if t.numel() else torch.zeros(())
+            for t in (lse[:, rows], rounded_lse)
+        )
+        heads = k.double().abs().repeat_interleave(q.shape[1] // k.shape[1], 1)
+        terms = torch.einsum("qhd,khd->qhk", exact_q.abs(), heads) * case.softmax_scale
+        terms = terms.max() if terms.numel() else 0.0  # of a logit, before they cancel
+        assert error <= 2 * rounding + 1e-6 * (terms + 8), f"lse is {error:.1e} off"
+    if kept:
+        assert_close(
+            out[kept], *(torch.cat(t) for t in (exacts, rounded)), "out", torch.cat(scales)
+        )
+
+
+# ------------------------------------------------------------------------------------ the kernel
+
+
+def paged(tensors: list[Tensor], case: Case) -> tuple[Tensor, Tensor]:
+    """A cache that holds the sequences in pages of random order with spare ones between, NaN in
+    all that is not a key, and its block table, -1 where a sequence has no page."""
+    page, (_, hk), d = case.page, case.heads, case.head_dim
+    counts = [-(-len(t) // page) for t in tensors]
+    total = sum(counts) + 3
+    order = torch.randperm(total, generator=torch.Generator().manual_seed(case.seed)).tolist()
+    cache = strided(torch.full((total, page, hk, d), NAN, dtype=case.dtype), 0)
+    table = torch.full((len(tensors), max(counts, default=0) + 1), -1, dtype=torch.int32)
+    for b, t in enumerate(tensors):
+        for i in range(counts[b]):
+            rows = t[i * page : (i + 1) * page]
+            number = order.pop()
+            cache[number, : len(rows)] = rows
+            table[b, i] = number
+    return cache, table
+
+
+@dataclass
+class Call:
+    """The op's parameters and every tensor they point to."""
+
+    params: ctypes.Structure
+    tensors: list[Tensor]
+    out: Tensor
+    lse: Tensor
+    table: Tensor | None  # block table
+    caches: list[Tensor]
+
+
+def make_call(inputs: Inputs) -> Call:
+    case = inputs.case
+    (hq, hk), d = case.heads, case.head_dim
+    q = strided(inputs.q, case.padding)
+    out = poisoned(inputs.q, case.padding)
+    lse = torch.full((hq, len(q) + case.padding), NAN)
+    lq, lk = ([n[i] for n in case.lengths] for i in (0, 1))
+    cu_q = torch.tensor(starts(lq), dtype=torch.int32)
+    fields: dict[str, int | float | ctypes.Structure] = {}
+    if case.page:
+        (k, table), (v, _) = (paged(t, case) for t in (inputs.k, inputs.v))
+        counted = [k_ - q_ for q_, k_ in case.lengths] if case.add else lk
+        seqlens = torch.tensor(counted, dtype=torch.int32)
+        fields |= {"seqlens_k": seqlens.data_ptr(), "block_table": table.data_ptr()}
+        fields |= {"block_table_stride": table.stride(0), "max_pages": table.shape[1] - 1}
+        fields |= {"num_pages": len(k), "page_size": case.page, "seqlens_k_add": case.add}
+        fields |= {"k_page_stride": k.stride(0), "v_page_stride": v.stride(0)}
+        index = [seqlens, table]
+    else:
+        # 70 rows of NaN behind the last key: a tile may not look at them
+        tail = torch.full((70, hk, d), NAN, dtype=case.dtype)
+        k, v = (strided(torch.cat([*t, tail]), case.padding) for t in (inputs.k, inputs.v))
+        index, table = [torch.tensor(starts(lk), dtype=torch.int32)], None
+        fields |= {"cu_seqlens_k": index[0].data_ptr(), "tokens_k": sum(lk)}
+    if case.rope:
+        position = inputs.positions.to(torch.int32 if case.rope.interleaved else torch.int64)
+        rope = rope_struct(
+            position, case.rope.rotary_dim, case.rope.interleaved, (inputs.cos, inputs.sin)
+        )
+        if not case.rope.given_positions:
+            rope.positions, rope.positions_dtype = None, 0
+        index += [position, inputs.cos, inputs.sin]
+        fields["rope"] = rope
+    params = abi.structs()["mk_attention_params"](
+        q=q.data_ptr(),
+        k=k.data_ptr(),
+        v=v.data_ptr(),
+        out=out.data_ptr(),
+        lse=lse.data_ptr(),
+        cu_seqlens_q=cu_q.data_ptr(),
+        q_stride=q.stride(0),
+        q_head_stride=q.stride(1),
+        k_stride=k.stride(-3),
+        k_head_stride=k.stride(-2),
+        v_stride=v.stride(-3),
+        v_head_stride=v.stride(-2),
+        out_stride=out.stride(0),
+        out_head_stride=out.stride(1),
+        lse_stride=lse.stride(0),
+        tokens_q=len(q),
+        batch=len(case.lengths),
+        num_q_heads=hq,
+        num_kv_heads=hk,
+        head_dim=d,
+        max_seqlen_q=max(lq, default=0),
+        skip_seqlen_q=case.skip,
+        causal=case.causal,
+        window=case.window or 0,
+        softmax_scale=case.softmax_scale,
+        dtype=dtype_id(q),
+        **fields,
+    )
+    tensors = [storage_of(t) for t in (q, k, v, out, lse, cu_q, *index)]
+    return Call(params, tensors, out, lse, table, [k, v])
+
+
+def launch(inputs: Inputs, device: str, seed: int = 0) -> tuple[Tensor, Tensor]:
+    call = make_call(inputs)
+    run("attention", device, call.params, call.tensors, seed)
+    assert_padding_untouched(call.out, "out")
+    tokens = len(inputs.q)
+    assert call.lse[:, tokens:].isnan().all(), "lse: written outside its rows"
+    return call.out, call.lse[:, :tokens]
+
+
+def run_and_check(case: Case, device: str, seed: int = 0) -> tuple[Tensor, Tensor]:
+    inputs = make_inputs(case)
+    out, lse = launch(inputs, device, seed)
+    check(inputs, out, lse)
+    return out, lse
+
+
+# --------------------------------------------------------------------------------- against PyTorch
+
+MIXED = [(33, 33), (0, 5), (129, 200), (1, 70), (7, 0), (40, 12)]
+
+
+@archs
+@dtypes
+@pytest.mark.parametrize("head_dim", [64, 128], ids=["hd64", "hd128"])
+@pytest.mark.parametrize("page", [0, 16], ids=["packed", "page16"])
+def test_attention(arch: str, dtype: torch.dtype, head_dim: int, page: int) -> None:
+    """A mixed batch: empty sequences, one query, no key, more queries than keys, several tiles."""
+    run_and_check(Case(MIXED, (2, 1), head_dim, dtype, page=page, padding=8), arch)
+
+
+SHAPES = {
+    "minitron": Case([(150, 150)], (32, 8), 128),
+    "smollm2": Case([(150, 150)], (9, 3), 64),
+    "full": Case([(130, 190), (64, 64)], (4, 4), 128, causal=False),
+    "window": Case([(200, 300)], (2, 2), 128, window=70),
+    "window of one": Case([(66, 80)], (2, 2), 64, window=1),
+    "window, full": Case([(100, 190)], (2, 1), 64, window=33, causal=False),
+    "window, few keys": Case([(90, 30)], (2, 1), 64, window=20, causal=False),
+    "window, pages": Case([(150, 400)], (2, 1), 128, window=100, page=16),
+    "chunk": Case([(20, 277), (130, 131)], (8, 1), 128, page=32, add=True),
+    "skip": Case([(1, 90), (9, 9), (8, 100), (0, 0), (40, 40)], (2, 1), 64, page=64, skip=8),
+    "large pages": Case([(65, 300), (3, 129)], (2, 1), 128, torch.float16, page=128),
+    "sharp": Case([(70, 130)], (2, 1), 128, scale=1.0),
+    "flat": Case([(70, 130)], (2, 1), 128, torch.float16, scale=1e-4),
+    "rope": Case([(70, 130), (3, 3)], (2, 1), 128, rope=Rope(128)),
+    "rope, interleaved": Case([(70, 130)], (3, 3), 64, rope=Rope(64, True, True)),
+    "rope, partial": Case([(70, 130)], (2, 1), 128, torch.float16, rope=Rope(32, False, True)),
+    "rope, odd": Case([(40, 50)], (2, 1), 64, rope=Rope(18, True)),
+    "rope, pages": Case([(130, 131), (9, 40)], (2, 1), 128, page=16, add=True, rope=Rope(128)),
+}
+
+
+@pytest.mark.parametrize(
+    "arch, name",
+    [
+        pytest.param(arch, name, id=f"emu-sm_{arch}-{name}")
+        for i, name in enumerate(SHAPES)
+        for arch in {DEVICES[i % len(DEVICES)], DEVICES[0]}
+    ],
+)
+def test_attention_shapes(arch: str, name: str) -> None:
+    run_and_check(SHAPES[name], arch, seed=len(name))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    arch=st.sampled_from(DEVICES),
+    lengths=st.lists(st.tuples(st.integers(0, 140), st.integers(0, 200)), min_size=1, max_size=4),
+    heads=st.sampled_from([(1, 1), (2, 1), (3, 3), (4, 2), (5, 1)]),
+    head_dim=st.sampled_from([64, 128]),
+    dtype=st.sampled_from(HALVES),
+    causal=st.booleans(),
+    window=st.one_of(st.none(), st.integers(1, 220)),
+    page=st.sampled_from([0, 16, 32, 64, 128]),
+    padding=st.sampled_from([0, 8, 24]),
+    scale=st.one_of(st.none(), st.floats(0.01, 0.5)),
+    rotary=st.one_of(
+        st.none(), st.tuples(st.integers(1, 32).map(lambda n: 2 * n), st.booleans(), st.booleans())
+    ),
+    skip=st.sampled_from([0, 0, 8]),
+    seed=st.integers(0, 1000),
+)
+def test_attention_anything(
+    arch: str, rotary: tuple[int, bool, bool] | None, lengths: list[tuple[int, int]], **options: ...
+) -> None:
+    if rotary and not rotary[2]:  # places in the sequence are positions in the tables: not negative
+        lengths = [(min(lq, lk), lk) for lq, lk in lengths]
+    case = Case(lengths, rope=Rope(*rotary) if rotary else None, **options)
+    run_and_check(case, arch, seed=case.seed)
+
+
+# ----------------------------------------------------------------------------------- same numbers
+
+
+@archs
+def test_pages_change_no_bit(arch: str) -> None:
+    case = Case([(140, 300), (3, 65)], (4, 2), 128, window=150)
+    expected = launch(make_inputs(case), arch)
+    for page in (16, 32, 64, 128):
+        got = launch(make_inputs(replace(case, page=page)), arch)
+        assert all(map(torch.equal, got, expected)), page
+
+
+@archs
+@pytest.mark.parametrize("head_dim", [64, 128], ids=["hd64", "hd128"])
+def test_a_row_does_not_depend_on_the_batch(arch: str, head_dim: int) -> None:
+    """The first sequence alone, with others, with others whose K and V are NaN, and with another
+    interleaving of warps: the same bits."""
+    first = (150, 170)
+    alone = launch(make_inputs(Case([first], (2, 1), head_dim)), arch)
+    many = make_inputs(Case([first, (70, 20), (300, 300)], (2, 1), head_dim, page=16))
+    for poison in (False, True):
+        if poison:
+            for t in (*many.k[1:], *many.v[1:]):
+                t.fill_(NAN)
+        got = launch(many, arch, seed=5)
+        assert torch.equal(got[0][: first[0]], alone[0])
+        assert torch.equal(got[1][:, : first[0]], alone[1])
+
+
+@pytest.mark.parametrize("arch", ARCHS, ids=lambda a: f"emu-sm_{a}")
+def test_interleavings_change_no_bit(arch: str) -> None:
+    inputs = make_inputs(Case([(129, 260)], (2, 1), 128, window=90))
+    expected = launch(inputs, arch)
+    for seed in range(1, 6):
+        for got, first in zip(launch(inputs, arch, seed), expected, strict=True):
+            assert torch.equal(got, first), seed
+
+
+def test_chunks_equal_the_whole_prompt() -> None:
+    """A prompt in pieces over the same keys: each within the tolerance of what the whole has."""
+    whole = make_inputs(Case([(300, 300)], (4, 2), 128, page=16))
+    check(whole, *launch(whole, "80"))
+    for first, last in ((0, 100), (100, 101), (101, 300)):
+        piece = make_inputs(Case([(last - first, last)], (4, 2), 128, page=16))
+        piece.q = whole.q[first:last]
+        piece.k, piece.v = [whole.k[0][:last]], [whole.v[0][:last]]
+        check(piece, *launch(piece, "80"))
+
+
+def test_a_growing_maximum_is_rescaled() -> None:
+    """Logits that climb by up to 300 from tile to tile, or fall, or climb in one row of a warp
+    only: the conditional rescale against the exact softmax."""
+    for direction in (1.0, -1.0):
+        inputs = make_inputs(Case([(64, 640)], (2, 1), 64, torch.float16, causal=False, scale=1.0))
+        ramp = torch.linspace(0, 4, 640)[:, None] * direction
+        inputs.k[0][:, 0, :8] = (inputs.k[0][:, 0, :8].float() / 16 + ramp).half()
+        inputs.q[:, :, 8:] /= 8
+        inputs.q[1:, :, :8] = inputs.q[1:, :, :8].clamp(-0.1, 0.1)
+        inputs.q[0, :, :8] = 8.0
+        check(inputs, *launch(inputs, "80"))
+
+
+# ---------------------------------------------------------------------------- what is out of range
+
+
+@archs
+def test_page_numbers_out_of_range_give_nan(arch: str) -> None:
+    """To the queries that see one of its keys, and to no other."""
+    inputs = make_inputs(Case([(150, 150), (60, 60)], (2, 1), 128, page=16))
+    call = make_call(inputs)
+    exact = launch(inputs, arch)[0]
+    call.table[0, 3] = len(call.caches[0])  # keys 48 ... 63
+    call.table[1, 2] = -7  # keys 32 ... 47
+    run("attention", arch, call.params, call.tensors)
+    is_nan = call.out.isnan().all(-1).all(-1)
+    assert is_nan[48:150].all() and is_nan[150 + 32 :].all()
+    assert torch.equal(call.out[:48], exact[:48])
+    assert torch.equal(call.out[150 : 150 + 32], exact[150 : 150 + 32])
+    assert call.lse[:, : len(is_nan)].isnan().eq(is_nan).all()
+
+
+def test_pages_before_the_window_are_not_looked_at() -> None:
+    """They may have been given to another sequence: here the table has no page there."""
+    inputs = make_inputs(Case([(30, 400)], (2, 1), 128, window=100, page=16))
+    call = make_call(inputs)
+    call.table[0, : (400 - 30 - 99) // 16] = -1
+    for seed in (0, 1):
+        call.out.fill_(NAN)
+        run("attention", "80", call.params, call.tensors, seed)
+        check(inputs, call.out, call.lse[:, :30])
+
+
+def test_more_keys_than_the_block_table_has_pages_for() -> None:
+    inputs = make_inputs(Case([(20, 64)], (2, 1), 64, page=16, causal=False))
+    call = make_call(inputs)
+    call.params.max_pages = 3
+    run("attention", "80", call.params, call.tensors)
+    assert call.out.isnan().all()
+
+
+def test_positions_out_of_range_give_nan() -> None:
+    inputs = make_inputs(Case([(6, 50)], (2, 1), 64, rope=Rope(32, False, True)))
+    inputs.positions[2], inputs.positions[4] = MAX_POSITION, -1
+    out, _ = launch(inputs, "80")
+    assert out.isnan().any(-1).any(-1).tolist() == [False, False, True, False, True, False]
+
+
+def test_optional_lse_and_empty_inputs() -> None:
+    inputs = make_inputs(Case([(20, 40)], (2, 1), 64))
+    call = make_call(inputs)
+    call.params.lse, call.params.lse_stride = None, 0
+    run("attention", "80", call.params, call.tensors)
+    assert torch.equal(call.out, launch(inputs, "80")[0]) and call.lse.isnan().all()
+    for field in ("tokens_q", "batch", "max_seqlen_q"):
+        call = make_call(inputs)
+        setattr(call.params, field, 0)
+        run("attention", "80", call.params, call.tensors)
+        assert call.out.isnan().all()
+    no_keys = make_inputs(Case([(20, 0)], (2, 1), 64))
+    out, lse = launch(no_keys, "80")
+    assert not out.any() and lse.isneginf().all()
+
+
+# -------------------------------------------------------------------------------------- counters
+
+
+def count(
+    arch: str, causal: bool, head_dim: int = 128, tokens: int = 1024, hq: int = 32
+) -> Counters:
+    case = Case([(tokens, tokens)], (hq, max(hq // 4, 1)), head_dim, causal=causal)
+    inputs = make_inputs(case)
+    for t in (inputs.q, *inputs.k):  # normal, without outliers: references move as in real models
+        t.copy_(torch.randn(t.shape, generator=torch.Generator().manual_seed(0)))
+    call = make_call(inputs)
+    call.params.lse = None
+    counters = run("attention", arch, call.params, call.tensors)
+    assert counters is not None
+    return counters
+
+
+def issue_over_tensor_time(counters: Counters) -> float:
+    """Warp-instructions but mov, over the clocks of the MMAs (8 each, four sub-cores both)."""
+    return (counters.instructions - counters.issued["mov"]) / (8 * counters.issued["mma"])
+
+
+@pytest.mark.parametrize("arch", ARCHS, ids=lambda a: f"emu-sm_{a}")
+@pytest.mark.parametrize("head_dim", [64, 128], ids=["hd64", "hd128"])
+def test_memory_accesses_are_full_and_free_of_conflicts(arch: str, head_dim: int) -> None:
+    counters = count(arch, causal=True, head_dim=head_dim, tokens=300, hq=4)
+    assert counters.shared_wavefronts == counters.shared_wavefronts_min
+    assert counters.write_sectors == counters.unique_write_sectors
+    # Q once, K and V for 3 tiles of queries of 4 heads; and the lengths, by each warp
+    tensors = (300 * 4 + 2 * 4 * (128 + 256 + 300)) * head_dim * 2 // 32
+    assert tensors <= counters.read_sectors <= tensors + 12 * 8 * 6  # 12 blocks of up to 8 warps
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("causal, bar", [(False, 0.40), (True, 0.44)], ids=["full", "causal"])
+def test_issue_slots_at_1024(causal: bool, bar: float) -> None:
+    """FlashAttention-2: .47 full, .50 causal."""
+    counters = count("80", causal)
+    found = issue_over_tensor_time(counters)
+    print(f"issue/t {found:.3f}, {counters.instructions - counters.issued['mov']} instructions")
+    assert found <= bar
+    assert counters.shared_wavefronts == counters.shared_wavefronts_min
+
+
+def test_issue_slots_of_four_heads() -> None:
+    """A quick guard of test_issue_slots_at_1024."""
+    for causal, bar in ((False, 0.40), (True, 0.44)):
+        assert issue_over_tensor_time(count("80", causal, hq=4)) <= bar
+
+
+# --------------------------------------------------------------------------------- planted faults
+
+
+@pytest.mark.parametrize(
+    "old, new, fails",
+    [
+        (r"0f41000000", "0f41100000", False),  # references follow at 9, not at 8: all the same
+        (r"0f41000000", "0f43000000", True),  # at 128: weights overflow the dtype
+        (r"bar\.sync[^;]*;", "", True),
+        (r"cp\.async\.wait_group \d;", "cp.async.wait_group 2;", True),
+        (r"shfl\.sync\.bfly\.b32(.*), (%r\d+|2), ", r"shfl.sync.bfly.b32\1, 4, ", True),
+    ],
+    ids=["harmless", "rescale", "barrier", "wait", "shuffle"],
+)
+def test_a_planted_fault_is_found(old: str, new: str, fails: bool) -> None:
+    """Changes in the kernel's PTX: the emulator or the comparison objects."""
+    inputs = make_inputs(Case([(64, 400)], (2, 1), 64, torch.float16, causal=False, scale=0.5))
+    call = make_call(inputs)
+    plan = abi.plan("attention", call.params, "80")
+    entry = plan.entry.decode()
+    (text,) = (t for t in ptx_of("80") if f".entry {entry}(" in t)
+    before, name, after = text.partition(f".entry {entry}(")
+    body, brace, rest = after.partition("\n}\n")
+    assert re.search(old, body), f"{old} is not in {entry}"
+    changed = before + name + re.sub(old, new, body) + brace + rest
+    kernel = Emulator("sm_80").load(changed).kernel(entry)
+    arguments = kernel_arguments(call.params, kernel.param_bytes[0])
+
+    def attempt() -> None:
+        kernel.launch(
+            plan.grid[:], plan.block[:], [arguments], smem=plan.smem_bytes, regions=call.tensors
+        )
+        check(inputs, call.out, call.lse)
+
+    if fails:
+        with pytest.raises((AssertionError, RuntimeError)):
+            attempt()
+    else:
+        attempt()
+
+
+def kernel_arguments(params: ctypes.Structure, size: int) -> bytes:
+    """AttnPrefillArgs (attn_tiles.h) of packed K and V."""
+
+    class Rows(ctypes.Structure):
+        _fields_ = (
+            ("page_bytes", ctypes.c_int64),
+            ("bytes_of_4", ctypes.c_int64),
+            ("bytes", ctypes.c_uint32),
+        )
+
+    class Arguments(ctypes.Structure):
+        _fields_ = (
+            ("p", type(params)), ("k", Rows), ("v", Rows), ("scale", ctypes.c_float),
+            ("page_shift", ctypes.c_int32), ("page_mask", ctypes.c_uint32),
+        )  # fmt: skip
+
+    k, v = (Rows(0, 8 * n, 2 * n) for n in (params.k_stride, params.v_stride))
+    scale = params.softmax_scale / math.log(2)
+    arguments = bytes(Arguments(params, k, v, scale, 0, 0xFFFFFFFF))
+    assert len(arguments) == size
+    return arguments
