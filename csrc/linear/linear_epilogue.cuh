@@ -9,6 +9,7 @@
 // rotation's pair. So no epilogue needs another thread's sums. An epilogue has
 //   Params                     the op's struct
 //   row(r), column(c)          what is looked up once per row, r < m, and per column, c even
+//   prefetch(row, c)           may be called before the sums are there, for what store reads
 //   store(row, column, y0, y1) writes the outputs of columns c and c + 1, rounded; as one access
 //                              where they are aligned; columns from n on are skipped
 #pragma once
@@ -61,6 +62,10 @@ struct PlainEpilogue {
 
     __device__ __forceinline__ int column(int c) const { return c; }
 
+    __device__ __forceinline__ void prefetch(const Row& row, int c) const {
+        if (p.residual && c < p.n) ptx::prefetch_global_l2(row.residual + c);
+    }
+
     __device__ __forceinline__ void store(const Row& row, int c, float y0, float y1) const {
         if (in_pairs && c + 1 < p.n) {
             if (is_f32) {
@@ -109,6 +114,8 @@ struct SwigluEpilogue {
 
     __device__ __forceinline__ int column(int c) const { return c; }
 
+    __device__ __forceinline__ void prefetch(const Row&, int) const {}
+
     __device__ __forceinline__ void store(const Row& row, int c, float gate, float up) const {
         if (c < p.n) row.out[c / 2] = static_cast<uint16_t>(Dtype::pack(silu(gate) * up, 0.f));
     }
@@ -154,6 +161,9 @@ struct QkvEpilogue {
         }
         return row;
     }
+
+    // The angles are in L2: all blocks read them.
+    __device__ __forceinline__ void prefetch(const Row&, int) const {}
 
     // Where the outputs of columns c and c + 1 go, from the row's start in q or in a cache.
     struct Column {

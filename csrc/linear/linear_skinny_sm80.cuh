@@ -259,7 +259,8 @@ __device__ __forceinline__ void normalise_stage(const SkinnySmem& smem, int stag
 }
 
 template <class Dtype, class Epilogue>
-__device__ __forceinline__ void linear_skinny(const LinearArgs<typename Epilogue::Params>& args) {
+__device__ __forceinline__ void linear_skinny_sm80(
+    const LinearArgs<typename Epilogue::Params>& args) {
     extern __shared__ __align__(1024) uint8_t dynamic_smem[];
     const Product& a = args.product;
     const SkinnySmem smem(dynamic_smem, min(a.m, kSkinnyRows));
@@ -310,6 +311,10 @@ __device__ __forceinline__ void linear_skinny(const LinearArgs<typename Epilogue
         int stage_offset = 0;
         for (int tile = blockIdx.x; tile < num_tiles; tile += gridDim.x) {
             const int strip = tile * num_warps + warp;
+            MK_UNROLL
+            for (int i = 0; i < 2; ++i) {
+                if (g + 8 * i < num_rows) epilogue.prefetch(rows[i], strip * kSkinnyCols + 2 * t);
+            }
             float acc[4]{};
             for (int k = 0; k < a.k; k += kSkinnyK) {
                 const int piece = k + SkinnyLoader::chunk() * kVec;

@@ -3,7 +3,7 @@
 #define MK_SKINNY(op, key, Dtype, Epilogue, Params)                                        \
     MK_ENTRY(__launch_bounds__(32 * mk::kSkinnyMaxWarps, mk::kSkinnyBlocksPerSm), op, key) \
     (const __grid_constant__ mk::LinearArgs<Params> args) {                                \
-        mk::linear_skinny<mk::Dtype, mk::Epilogue<mk::Dtype>>(args);                       \
+        mk::linear_skinny_sm80<mk::Dtype, mk::Epilogue<mk::Dtype>>(args);                  \
     }
 
 MK_SKINNY(linear, bf16_m16, Bf16, PlainEpilogue, mk_linear_params)
