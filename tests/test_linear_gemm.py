@@ -257,7 +257,7 @@ def test_gemm_large_tile_meets_the_bars(arch: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("size", ["m64_n64", "m128_n128"])
+@pytest.mark.parametrize("size", ["m64_n64", "m128_n128"], ids=lambda s: f"emu-sm_80-{s}")
 def test_gemm_moves_whole_sectors_without_bank_conflicts(size: str, kind: str) -> None:
     m, n, k = (64, 512, 1024) if size == "m64_n64" else (384, 3328, 64)
     if kind == "qkv":
@@ -318,7 +318,7 @@ def changed_library(folder: Path, entry: str, old: bytes, new: bytes, count: int
         (rb"mma\.sync", rb"//a.sync", 1, "out: element"),
         (rb", 16, %r\d+;", rb", 16;", 0, "out: element|out of bounds"),
     ],
-    ids=["barrier", "wait", "mma", "tail"],
+    ids=["emu-sm_80-barrier", "emu-sm_80-wait", "emu-sm_80-mma", "emu-sm_80-tail"],
 )
 def test_gemm_planted_fault_is_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, old: bytes, new: bytes, count: int, found: str
