@@ -39,12 +39,13 @@ struct DecodeWork {
         if (first_query < 0 || end > p.tokens) return false;
         num_rows = min(num_queries * args.group - first_row, max_rows);
         num_cached = p.seqlens_k[sequence];
-        num_keys = num_cached + (p.k_new ? num_queries : 0);
         num_pages = p.num_pages;
-        if (num_cached < 0 || num_keys > p.max_pages << args.page_shift) {
-            num_keys = num_cached = num_queries;
+        const int num_new = p.k_new ? num_queries : 0;
+        if (num_cached < 0 || num_cached > (p.max_pages << args.page_shift) - num_new) {
+            num_cached = num_queries - num_new;
             num_pages = 0;
         }
+        num_keys = num_cached + num_new;
         span_begin = attn_decode_span_begin(num_keys, p.window);
         const int span = num_keys - span_begin;
         chunk = attn_decode_chunk(span);
@@ -79,8 +80,9 @@ struct KvRing {
     const DecodeWork& work;
     uint8_t* smem;         // of this warp
     const int32_t* table;  // page numbers of the sequence
-    int64_t lane_offset;   // of this lane's 16 bytes: in the caches, from a page's first key
-    int lane_smem;         // and in a unit
+    int64_t
+        lane_offset;  // of this lane's 16 bytes: in the caches, from a tile's first key of head 0
+    int lane_smem;    // and in a unit
     int lane;
     int first_visible;  // no query sees a key before it
 
