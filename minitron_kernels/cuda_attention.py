@@ -135,34 +135,38 @@ def attention(
 class Workspaces:
     """Workspaces of mk_attention_decode: one for each stream, grown on demand.
 
-    Streams may run at the same time; kernels on one stream never do. A workspace that became too
-    small is kept, since a captured graph may have its address; the next one is at least twice as
-    large, so that all of a stream together have less than twice the bytes of its last.
+    Streams may run at the same time; kernels on one stream never do. One that became too small is
+    kept only if a captured graph has its address.
     """
 
     def __init__(self) -> None:
-        self._of_stream: dict[tuple[torch.device, int], list[Tensor]] = {}
+        self._of_stream: dict[tuple[torch.device, int], Tensor] = {}
+        self._captured: dict[int, Tensor] = {}  # by address
 
     def get(self, q: Tensor, num_bytes: int) -> Tensor:
         """At least ``num_bytes`` for a launch on the current stream of q's device, 0 at first."""
-        stream = cuda_ops.emulated_stream
+        stream, captures = cuda_ops.emulated_stream, True  # the emulator does not tell
         if q.is_cuda:
             stream = torch._C._cuda_getCurrentRawStream(q.device.index)
-        grown = self._of_stream.setdefault((q.device, stream), [])
-        have = grown[-1].numel() if grown else 0
-        if have < num_bytes or not grown:
-            if q.is_cuda and torch.cuda.is_current_stream_capturing():
+            captures = torch.cuda.is_current_stream_capturing()
+        space = self._of_stream.get((q.device, stream))
+        if space is None or space.numel() < num_bytes:
+            if q.is_cuda and captures:
                 raise RuntimeError(
                     f"attention_kvcache needs {num_bytes} bytes of workspace on this stream, which "
-                    f"has {have}, and they cannot be made while a CUDA graph is captured: make the "
-                    "call once on this stream before it captures"
+                    f"has {0 if space is None else space.numel()}, and they cannot be made while a "
+                    "CUDA graph is captured: make the call once on this stream before it captures"
                 )
-            size = max(num_bytes, 2 * have, 1 << 16)
-            grown.append(torch.empty(size, dtype=torch.uint8, device=q.device).zero_())
-        return grown[-1]
+            size = max(num_bytes + num_bytes // 4, 1 << 16)  # so that it seldom grows
+            space = torch.empty(size, dtype=torch.uint8, device=q.device).zero_()
+            self._of_stream[q.device, stream] = space
+        if captures:
+            self._captured[space.data_ptr()] = space
+        return space
 
     def clear(self) -> None:
         self._of_stream.clear()
+        self._captured.clear()
 
 
 workspaces = Workspaces()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -24,8 +24,15 @@ from minitron_kernels.flash_attn import (
     flash_attn_varlen_func,
     flash_attn_with_kvcache,
 )
+from tests.cuda_device import PARAMS, cuda_device, launches, no_host_reads, on_device
 
 Tensor = torch.Tensor
+
+
+@pytest.fixture(params=PARAMS)
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    with cuda_device(request.param, monkeypatch) as name:
+        yield name
 
 
 def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -187,7 +194,7 @@ class CacheCase:
         cos, sin = self.cos[positions.long()], self.sin[positions.long()]
         return reference.rotate(x, cos, sin, self.interleaved).to(x.dtype)
 
-    def call(self, q: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+    def call(self, q: Tensor, device: str = "", **options: Any) -> tuple[Tensor, Tensor]:
         names = ("k_cache", "v_cache")
         if self.new:
             names += ("k", "v")
@@ -197,7 +204,21 @@ class CacheCase:
         where = {"block_table": self.table} if self.page else {"cache_batch_idx": self.rows}
         options |= {name: getattr(self, name) for name in names} | where
         options = {"cache_seqlens": self.lengths} | options
-        return flash_attn_with_kvcache(q, **options, return_softmax_lse=True)
+        if not device:
+            return flash_attn_with_kvcache(q, **options, return_softmax_lse=True)
+        moved = {name: on_device(value, device) for name, value in options.items()}
+        q = on_device(q, device)
+        with no_host_reads(device):
+            result = flash_attn_with_kvcache(q, **moved, return_softmax_lse=True)
+        self.k_cache, self.v_cache = moved["k_cache"].cpu(), moved["v_cache"].cpu()
+        return result[0].cpu(), result[1].cpu()
+
+    def widen(self) -> None:
+        """From here on in float32."""
+        for name in ("k", "v", "k_cache", "v_cache"):
+            setattr(self, name, getattr(self, name).float())
+        self.keys, self.values = ([t.float() for t in kv] for kv in (self.keys, self.values))
+        self.bound = 2**-8
 
     def expected(
         self, q: Tensor, causal: bool, window: tuple[int, int] = (-1, -1), scale: Any = None
@@ -281,6 +302,72 @@ def test_empty_batches_and_sequences() -> None:
         randn(2, 3, 4, 64), randn(2, 0, 2, 64), randn(2, 0, 2, 64), return_attn_probs=True
     )
     assert (out == 0).all() and (lse == -torch.inf).all()
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_compiles_whole_and_writes_its_cache(causal: bool) -> None:
+    def step(q: Tensor, k: Tensor, cache: tuple[Tensor, Tensor], lengths: Tensor) -> Tensor:
+        angles = torch.arange(32)[:, None] * torch.ones(8) / 7
+        out = flash_attn_with_kvcache(
+            q, *cache, k, k, angles.cos(), angles.sin(), lengths, causal=causal
+        )
+        return out + flash_attn_func(q, k, k, causal=causal)
+
+    q, k, lengths = randn(2, 3, 4, 64), randn(2, 3, 2, 64), torch.tensor([4, 9], dtype=torch.int32)
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager")
+    caches = [(randn(2, 32, 2, 64), randn(2, 32, 2, 64)) for _ in range(2)]
+    torch.testing.assert_close(compiled(q, k, caches[0], lengths), step(q, k, caches[1], lengths))
+    assert all(map(torch.equal, *caches)) and not torch.equal(caches[0][0], randn(2, 32, 2, 64))
+
+
+# ----------------------------------------------------------------------------------- CUDA tensors
+
+BF16 = torch.bfloat16
+HALF_BOUND = 2e-2  # a few units of bfloat16, on means of values of size 1
+
+
+@pytest.mark.parametrize("seqlens", [(40, 70), (3, 48), (2, 33)], ids=str)
+@pytest.mark.parametrize("d", [64, 128])
+def test_flash_attn_func_of_cuda_tensors(device: str, seqlens: tuple[int, int], d: int) -> None:
+    q = randn(2, seqlens[0], 4, d, dtype=BF16)
+    kv = randn(2, seqlens[1], 2, 2, d, dtype=BF16)  # k and v lie side by side
+    moved = on_device(q, device), *on_device(kv, device).unbind(2)
+    with launches() as names, no_host_reads(device):
+        out, lse, _ = flash_attn_func(*moved, causal=True, return_attn_probs=True)
+    few = seqlens[0] <= 8 and seqlens[1] % 16 == 0
+    assert names == ["attention_decode" if few else "attention"]
+    for b in range(2):
+        expected, expected_lse = sdpa(q[b].float(), *kv[b].float().unbind(1), True)
+        close(out[b].cpu(), expected, HALF_BOUND)
+        close(lse[b].cpu(), expected_lse, 1e-3)
+
+
+def test_flash_attn_varlen_func_of_cuda_tensors(device: str) -> None:
+    counts, lengths = [3, 20], [33, 20]
+    q, k, v = (randn(n, h, 64, seed=h, dtype=BF16) for n, h in ((23, 4), (53, 2), (53, 1)))
+    v = v.expand(-1, 2, -1)
+    cu_q, cu_k = (torch.tensor([0, *n]).cumsum(0).int() for n in (counts, lengths))
+    moved = [on_device(t, device) for t in (q, k, v, cu_q, cu_k)]
+    with no_host_reads(device):
+        out = flash_attn_varlen_func(*moved, 20, 33, window_size=(6, 6))
+    parts = zip(q.split(counts), k.split(lengths), v.split(lengths), strict=True)
+    expected = [sdpa(*(t.float() for t in part), window=(6, 6))[0] for part in parts]
+    close(out.cpu(), torch.cat(expected), HALF_BOUND)
+
+
+@pytest.mark.parametrize("page", [0, 256])
+@pytest.mark.parametrize("sizes", [(1, 1), (1, 0), (4, 4), (10, 10), (2, 3)], ids=str)
+def test_flash_attn_with_kvcache_of_cuda_tensors(
+    device: str, sizes: tuple[int, int], page: int
+) -> None:
+    rotated = 64 if sizes[1] else 0
+    case = CacheCase([20, 9, 233], new=sizes[1], room=256, page=page, rotated=rotated, dtype=BF16)
+    q = randn(3, sizes[0], 4, 64, seed=9, dtype=BF16)
+    out, lse = case.call(q, device, causal=sizes[0] != 4)
+    case.widen()
+    expected, expected_lse = case.expected(q.float(), sizes[0] != 4)
+    close(out, expected, HALF_BOUND)
+    close(lse, expected_lse, 1e-2)
 
 
 # ------------------------------------------------------------------------------------ bad arguments
