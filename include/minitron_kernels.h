@@ -367,7 +367,8 @@ typedef struct mk_attention_decode_params {
     const int32_t* seqlens_k;    /* [batch] keys in the cache before k_new */
     const int32_t* block_table;  /* [batch, max_pages] */
     void* workspace; /* of mk_attention_decode_workspace_bytes, all 0 before its first use; a launch
-                      * leaves its counters 0 again. Launches on several streams need one each */
+                      * leaves its counters 0 again, so that launches of all shapes can share one.
+                      * Launches on several streams need one each */
     int64_t workspace_bytes;
     int64_t q_stride, q_head_stride;
     int64_t k_new_stride, k_new_head_stride;
@@ -376,7 +377,7 @@ typedef struct mk_attention_decode_params {
     int64_t out_stride, out_head_stride;
     int64_t lse_stride, block_table_stride;
     int32_t tokens;
-    int32_t batch; /* 0 ... 65535 */
+    int32_t batch; /* 0 ... 65535; at most 65536 / num_kv_heads for each 32 rows of a group */
     int32_t num_q_heads;
     int32_t num_kv_heads;
     int32_t head_dim; /* 64, 128 */

@@ -569,6 +569,16 @@ def test_order_of_arrival_has_no_influence_and_the_workspace_is_reused() -> None
     case.check()
 
 
+def test_launches_of_all_shapes_share_a_workspace() -> None:
+    """What a small batch left in it lies where a large one has no counter, and the reverse."""
+    cases = [Case([1100] * n, [1] * n, heads=(8, 8), head_dim=64, page=128) for n in (1, 60, 2)]
+    shared = max((c.workspace for c in cases), key=len)
+    for case in cases:
+        case.workspace = shared
+        case.run("80")
+        case.check()
+
+
 # -------------------------------------------------------------------------------- memory traffic
 
 

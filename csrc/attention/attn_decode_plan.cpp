@@ -33,7 +33,10 @@ int32_t max_splits(const Params& p, int32_t window) {
 }
 
 // The workspace: counters, then (maximum, sum) of each row of each partial result, then its sums
-// of v. Sequences with one split need none.
+// of v. Sequences with one split need none. The counters have the same place whatever the shape, so
+// that launches of all shapes can share a workspace: what one leaves behind is no other's counter.
+constexpr int64_t kMaxGroups = 1 << 16;
+
 struct Workspace {
     int64_t stats_offset, partial_offset, bytes;
 };
@@ -45,7 +48,7 @@ Workspace workspace_of(const Params& p) {
     const int64_t groups = static_cast<int64_t>(p.batch) * p.num_kv_heads * rows.blocks;
     const int64_t partial_rows = groups * splits * std::min(rows.in_all, rows.per_block);
     Workspace w{};
-    w.stats_offset = ceil_div<int64_t>(groups * sizeof(int32_t), 128) * 128;
+    w.stats_offset = kMaxGroups * static_cast<int64_t>(sizeof(int32_t));
     w.partial_offset = w.stats_offset + ceil_div<int64_t>(partial_rows * 8, 128) * 128;
     w.bytes = w.partial_offset + partial_rows * p.head_dim * static_cast<int64_t>(sizeof(float));
     return w;
@@ -63,7 +66,12 @@ mk_status check_sizes(const Params& p) {
     MK_REQUIRE(p.page_size == 16 || p.page_size == 32 || p.page_size == 64 || p.page_size == 128,
                MK_ERR_SHAPE, "page_size must be 16, 32, 64 or 128, got %d", p.page_size);
     MK_TRY(check_size("max_pages", p.max_pages, 0, (1 << 30) / p.page_size));
-    return check_size("max_seqlen_q", p.max_seqlen_q, 1, kAttnDecodeMaxSeqlenQ);
+    MK_TRY(check_size("max_seqlen_q", p.max_seqlen_q, 1, kAttnDecodeMaxSeqlenQ));
+    const int64_t groups = static_cast<int64_t>(p.batch) * p.num_kv_heads * rows_of(p).blocks;
+    MK_REQUIRE(groups <= kMaxGroups || max_splits(p, 0) == 1, MK_ERR_SHAPE,
+               "batch * num_kv_heads (for each 32 rows of a group) must be at most %lld, got %lld",
+               static_cast<long long>(kMaxGroups), static_cast<long long>(groups));
+    return MK_OK;
 }
 
 mk_status check_16_byte_stride(const char* name, int64_t stride, int32_t count, int32_t least) {
