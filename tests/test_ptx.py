@@ -44,7 +44,7 @@ CLAIMS = {
     "argmax_unaligned": (64, 256),
     "sample": (64, 25 << 10),
     "sample_unaligned": (64, 25 << 10),
-    "attention_hd64": (224, 0),
+    "attention_hd64": (255, 0),
     "attention_hd128": (255, 0),
     "linear": (128, 0),
     "linear_swiglu": (128, 0),

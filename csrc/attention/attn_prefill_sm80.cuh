@@ -19,10 +19,10 @@
 // key that the block sees, nothing else; the rest of a tile is 0, and NaN in keys of a bad page.
 //
 // Per turn a warp executes, at head_dim 128, 256 MMAs, 80 ldmatrix, 16 copies, 64 each of max, fma,
-// exp2 and add, 32 conversions, and about 80 others: 13.2 M warp-instructions at 1024 x 1024 and 32
-// heads, where FlashAttention-2 has 15.8 M.
-// Limits: head_dim 64 or 128; sequences below 2^30. Lost: 8 warps of 16 queries (attn_tiles.h);
-// tile numbers in place of running keys in KvLoader, one register less, 6 instructions a turn more.
+// exp2 and add, 32 conversions, and about 60 others (688 in SASS): 13.2 M warp-instructions at 1024
+// x 1024 and 32 heads, where FlashAttention-2 has 15.8 M. Limits: head_dim 64 or 128; sequences
+// below 2^30. Lost: 8 warps of 16 queries (attn_tiles.h); tile numbers in place of running keys in
+// KvLoader, one register less, 6 instructions a turn more.
 #pragma once
 
 #include "attention/attn_rope.cuh"
@@ -195,8 +195,8 @@ struct AttnPrefill {
                 ptx::ldmatrix_x4<n * kBlockBytes + block_immediate(j)>(k, block_address(smem_k, j));
                 MK_UNROLL
                 for (int m = 0; m < kM16; ++m) {
-                    Dtype::mma(s[m][2 * n], q[m], k[0], k[2]);
-                    Dtype::mma(s[m][2 * n + 1], q[m], k[1], k[3]);
+                    Dtype::mma(s[m][2 * n], q[m], k[0], k[1]);
+                    Dtype::mma(s[m][2 * n + 1], q[m], k[2], k[3]);
                 }
             });
         });
@@ -326,7 +326,9 @@ struct AttnPrefill {
         const int all_end = visible.end(row) / kN;
 
         const uint32_t smem_lane_q = ptx::mov_b32(smem_q + ldmatrix_lane_offset<kHeadDim>());
-        const uint32_t smem_lane_ring = ptx::mov_b32(smem_ring + ldmatrix_lane_offset<kHeadDim>());
+        const uint32_t smem_lane_k =
+            ptx::mov_b32(smem_ring + ldmatrix_lane_offset_of_columns<kHeadDim>());
+        const uint32_t smem_lane_v = smem_ring + ldmatrix_lane_offset<kHeadDim>();
         Softmax<kM16> softmax(args.scale);
         Acc acc = {};
         uint32_t k_slot = 0, v_slot = kSlotBytes;
@@ -342,7 +344,7 @@ struct AttnPrefill {
             ptx::cp_async_commit_group();
             if constexpr (is_seen) {
                 Logits s;
-                multiply_qk(s, smem_lane_q, smem_lane_ring + k_slot);
+                multiply_qk(s, smem_lane_q, smem_lane_k + k_slot);
                 if (tile < all_begin || tile >= all_end) {
                     hide(s, visible, row, tile * kN, tile < all_begin);
                 }
@@ -357,7 +359,7 @@ struct AttnPrefill {
                 loader.next_tile();
             }
             ptx::cp_async_commit_group();
-            if constexpr (is_seen) multiply_pv(acc, weights, smem_lane_ring + v_slot);
+            if constexpr (is_seen) multiply_pv(acc, weights, smem_lane_v + v_slot);
 
             v_slot = k_slot, k_slot = free_slot;
         };

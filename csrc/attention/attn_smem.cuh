@@ -27,6 +27,14 @@ __device__ __forceinline__ int ldmatrix_lane_offset() {
     return swizzled<kHeadDim>(lane % 16, lane / 16 * 16);
 }
 
+// The same with matrices 1 and 2 changed over. An MMA takes B as two neighbouring registers: those
+// of K, whose rows are B's columns, come in this order, those of V, transposed, in the other.
+template <int kHeadDim>
+__device__ __forceinline__ int ldmatrix_lane_offset_of_columns() {
+    const int lane = threadIdx.x % 32;
+    return swizzled<kHeadDim>(lane % 8 + lane / 16 * 8, lane / 8 % 2 * 16);
+}
+
 // Address of 16x16 block number j of a row of blocks, given that of block 0, without
 // block_immediate, which is 128 bytes for every four.
 __device__ __forceinline__ uint32_t block_address(uint32_t first, int j) {
