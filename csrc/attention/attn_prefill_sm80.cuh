@@ -19,7 +19,7 @@
 // key that the block sees, nothing else; the rest of a tile is 0, and NaN in keys of a bad page.
 //
 // Per turn a warp executes, at head_dim 128, 256 MMAs, 80 ldmatrix, 16 copies, 64 each of max, fma,
-// exp2 and add, 32 conversions, and about 60 others (688 in SASS): 13.2 M warp-instructions at 1024
+// exp2 and add, 32 conversions, and about 60 others (688 in SASS): 13.3 M warp-instructions at 1024
 // x 1024 and 32 heads, where FlashAttention-2 has 15.8 M. Limits: head_dim 64 or 128; sequences
 // below 2^30. Lost: 8 warps of 16 queries (attn_tiles.h); tile numbers in place of running keys in
 // KvLoader, one register less, 6 instructions a turn more.

@@ -36,7 +36,7 @@ constexpr AttnPrefillTile attn_prefill_tile(int sm, int head_dim) {
     // 32 queries per warp: a fragment of K or V, once loaded, feeds two MMAs, which halves the
     // traffic from shared memory. Two blocks per SM, so that one's softmax runs under the other's
     // MMAs: 2 * (80 + 1) KB of A100's 164 KB. 255 registers. Issue slots over tensor time at 1024 x
-    // 1024: .39 full, .43 causal; with 8 warps of 16 queries they are .47 and .52.
+    // 1024: .40 full, .44 causal; with 8 warps of 16 queries they are .47 and .52.
     if (head_dim == 128 && sm != 89) return {kAttnPrefillTileM, 64, 4, 2};
     // Ada has room for one block (100 KB): 8 warps. Its tensor cores take twice as long per MMA,
     // so that they hide the second load of each fragment.
