@@ -42,7 +42,7 @@ ALIGNMENT = 256
 Build = Callable[[int, bool], tuple[ctypes.Structure, list[Tensor]]]
 
 COALESCED = Bar("sectors", 1.01)  # an index that is read alone takes a sector
-CONFLICT_FREE = Bar("wavefronts", 1.0)
+CONFLICT_FREE = Bar("wavefronts", 1.005)  # 1.00 in main loops; prologues count too
 
 
 def zeros(*shape: int, dtype: torch.dtype = BF16) -> Tensor:

@@ -2,6 +2,7 @@
 
     python -m bench.modelled                  # everything, then docs/modelled.md
     python -m bench.modelled --only decode    # cases with this in their name, printed only
+    python -m bench.modelled --only decode --update   # and put into the page
     python -m bench.modelled --format         # docs/modelled.md again from the committed counts
 
 No GPU is used: the emulator executes the compiled kernels and counts (accounting.py tells how).
@@ -76,9 +77,10 @@ by much; that decides how often accumulators are rescaled.
 
 **Bars**: DRAM bytes over compulsory ones <= 1.03 for decode attention, 1.10 for products with at
 most 16 rows; sectors as if each access used whole ones (1.01: an index that is read alone takes a
-sector); shared memory without bank conflicts; issue slots over tensor time on the A100 <= 0.40 for
-attention, 0.44 causal, 0.28 for products of many rows. Triton's kernels (`bench/triton_peers.py`,
-and the matrix product of `tests/emulator/triton_kernels.py`) go through the same accounting.
+sector); no bank conflicts in main loops (1.005: the whole kernel is counted); issue slots over
+tensor time on the A100 <= 0.40 for attention, 0.44 causal, 0.28 for products of many rows. Triton's
+kernels (`bench/triton_peers.py`, and the matrix product of `tests/emulator/triton_kernels.py`) go
+through the same accounting.
 """
 
 Row = dict[str, Any]
@@ -180,7 +182,7 @@ def verdict(row: Row, bar: Row) -> str:
     """ "0.390 (bar 0.40: met)"."""
     value, limit = row["metrics"][bar["metric"]], bar["limit"]
     told = f"missed by {number(value - limit, 2)}" if bar in missed(row) else "met"
-    return f"{ratio(value)} (bar {limit:.2f}: {told})"
+    return f"{ratio(value)} (bar {limit:g}: {told})"
 
 
 def missed_lines(rows: list[Row]) -> list[str]:
@@ -259,35 +261,51 @@ def page(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def write_page() -> None:
-    PAGE.write_text(page(json.loads(RESULTS.read_text())))
+def row_id(row: Row) -> tuple[str, str]:
+    """The case's id, and the device."""
+    return f"{row['group']}/{row['kernel']}/{row['shape']}", row["device"]
+
+
+def merged(old: list[Row], new: list[Row]) -> list[Row]:
+    """`new` in the place of what `old` holds of the same, in the order of the cases."""
+    rows = {row_id(row): row for row in [*old, *new]}
+    order = [(case.id, DEVICES[arch].name) for case in all_cases() for arch in case.archs]
+    return [rows[key] for key in order if key in rows]
+
+
+def write_page(results: dict[str, Any]) -> None:
+    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+    PAGE.write_text(page(results))
+    click.echo(f"wrote {os.path.relpath(PAGE)}")
 
 
 @click.command(help=__doc__)
-@click.option("--only", default="", help="Cases whose name holds this text; printed only.")
-@click.option("--quick", is_flag=True, help="Cases that take seconds; printed only.")
+@click.option("--only", default="", help="Cases whose name holds this text.")
+@click.option("--quick", is_flag=True, help="Cases that take about a second, printed only.")
 @click.option("--arch", "archs", multiple=True, type=click.Choice(list(DEVICES)), default=DEVICES)
+@click.option("--update", is_flag=True, help="Replace the rows of the chosen cases in the page.")
 @click.option("--format", "only_format", is_flag=True, help="Only write the page again.")
-def main(only: str, quick: bool, archs: tuple[str, ...], only_format: bool) -> None:
-    if not only_format:
-        if not find_tool("cuobjdump"):
-            raise click.ClickException("pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm")
-        cases = [c for c in all_cases() if only in c.id]
-        cases = [c for c in cases if not quick or is_quick(c)]
-        rows = produce(cases, archs)
-        if only or quick or set(archs) != set(DEVICES):
-            for members in grouped(rows).values():
-                click.echo("\n".join([*time_lines(members), *count_lines(members)]))
-            return
-        results = {
-            "nvcc": native.build_info()["nvcc"],
-            "triton": importlib.metadata.version("triton"),
-            "rows": rows,
-        }
-        RESULTS.parent.mkdir(parents=True, exist_ok=True)
-        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-    write_page()
-    click.echo(f"wrote {os.path.relpath(PAGE)}")
+def main(only: str, quick: bool, archs: tuple[str, ...], update: bool, only_format: bool) -> None:
+    if only_format:
+        write_page(json.loads(RESULTS.read_text()))
+        return
+    if not find_tool("cuobjdump"):
+        raise click.ClickException("pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm")
+    chosen = [c for c in all_cases() if only in c.id]
+    rows = produce([c for c in chosen if not quick or is_quick(c)], archs)
+    partial = bool(only) or quick or set(archs) != set(DEVICES)
+    if partial and not update:
+        for members in grouped(rows).values():
+            click.echo("\n".join([*time_lines(members), *count_lines(members)]))
+        return
+    if partial:
+        rows = merged(json.loads(RESULTS.read_text())["rows"], rows)
+    versions = {
+        "nvcc": native.build_info()["nvcc"],
+        "triton": importlib.metadata.version("triton"),
+    }
+    RESULTS.parent.mkdir(parents=True, exist_ok=True)
+    write_page({**versions, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from tests.emulator import Counters
 from tests.native_emulator import BUILT
 
 RESULTS = json.loads(modelled.RESULTS.read_text())
+COMMITTED = {modelled.row_id(row): row for row in RESULTS["rows"]}
 needs_kernels = pytest.mark.skipif("80" not in BUILT, reason="sm_80 is not in this build")
 
 
@@ -247,10 +248,6 @@ def test_page_says_modelled_on_each_line() -> None:
         assert "| modelled " in line
 
 
-def row_id(row: dict[str, Any]) -> str:
-    return f"{row['group']}/{row['kernel']}/{row['shape']}"
-
-
 CHEAP = [
     c for c in cases.all_cases()
     if c.shape in ("64 x 4096", "context 1024, batch 1", "1024 x 1024 causal",
@@ -263,9 +260,7 @@ CHEAP = [
 def test_committed_results_are_those_of_this_build(case: Case) -> None:
     """Within 2 %, by the same compiler: else the page is to be written again."""
     skip_unless_supported(case)
-    committed = {(row_id(row), row["device"]): row for row in RESULTS["rows"]}.get(
-        (case.id, "A100")
-    )
+    committed = COMMITTED.get((case.id, "A100"))
     if committed is None:
         pytest.skip("not on the page yet")
     peer = cases.is_peer(case)
