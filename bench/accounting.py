@@ -59,6 +59,10 @@ class Bar:
     metric: str  # a key of `ratios`
     limit: float
     arch: str = ""  # the one it is meant for; "": all
+    entry: str = ""  # what an entry's name must hold
+
+    def applies(self, arch: str, entry: str) -> bool:
+        return self.arch in ("", arch) and self.entry in entry
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,7 @@ class Case:
     compulsory_bytes: what must be read and written however often it is reused on the chip.
     flop: of the matrix products, by definition (causal: visible pairs only).
     work: launch -> relative work of each block in launch order; None: all blocks have the same.
-    min_units: fewest units to emulate when the whole is larger than `exact_units`.
+    exact_units: a problem of no more units is run whole.
     """
 
     group: str
@@ -84,7 +88,6 @@ class Case:
     archs: Sequence[str] = ("80", "89")
     bars: Sequence[Bar] = ()
     work: Callable[[Plan], Sequence[float]] | None = None
-    min_units: int = 1
     exact_units: int = 2
 
     @property
@@ -93,8 +96,7 @@ class Case:
 
     def cost(self, arch: str) -> float:
         """Warp-instructions that `measure` executes, roughly: 4 per MMA, 20 per KB."""
-        sample = sample_units(self, arch)
-        share = 1.0 if sample is None else 3 * sample / self.units
+        share = sum(sample_units(self, arch)) / self.units
         return share * (self.flop / 1024 + self.compulsory_bytes / 50)
 
 
@@ -112,53 +114,50 @@ class Measured:
 
 
 def measure(case: Case, arch: str) -> Measured:
-    """Raises ValueError if no two smaller problems are launched as the whole one is."""
     whole = case.plan(arch, case.units)
-    sample = sample_units(case, arch)
-    if sample is None:
-        counters, emulated = case.run(arch, case.units), (case.units,)
-    else:
-        emulated = (sample, 2 * sample)
-        counters = extrapolate(*(case.run(arch, n) for n in emulated), sample, case.units)
-    return Measured(whole, case.binary(arch, whole), counters, emulated)
+    emulated = sample_units(case, arch)
+    counters = [case.run(arch, n) for n in emulated]
+    total = counters[0] if len(counters) == 1 else extrapolate(*counters, emulated, case.units)
+    return Measured(whole, case.binary(arch, whole), total, emulated)
 
 
-def sample_units(case: Case, arch: str) -> int | None:
-    """The fewest units n such that n and 2 n are launched as case.units are; None: run it whole."""
-    if case.units <= case.exact_units:
-        return None
+def sample_units(case: Case, arch: str) -> tuple[int, ...]:
+    """The two least numbers of units that are launched as case.units are, and whose line meets it;
+    (case.units,) if the whole is small, or these would be no less work."""
     whole = case.plan(arch, case.units)
-    for n in range(case.min_units, case.units // 3 + 1):
-        if case.units % n:
+    same: dict[int, int] = {}  # units -> blocks
+    for n in range(1, case.units if case.units > case.exact_units else 0):
+        plan = case.plan(arch, n)
+        if plan.kernel != whole.kernel:
             continue
-        small, double = (case.plan(arch, k) for k in (n, 2 * n))
-        grids = [math.prod(p.grid) for p in (small, double, whole)]
-        straight = grids[2] == grids[0] + (grids[1] - grids[0]) * (case.units - n) // n
-        if small.kernel == double.kernel == whole.kernel and straight:
-            return n
-    return None
+        same[n] = math.prod(plan.grid)
+        for first in same:
+            steps, rest = divmod(case.units - first, n - first) if first < n else (0, 1)
+            blocks = same[first] + (same[n] - same[first]) * steps
+            if not rest and blocks == math.prod(whole.grid) and first + n < case.units:
+                return first, n
+    return (case.units,)
 
 
-def extrapolate(small: Counters, double: Counters, n: int, units: int) -> Counters:
-    """Counters at `units` from those at n and 2 n, all being affine in the number of units."""
+def extrapolate(first: Counters, second: Counters, n: tuple[int, ...], units: int) -> Counters:
+    """Counters at `units` from those at n[0] and n[1], all being affine in the number of units."""
 
     def at(a: int, b: int) -> int:
-        total, rest = divmod((b - a) * (units - n), n)
+        total, rest = divmod((b - a) * (units - n[0]), n[1] - n[0])
         if rest:
-            raise ValueError(f"not affine: {a} for {n} units, {b} for {2 * n}, no integer {units}")
+            raise ValueError(f"not affine: {a} for {n[0]} units, {b} for {n[1]}")
         return a + total
 
     def classes(a: dict[str, int], b: dict[str, int]) -> dict[str, int]:
         return {name: at(a[name], b[name]) for name in a}
 
     numbers = {
-        f.name: at(getattr(small, f.name), getattr(double, f.name))
+        f.name: at(getattr(first, f.name), getattr(second, f.name))
         for f in fields(Counters)
         if f.name not in ("issued", "lanes")
     }
-    return Counters(
-        classes(small.issued, double.issued), classes(small.lanes, double.lanes), **numbers
-    )
+    issued, lanes = classes(first.issued, second.issued), classes(first.lanes, second.lanes)
+    return Counters(issued, lanes, **numbers)
 
 
 def balance(work: Iterable[float], sms: int) -> float:

@@ -290,9 +290,7 @@ def linear(name: str, n: int, k: int, m: int) -> Case:
         return params, tensors + ([] if norm is None else [norm])
 
     columns_out = n // 2 if name == "gate_up" else n * (2 if name in ("o", "down") else 1)
-    bars = (Bar("dram", 1.10),) if few else ()
-    if m == 2048:
-        bars = (Bar("issue", 0.28, "80"),)
+    bar = Bar("dram", 1.10) if few else Bar("issue", 0.28, "80", "_m128_n256")
     return native_case(
         op,
         build,
@@ -302,7 +300,7 @@ def linear(name: str, n: int, k: int, m: int) -> Case:
         exact_units=n // columns if few else 2,
         compulsory_bytes=2 * (m * k + n * k) + m * columns_out * out_dtype.itemsize,
         flop=2 * m * n * k,
-        bars=(*bars, COALESCED, CONFLICT_FREE),
+        bars=(bar, COALESCED, CONFLICT_FREE),
     )
 
 

@@ -70,17 +70,17 @@ under load, DRAM efficiency (90 to 93 % is the most that is usually seen), misse
 higher bound than another one's is not always slower, but never faster than the bound.
 
 **Large problems** are made of equal units (KV heads with their queries, sequences, columns of w),
-and each count is a + b * units: it is taken at two smaller numbers of units, n and 2 n, with the
-same kernel, block and shared memory, which gives the rest exactly (`bench/accounting.py`; a test
-compares it with whole runs). Inputs of attention are normal, so a row's largest logit seldom grows
-by much; that decides how often accumulators are rescaled.
+and each count is a + b * units: it is taken at two smaller numbers of units, with the same kernel,
+block and shared memory, which gives the rest exactly (`bench/accounting.py`; a test compares it
+with whole runs). Inputs of attention are normal, so a row's largest logit seldom grows by much;
+that decides how often accumulators are rescaled.
 
 **Bars**: DRAM bytes over compulsory ones <= 1.03 for decode attention, 1.10 for products with at
 most 16 rows; sectors as if each access used whole ones (1.01: an index that is read alone takes a
 sector); no bank conflicts in main loops (1.005: the whole kernel is counted); issue slots over
-tensor time on the A100 <= 0.40 for attention, 0.44 causal, 0.28 for products of many rows. Triton's
-kernels (`bench/triton_peers.py`, and the matrix product of `tests/emulator/triton_kernels.py`) go
-through the same accounting.
+tensor time on the A100 <= 0.40 for attention, 0.44 causal, 0.28 for products with tiles of 128 x
+256. Triton's kernels (`bench/triton_peers.py`, and the matrix product of
+`tests/emulator/triton_kernels.py`) go through the same accounting.
 """
 
 Row = dict[str, Any]
@@ -103,7 +103,7 @@ def row_of(case: Case, arch: str, m: Measured) -> Row:
         "sass_loop": asdict(m.binary.loop) if m.binary.loop else None,
         "metrics": {k: None if v is None else round(v, 4) for k, v in metrics.items()},
         "times_us": {k: round(v, 4) for k, v in times(m, case, gpu).items()},
-        "bars": [asdict(bar) for bar in case.bars if bar.arch in ("", arch)],
+        "bars": [asdict(bar) for bar in case.bars if bar.applies(arch, m.plan.entry)],
     }  # fmt: skip
 
 

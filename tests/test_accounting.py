@@ -189,9 +189,9 @@ def test_a_missed_bar_is_shown() -> None:
 
 def test_counts_that_are_not_affine_are_refused() -> None:
     a, b = counters(read_bytes=10), counters(read_bytes=17)
-    assert accounting.extrapolate(a, b, 2, 8).read_bytes == 10 + 7 * 3
+    assert accounting.extrapolate(a, b, (2, 4), 8).read_bytes == 10 + 7 * 3
     with pytest.raises(ValueError, match="not affine"):
-        accounting.extrapolate(a, b, 2, 5)
+        accounting.extrapolate(a, b, (2, 4), 5)
 
 
 def skip_unless_supported(case: Case) -> None:
