@@ -148,17 +148,20 @@ def attention_flop(rows: int, causal: bool) -> int:
 
 
 def prefill(rows: int, causal: bool, paged: bool = False) -> Case:
-    """A unit is a KV head with its 4 query heads. Q is rotated by tables, K is in place."""
+    """Q is rotated by tables, K is in place. A unit is a KV head with its 4 query heads where the
+    mask is causal; without a mask 128 queries of all heads."""
 
     def build(units: int, filled: bool) -> tuple[ctypes.Structure, list[Tensor]]:
-        heads = {"units": units, "dim": 1, "filled": filled}
-        q = normal(rows, units * GROUP, HEAD_DIM, seed=1, **heads)
-        k, v = (normal(rows, units, HEAD_DIM, seed=s, **heads) for s in (2, 3))
-        out = zeros(rows, units * GROUP, HEAD_DIM)
-        cu = torch.tensor([0, rows], dtype=torch.int32)
-        positions, (cos, sin) = torch.arange(rows, dtype=torch.int32), rope_tables()
-        tensors = [q, k, v, out, cu, positions, cos, sin]
-        where: dict[str, Any] = {"cu_seqlens_k": cu.data_ptr(), "tokens_k": rows}
+        kv_heads, queries = (units, rows) if causal else (KV_HEADS, 128 * units)
+        dim = 1 if causal else 0
+        q = normal(queries, kv_heads * GROUP, HEAD_DIM, units=units, dim=dim, filled=filled, seed=1)
+        same = {"units": units if causal else 1, "dim": 1, "filled": filled}
+        k, v = (normal(rows, kv_heads, HEAD_DIM, seed=s, **same) for s in (2, 3))
+        out = zeros(*q.shape)
+        cu_q, cu_k = (torch.tensor([0, n], dtype=torch.int32) for n in (queries, rows))
+        positions, (cos, sin) = torch.arange(queries, dtype=torch.int32), rope_tables()
+        tensors = [q, k, v, out, cu_q, cu_k, positions, cos, sin]
+        where: dict[str, Any] = {"cu_seqlens_k": cu_k.data_ptr(), "tokens_k": rows}
         if paged:
             seqlens, table = torch.tensor([rows], dtype=torch.int32), block_table(1, rows)
             tensors += [seqlens, table]
@@ -169,13 +172,13 @@ def prefill(rows: int, causal: bool, paged: bool = False) -> Case:
                 "k_page_stride": PAGE_SIZE * k.stride(0), "v_page_stride": PAGE_SIZE * v.stride(0),
             }  # fmt: skip
         params = abi.structs()["mk_attention_params"](
-            **pointers(q=q, k=k, v=v, out=out, cu_seqlens_q=cu), **where,
+            **pointers(q=q, k=k, v=v, out=out, cu_seqlens_q=cu_q), **where,
             q_stride=q.stride(0), q_head_stride=HEAD_DIM,
             k_stride=k.stride(0), k_head_stride=HEAD_DIM,
             v_stride=v.stride(0), v_head_stride=HEAD_DIM,
             out_stride=out.stride(0), out_head_stride=HEAD_DIM,
-            tokens_q=rows, batch=1, num_q_heads=units * GROUP, num_kv_heads=units,
-            head_dim=HEAD_DIM, max_seqlen_q=rows, causal=causal, softmax_scale=SOFTMAX_SCALE,
+            tokens_q=queries, batch=1, num_q_heads=kv_heads * GROUP, num_kv_heads=kv_heads,
+            head_dim=HEAD_DIM, max_seqlen_q=queries, causal=causal, softmax_scale=SOFTMAX_SCALE,
             dtype=dtype_id(q), rope=rope_struct(positions, cos, sin),
         )  # fmt: skip
         return params, tensors
@@ -186,7 +189,7 @@ def prefill(rows: int, causal: bool, paged: bool = False) -> Case:
         build,
         group="prefill attention",
         shape=f"{rows} x {rows} {mask}{f' paged {PAGE_SIZE}' if paged else ''}",
-        units=KV_HEADS,
+        units=KV_HEADS if causal else rows // 128,
         exact_units=2,
         compulsory_bytes=2 * rows * HEAD_DIM * 2 * (Q_HEADS + KV_HEADS),
         flop=attention_flop(rows, causal),

@@ -69,11 +69,11 @@ under load, DRAM efficiency (90 to 93 % is the most that is usually seen), misse
 (some us, which is what counts for the smallest rows). It is a lower bound on time: a kernel with a
 higher bound than another one's is not always slower, but never faster than the bound.
 
-**Large problems** are made of equal units (KV heads with their queries, sequences, columns of w),
-and each count is a + b * units: it is taken at two smaller numbers of units, with the same kernel,
-block and shared memory, which gives the rest exactly (`bench/accounting.py`; a test compares it
-with whole runs). Inputs of attention are normal, so a row's largest logit seldom grows by much;
-that decides how often accumulators are rescaled.
+**Large problems** are made of equal units (KV heads with their queries, tiles of queries,
+sequences, columns of w), and each count is a + b * units: it is taken at two smaller numbers of
+units, with the same kernel, block and shared memory, which gives the rest exactly
+(`bench/accounting.py`; a test compares it with whole runs). Inputs of attention are normal, so a
+row's largest logit seldom grows by much; that decides how often accumulators are rescaled.
 
 **Bars**: DRAM bytes over compulsory ones <= 1.03 for decode attention, 1.10 for products with at
 most 16 rows; sectors as if each access used whole ones (1.01: an index that is read alone takes a

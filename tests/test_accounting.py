@@ -205,6 +205,7 @@ SCALED = [
     replace(cases.triton_attention(256, True), units=4),
     replace(cases.triton_matmul("o", 1024, 256, 128, (128, 256, 64), 8, 3), units=4),
     replace(cases.prefill(256, True), units=4),
+    cases.prefill(512, False),
     cases.decode(4, 300),
     replace(cases.linear("gate_up", 2048, 256, 130), units=8),
     replace(cases.linear("qkv", 6144, 256, 40), units=8),

@@ -14,15 +14,25 @@ import pytest
 from bench import sass
 from bench.accounting import Case, Plan, mma_flop
 from bench.architectures import ARCHITECTURES
-from bench.cases import all_cases, is_peer, ptx_by_entry, supported
+from bench.cases import all_cases, is_peer, linear, ptx_by_entry, supported
 from minitron_kernels import native
-from tests import native_abi as abi
 from tests.native_emulator import ARCHS, BUILT, kernel_file
 
 pytestmark = pytest.mark.skipif(not BUILT, reason="built without kernels (MK_ARCHS=none)")
 archs = pytest.mark.parametrize("arch", [pytest.param(a, id=f"sm_{a}") for a in ARCHS])
 
 GPUS = dict(zip(ARCHS, (ARCHITECTURES[n] for n in ("A100", "L40S", "H100", "B200")), strict=True))
+
+
+# Blocks that an SM holds at once, on sm_80, 89, 90 and 100: what the tile tables count on
+# (linear_tiles.h, attn_tiles.h, attn_decode_tiles.h).
+CLAIMED_BLOCKS = {
+    r"linear.*_m128_n256|qkv.*_m128_n256": (1, 1, 1, 1),
+    r"linear.*_m128_n128|qkv.*_m128_n128": (2, 2, 2, 2),
+    r"linear.*_m64_n64|qkv.*_m64_n64": (2, 2, 2, 2),
+    r"attention_sm\d+_\w+_hd128": (2, 1, 2, 2),
+    r"attention_decode.*_rows8": (3, 2, 3, 3),
+}
 
 
 def mma_entries(arch: str) -> list[str]:
@@ -42,21 +52,29 @@ def plans(arch: str) -> Iterator[tuple[Case, Plan]]:
     """Of every case of this project's kernels at Minitron-8B's shapes."""
     if arch not in BUILT:
         pytest.skip(f"sm_{arch} is not in this build")
-    for case in all_cases():
+    for case in [*all_cases(), linear("o", 4096, 4096, 64)]:
         if not is_peer(case) and supported(case, arch):
             yield case, case.plan(arch, case.units)
 
 
 @archs
 def test_plans_fit_the_architecture(arch: str) -> None:
-    """Shared memory, threads and registers of one block at least; and the entry exists."""
+    """Shared memory, threads, and registers for as many blocks as the tile tables claim; and each
+    claim is about some plan."""
+    claims = {pattern: blocks[ARCHS.index(arch)] for pattern, blocks in CLAIMED_BLOCKS.items()}
+    met = set()
     gpu = GPUS[arch]
     for case, plan in plans(arch):
         use = native.build_info()["entries"][arch][plan.entry]
         smem, threads = plan.smem_bytes + use["smem_bytes"], math.prod(plan.block)
         assert smem <= gpu.smem_per_block and threads <= 1024, case.id
-        assert gpu.occupancy(threads, use["registers"], smem) >= 1, (case.id, plan, use)
+        occupancy = gpu.occupancy(threads, use["registers"], smem)
+        assert occupancy >= 1, (case.id, plan, use)
+        for pattern in (p for p in claims if re.search(p, plan.entry)):
+            assert occupancy >= claims[pattern], (case.id, plan, use)
+            met.add(pattern)
         assert plan.grid[0] < 2**31 and max(plan.grid[1:]) < 2**16, (case.id, plan)
+    assert met == set(claims)
 
 
 @archs
@@ -83,8 +101,9 @@ def test_operands_come_by_16_byte_copies_and_ldmatrix(arch: str) -> None:
 
 
 def test_the_gate_can_fail() -> None:
-    """The checks above see an entry without tensor core, and one whose loop has none."""
+    """It sees an entry without tensor core, a main loop without it, a block too large."""
     assert mma_flop("fma.rn.f32 %f1, %f2, %f3, %f4;") == 0
     assert sass.main_loop(sass.parse("/*0000*/ HMMA.16816.F32 R0, R1, R2, R0 ;")) is None
-    with pytest.raises(abi.StatusError):
-        abi.plan("rms_norm", abi.params_type("rms_norm")(), "80")
+    assert GPUS["89"].occupancy(256, 255, 99 << 10) == 1
+    assert GPUS["89"].occupancy(256, 255, 100 << 10) == 0
+    assert GPUS["80"].occupancy(512, 255, 0) == 0
