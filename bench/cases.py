@@ -147,9 +147,10 @@ def attention_flop(rows: int, causal: bool) -> int:
     return 4 * pairs * HEAD_DIM * Q_HEADS
 
 
-def prefill(rows: int, causal: bool, paged: bool = False) -> Case:
-    """Q is rotated by tables, K is in place. A unit is a KV head with its 4 query heads where the
-    mask is causal; without a mask 128 queries of all heads."""
+def prefill(rows: int, causal: bool, paged: bool = False, rope: bool = False) -> Case:
+    """`rope`: Q is rotated on the way; else it comes rotated, as from qkv_rope_append. A unit is a
+    KV head with its 4 query heads where the mask is causal; without a mask 128 queries of all
+    heads."""
 
     def build(units: int, filled: bool) -> tuple[ctypes.Structure, list[Tensor]]:
         kv_heads, queries = (units, rows) if causal else (KV_HEADS, 128 * units)
@@ -179,16 +180,18 @@ def prefill(rows: int, causal: bool, paged: bool = False) -> Case:
             out_stride=out.stride(0), out_head_stride=HEAD_DIM,
             tokens_q=queries, batch=1, num_q_heads=kv_heads * GROUP, num_kv_heads=kv_heads,
             head_dim=HEAD_DIM, max_seqlen_q=queries, causal=causal, softmax_scale=SOFTMAX_SCALE,
-            dtype=dtype_id(q), rope=rope_struct(positions, cos, sin),
+            dtype=dtype_id(q), rope=rope_struct(positions, cos, sin) if rope else no_rope,
         )  # fmt: skip
         return params, tensors
 
+    no_rope = abi.structs()["mk_rope"]()
     mask = "causal" if causal else "full"
+    paging = f", pages of {PAGE_SIZE}" if paged else ""
     return native_case(
         "attention",
         build,
         group="prefill attention",
-        shape=f"{rows} x {rows} {mask}{f' paged {PAGE_SIZE}' if paged else ''}",
+        shape=f"{rows} x {rows} {mask}{paging}{', rotating Q' if rope else ''}",
         units=KV_HEADS if causal else rows // 128,
         exact_units=2,
         compulsory_bytes=2 * rows * HEAD_DIM * 2 * (Q_HEADS + KV_HEADS),
@@ -199,10 +202,12 @@ def prefill(rows: int, causal: bool, paged: bool = False) -> Case:
 
 
 def block_table(batch: int, keys: int) -> Tensor:
-    """[batch, pages] with the pages of all sequences in a scattered order, the same in each."""
+    """[batch, pages] with the pages of all sequences in a scattered order, the same in each. Rows
+    are 32-byte sectors apart, so that each sequence reads as many."""
     pages = -(-keys // PAGE_SIZE)
     order = torch.randperm(pages, generator=torch.Generator().manual_seed(4))
-    return (order + pages * torch.arange(batch)[:, None]).to(torch.int32)
+    table = zeros(batch, -(-pages // 8) * 8, dtype=torch.int32)[:, :pages]
+    return table.copy_(order + pages * torch.arange(batch)[:, None])
 
 
 def decode(batch: int, context: int) -> Case:
@@ -506,7 +511,7 @@ def all_cases() -> list[Case]:
     for rows in (1024, 2048, 8192):
         for causal in (False, True):
             cases += [prefill(rows, causal), triton_attention(rows, causal)]
-    cases.append(prefill(2048, True, paged=True))
+    cases += [prefill(2048, True, paged=True), prefill(2048, True, rope=True)]
     cases += [decode(batch, context) for context in (1024, 8192) for batch in (1, 8, 64)]
     for m in (1, 8, 16):
         cases += [linear(name, *shape, m) for name, shape in MATRICES.items()]

@@ -175,7 +175,7 @@ def test_balance() -> None:
 
 
 def test_a_missed_bar_is_shown() -> None:
-    row = {"kernel": "k", "shape": "s", "device": "A100", "metrics": {"issue": 0.45}}
+    row = {"group": "g", "kernel": "k", "shape": "s", "device": "A100", "metrics": {"issue": 0.45}}
     low, high = ({"metric": "issue", "limit": limit} for limit in (0.44, 0.46))
     row["bars"] = [low, high]
     assert modelled.missed(row) == [low]
@@ -247,6 +247,12 @@ def test_page_is_what_the_script_makes_of_the_results() -> None:
 def test_page_says_modelled_on_each_line() -> None:
     for line in modelled.time_lines(RESULTS["rows"])[2:]:
         assert "| modelled " in line
+
+
+def test_each_missed_bar_has_its_reason() -> None:
+    for row in RESULTS["rows"]:
+        for bar in modelled.missed(row):
+            assert modelled.note(row, bar["metric"]), (modelled.row_id(row), bar)
 
 
 CHEAP = [
