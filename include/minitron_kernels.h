@@ -235,7 +235,7 @@ MK_API mk_status mk_embedding_plan(const mk_embedding_params* params, const mk_d
  * norm_weight: x is RMS-normalised first, with the bits of mk_rms_norm; m <= MK_LINEAR_MAX_NORM_M.
  * Above that the product is bound by arithmetic: normalise x by mk_rms_norm, for the same bits.
  */
-#define MK_LINEAR_MAX_NORM_M 16
+#define MK_LINEAR_MAX_NORM_M 64
 
 typedef struct mk_linear_params {
     const void* x;           /* [m, k] */

@@ -43,7 +43,7 @@ SAMPLING = np.dtype(  # mk_sampling
         ("reserved", "<i4"),
     ]
 )
-MAX_NORM_ROWS = 16  # MK_LINEAR_MAX_NORM_M: more rows are normalised by a launch of their own
+MAX_NORM_ROWS = 64  # MK_LINEAR_MAX_NORM_M: more rows are normalised by a launch of their own
 # Tests set these to run CPU tensors through the kernels, on the emulator (MK_CUDA_DRIVER), and on
 # one of its streams (to capture them in a graph).
 emulate = False

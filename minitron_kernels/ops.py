@@ -300,7 +300,7 @@ def swiglu_mlp(
     x [T, H]; w_gate_up a PackedGateUp, [2I, H] with gate's rows first, or the pair (gate [I, H],
     up [I, H]); w_down [H, I]; residual [T, H]. Returns a new [T, H].
 
-    On a GPU packed weights take two launches (and the norm one more when T > 16): gate and up are
+    On a GPU packed weights take two launches (and the norm one more when T > 64): gate and up are
     not written to memory, and silu(gate) * up is rounded once. Unpacked ones take four, with gate
     and up rounded in between.
     """
@@ -430,7 +430,7 @@ def qkv_rope_append(
     v_cache), each [pages, page, Hk, D], written in place at ``slots`` (int32/int64 [T]; negative:
     skipped).
 
-    On a GPU packed weights take one launch (and the norm one more when T > 16), in which q and k
+    On a GPU packed weights take one launch (and the norm one more when T > 64), in which q and k
     are rounded once, after the rotation. Unpacked ones take five, with q and k rounded before it.
     """
     if rope.positions is None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from minitron_kernels import ops, reference
+from minitron_kernels import reference
 from tests import emulator
 from tests import native_abi as abi
 from tests.native_emulator import BUILT, DEVICES, dtype_id, run, storage_of
@@ -125,7 +125,7 @@ def check_linear(
     kept = None if residual is None else residual.clone()
     counters = run_linear(op, arch, x, w, out, norm_weight, residual, seed)
     if norm_weight is not None:
-        x = ops.rms_norm(x, norm_weight, EPS)
+        x = normalised(arch, x, norm_weight)
     exact, rounded, scale = x.double() @ w.double().T, x @ w.T, magnitude(x, w)
     if op == "linear_swiglu":
         (gate, up), (g, u) = ((y[:, ::2], y[:, 1::2]) for y in (exact, scale))
@@ -247,7 +247,7 @@ class Qkv:
     def check(self, arch: str, seed: int = 0) -> emulator.Counters | None:
         """Runs it and compares q and the caches, all of them, with the exact results."""
         counters = self.run(arch, seed)
-        x = self.x if self.norm_weight is None else ops.rms_norm(self.x, self.norm_weight, EPS)
+        x = self.x if self.norm_weight is None else normalised(arch, self.x, self.norm_weight)
         hq, hk = self.heads
         cos, sin = (t[self.positions.long()] for t in self.angles)
         kept = (self.slots >= 0) & (self.slots < self.k_cache.shape[0] * self.k_cache.shape[1])

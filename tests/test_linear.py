@@ -182,7 +182,7 @@ def test_linear_bits_depend_on_the_row_only(arch: str, dtype: torch.dtype) -> No
 @given(
     arch=st.sampled_from(DEVICES),
     dtype=st.sampled_from(HALVES),
-    m=st.integers(1, 16),
+    m=st.one_of(st.integers(1, 16), st.integers(17, 64)),
     k=st.one_of(st.integers(1, 600), st.integers(1, 2048).map(lambda i: 8 * i)),
     offset=st.sampled_from([0, 0, 1]),
     seed=st.integers(0, 2**16),
@@ -279,7 +279,7 @@ def test_skinny_plan_fits_and_spreads(arch: str, m: int, n: int, k: int, offset:
         x=pointer, w=pointer + offset, out=pointer, x_stride=k, w_stride=k, out_stride=n,
         m=m, n=n, k=k, dtype=abi.constants()["MK_BF16"], out_dtype=abi.constants()["MK_BF16"],
     )  # fmt: skip
-    if m <= 16 and k <= 1 << 14:
+    if m <= 64 and k <= 1 << 14:
         params.norm_weight = pointer
     plan, device = abi.plan("linear", params, arch), abi.device(arch)
     is_skinny = m <= 16 or k % 8 != 0 or offset == 8

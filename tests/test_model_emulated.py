@@ -340,19 +340,23 @@ def test_any_batch_changes_no_bit(place: str, checkpoints: Any, data: st.DataObj
 
 @places("sm_80")
 @pytest.mark.parametrize("shape", ["gqa3-odd-sizes-tied"])
-def test_more_rows_than_a_norm_rides_on(place: str, shape: str, checkpoints: Any) -> None:
-    """17 requests, padded to 24 rows: norms get launches of their own, and no bit changes."""
+@pytest.mark.parametrize("rows, per_layer, others", [(17, 5, 3), (65, 7, 4)])
+def test_many_rows(
+    place: str, shape: str, rows: int, per_layer: int, others: int, checkpoints: Any
+) -> None:
+    """Other kernels from 17 rows on, launches for the norms from 65 on; no bit changes."""
     _, folder = checkpoints(shape)
-    prompts = [random_ids(1 + i % 4, seed=i) for i in range(17)]
+    prompts = [random_ids(1 + i % 4, seed=i) for i in range(rows)]
     params = [
         SamplingParams(max_new_tokens=4, ignore_eos=True, temperature=i % 2, seed=i)
-        for i in range(17)
+        for i in range(rows)
     ]
     with at(place) as where:
         model = MinitronForCausalLM.from_pretrained(folder, device=where.name)
-        together = generate(model, None, prompts, params, max_batch_size=32, cuda_graphs=True)
+        together = generate(model, None, prompts, params, max_batch_size=72, cuda_graphs=True)
         if where.gpu is not None:
-            assert where.gpu.captures[0].num_launches == [7 * model.config.num_hidden_layers + 4]
+            launches = per_layer * model.config.num_hidden_layers + others
+            assert where.gpu.captures[0].num_launches == [launches]
         for i in (0, 3, 16):
             alone = generate(model, None, [prompts[i]], params[i], cuda_graphs=False)
             assert told(alone) == told(together[i : i + 1])

@@ -10,6 +10,7 @@
 //
 // Shared memory: T.stages times [x: T.m rows][w: T.n rows] of T.k; on A100 6 x 24 KB (large), twice
 // 5 x 16 KB (middle, small). After the sums: Epilogue::Row of each row, 16 rows of sums per warp.
+// The small tile takes a norm (linear_norm.cuh), the others' x was normalised by a launch before.
 //
 // Pipeline: stage t + stages - 1 is copied while t is multiplied. The last step of 16 k waits for
 // stage t + 1, passes the block's only barrier, and loads the first fragments of t + 1: those of x
@@ -25,6 +26,7 @@
 #pragma once
 
 #include "linear/linear_epilogue.cuh"
+#include "linear/linear_norm.cuh"
 #include "ptx/sm90.cuh"
 
 namespace mk {
@@ -34,6 +36,7 @@ struct GemmShape {
     static constexpr int kWarpsN = T.n / T.warp_n;
     static constexpr int kThreads = gemm_threads(T);
     static constexpr int kSmemBytes = gemm_smem_bytes(T);
+    static constexpr bool kHasNorm = gemm_has_norm(T);
     static constexpr int kSteps = T.k / 16;         // MMAs along a stage
     static constexpr int kBlocksM = T.warp_m / 16;  // MMAs of a warp
     static constexpr int kBlocksN = T.warp_n / 8;
@@ -43,7 +46,7 @@ struct GemmShape {
     static constexpr int kPassesW = T.n / kRowsPerPass;
     static constexpr int kRowBytes = T.k * 2;
     static constexpr int kXBytes = T.m * kRowBytes;
-    static constexpr int kStageBytes = kXBytes + T.n * kRowBytes;
+    static constexpr int kStageBytes = gemm_stage_bytes(T);
 
     static_assert(T.m % T.warp_m == 0 && T.n % T.warp_n == 0 && T.warp_m % 16 == 0);
     static_assert(T.warp_n % 16 == 0, "ldmatrix.x4 takes 16 rows of w");
@@ -120,12 +123,38 @@ __device__ __forceinline__ void load_fragments(uint32_t (&to)[kBlocks][4], uint3
 template <GemmTile T>
 using GemmSums = float[GemmShape<T>::kBlocksM][GemmShape<T>::kBlocksN][4];
 
+// The norm's weights of this thread's piece, `ahead` stages past the round's start.
+template <GemmTile T>
+__device__ __forceinline__ Vec8 load_norm_weight(const Product& a, const GemmCopy<T>& copy,
+                                                 int ahead) {
+    if (copy.k_left <= ahead * T.k) return {};
+    return load8<true, Reuse::kOften>(a.norm_weight, a.k - copy.k_left + ahead * T.k, a.k);
+}
+
+// Normalise the pieces of x in a stage that this thread copied, of rows that exist.
 template <class Dtype, GemmTile T>
-__device__ __forceinline__ void gemm_sums(const Product& a, int m0, int n0, uint32_t smem_ring,
+__device__ __forceinline__ void normalise_stage(uint8_t* smem, int stage, int num_rows,
+                                                const Vec8& norm_weight) {
+    using S = GemmShape<T>;
+    const int first = threadIdx.x / S::kPieces;
+    const auto* const scale = reinterpret_cast<const float*>(smem + T.stages * S::kStageBytes);
+    uint8_t* piece =
+        smem + stage * S::kStageBytes + swizzled<S::kPieces>(first, threadIdx.x % S::kPieces);
+    for (int r = first; r < num_rows; r += S::kRowsPerPass) {
+        store_piece(piece, normalise<Dtype>(load_piece(piece), scale[r], norm_weight));
+        piece += S::kRowsPerPass * S::kRowBytes;
+    }
+}
+
+template <class Dtype, GemmTile T>
+__device__ __forceinline__ void gemm_sums(const Product& a, int m0, int n0, uint8_t* smem,
                                           GemmSums<T>& sums) {
     using S = GemmShape<T>;
     const int lane = threadIdx.x % 32;
     const int warp = threadIdx.x / 32;
+    const uint32_t smem_ring = static_cast<uint32_t>(__cvta_generic_to_shared(smem));
+    const int num_rows = min(T.m, a.m - m0);
+    const bool has_norm = S::kHasNorm && a.norm_weight;
 
     // ldmatrix: matrices (rows 0-7, 8-15) x (k 0-7, 8-15) in the order of the MMA's registers.
     const int x_row = warp / S::kWarpsN * T.warp_m + lane % 16;
@@ -147,9 +176,18 @@ __device__ __forceinline__ void gemm_sums(const Product& a, int m0, int n0, uint
         ptx::cp_async_commit_group();
     }
 
+    Vec8 norm_weight{};  // for the next stage
+    if (has_norm) {
+        row_scales<Dtype>(a, m0, num_rows,
+                          reinterpret_cast<float4*>(smem + (T.stages - 1) * S::kStageBytes),
+                          reinterpret_cast<float*>(smem + T.stages * S::kStageBytes));
+        norm_weight = load_norm_weight<T>(a, copy, 0);
+    }
+
     uint32_t frag_x[2][S::kBlocksM][4];
     uint32_t frag_w[S::kBlocksN / 2][4];
     ptx::cp_async_wait_group<T.stages - 2>();
+    if (has_norm) normalise_stage<Dtype, T>(smem, 0, num_rows, norm_weight);
     __syncthreads();
     load_fragments<S::kRowBytes>(frag_x[0], smem_x);
     load_fragments<S::kRowBytes>(frag_w, smem_w);
@@ -162,8 +200,13 @@ __device__ __forceinline__ void gemm_sums(const Product& a, int m0, int n0, uint
             MK_UNROLL
             for (int step = 0; step < S::kSteps; ++step) {
                 const bool is_last = step == S::kSteps - 1;
+                if (has_norm && step == 0) norm_weight = load_norm_weight<T>(a, copy, stage + 1);
                 if (is_last) {
                     ptx::cp_async_wait_group<T.stages - 2>();
+                    if (has_norm) {
+                        normalise_stage<Dtype, T>(smem, (stage + 1) % T.stages, num_rows,
+                                                  norm_weight);
+                    }
                     __syncthreads();
                 }
                 const int next = is_last ? 0 : step + 1;
@@ -196,7 +239,7 @@ __device__ __forceinline__ void gemm_sums(const Product& a, int m0, int n0, uint
 // rotation tables, and one row or two per instruction.
 template <GemmTile T, class Epilogue>
 __device__ __forceinline__ void gemm_store(const Epilogue& epilogue, int m, int m0, int n0,
-                                           char* smem, const GemmSums<T>& sums) {
+                                           uint8_t* smem, const GemmSums<T>& sums) {
     using S = GemmShape<T>;
     using Row = typename Epilogue::Row;
     constexpr int kRowsBytes = (T.m * sizeof(Row) + 127) / 128 * 128;
@@ -214,7 +257,7 @@ __device__ __forceinline__ void gemm_store(const Epilogue& epilogue, int m, int 
     const int warp = threadIdx.x / 32;
     const int warp_row = warp / S::kWarpsN * T.warp_m;
     const auto column = epilogue.column(n0 + warp % S::kWarpsN * T.warp_n + lane % kPairs * 2);
-    char* const staged = smem + kRowsBytes + warp * kStagedBytes;
+    uint8_t* const staged = smem + kRowsBytes + warp * kStagedBytes;
     // Pair `pair` of row r of the 16; four pairs make 32 bytes, which the XOR moves as one.
     const auto place = [&](int r, int pair) -> float2& {
         return *reinterpret_cast<float2*>(staged + r * T.warp_n * 4 + ((pair / 4) ^ (r % 4)) * 32 +
@@ -240,7 +283,7 @@ __device__ __forceinline__ void gemm_store(const Epilogue& epilogue, int m, int 
 
 template <class Dtype, GemmTile T, class Epilogue>
 __device__ __forceinline__ void linear_gemm(const LinearArgs<typename Epilogue::Params>& args) {
-    extern __shared__ __align__(128) char smem[];
+    extern __shared__ __align__(128) uint8_t smem[];
     ptx::griddepcontrol_launch_dependents();
     const Product& a = args.product;
     const int tiles_m = (a.m + T.m - 1) / T.m;
@@ -253,7 +296,7 @@ __device__ __forceinline__ void linear_gemm(const LinearArgs<typename Epilogue::
     const int n0 = in_group / height * T.n;
 
     GemmSums<T> sums{};
-    gemm_sums<Dtype, T>(a, m0, n0, static_cast<uint32_t>(__cvta_generic_to_shared(smem)), sums);
+    gemm_sums<Dtype, T>(a, m0, n0, smem, sums);
     ptx::cp_async_wait_group<0>();  // the zeros past the last stage
     __syncthreads();
     gemm_store<T>(Epilogue(args.p), a.m, m0, n0, smem, sums);

@@ -31,7 +31,7 @@ Product make_product(const mk_qkv_rope_append_params& p) {
 mk_status check_product(const Product& a, const char* m, const char* k, int32_t dtype) {
     MK_TRY(check_activation_dtype(dtype));
     MK_TRY(check_size(m, a.m, 0, 1 << 30));
-    MK_TRY(check_size(k, a.k, 1, a.norm_weight ? kSkinnyMaxNormK : 1 << 20));
+    MK_TRY(check_size(k, a.k, 1, a.norm_weight ? kMaxNormK : 1 << 20));
     if (a.norm_weight) {
         MK_REQUIRE(a.m <= MK_LINEAR_MAX_NORM_M, MK_ERR_VALUE,
                    "norm_weight must be NULL when %s is above %d, got %s = %d: use mk_rms_norm", m,

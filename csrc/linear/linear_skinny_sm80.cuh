@@ -25,9 +25,9 @@
 #pragma once
 
 #include "linear/linear_epilogue.cuh"
+#include "linear/linear_norm.cuh"
 #include "linear/linear_tiles.h"
 #include "ptx/sm90.cuh"
-#include "rms_norm/rms_norm_row.cuh"
 
 namespace mk {
 
@@ -60,15 +60,6 @@ struct SkinnySmem {
         group_sums = reinterpret_cast<float4*>(scale + kSkinnyRows);
     }
 };
-
-// 16 bytes of shared memory, in one access.
-__device__ __forceinline__ Vec8 load_piece(const uint8_t* smem) {
-    const uint4 v = *reinterpret_cast<const uint4*>(smem);
-    return {v.x, v.y, v.z, v.w};
-}
-__device__ __forceinline__ void store_piece(uint8_t* smem, const Vec8& v) {
-    *reinterpret_cast<uint4*>(smem) = {v.pair[0], v.pair[1], v.pair[2], v.pair[3]};
-}
 
 __device__ __forceinline__ uint32_t smem_address(const void* smem) {
     return static_cast<uint32_t>(__cvta_generic_to_shared(smem));
@@ -195,34 +186,6 @@ struct SkinnyLoader {
     }
 };
 
-// 1 / rms of each row of x. Every quad of groups of a row is a unit of work.
-template <class Dtype>
-__device__ __forceinline__ void row_scales(const Product& a, int first_row, int num_rows,
-                                           const SkinnySmem& smem) {
-    const int lane = threadIdx.x % 32;
-    const int num_quads = (a.k + kSkinnyNormQuad - 1) / kSkinnyNormQuad;
-    for (int unit = threadIdx.x / 32; unit < num_rows * num_quads; unit += blockDim.x / 32) {
-        const int r = unit / num_quads;
-        const int quad = unit - r * num_quads;
-        const void* const row = row_of(a.x, first_row + r, a.x_stride);
-        Vec8 v[4]{};
-        MK_UNROLL
-        for (int i = 0; i < 4; ++i) {
-            const int k = ((quad * 4 + i) * 32 + lane) * kVec;
-            if (k < a.k) v[i] = a.is_aligned ? load8<true>(row, k, a.k) : load8<false>(row, k, a.k);
-        }
-        const float4 sums = {sum_of_squares<Dtype>(v[0]), sum_of_squares<Dtype>(v[1]),
-                             sum_of_squares<Dtype>(v[2]), sum_of_squares<Dtype>(v[3])};
-        if (lane == 0) smem.group_sums[quad * num_rows + r] = sums;
-    }
-    __syncthreads();
-    if (threadIdx.x < num_rows) {
-        const float4 total = sum_of_groups(smem.group_sums + threadIdx.x, num_quads, num_rows);
-        smem.scale[threadIdx.x] = rms_scale(total, a.k, a.eps);
-    }
-    __syncthreads();
-}
-
 // acc += x w^T over the 128 k of a stage, from the lane's addresses of its rows of x and w. The
 // fragments of the next 32 k, and a copy of the stage that is loaded meanwhile, come before the
 // MMAs that they need not wait for.
@@ -290,7 +253,7 @@ __device__ __forceinline__ void linear_skinny_sm80(
         __syncthreads();  // the last block of rows is done with the stages
         SkinnyLoader loader(a, smem, first_row, num_rows, num_strips, num_tiles);
         for (int s = 0; s < kSkinnyStages - 1; ++s) loader.load_stage();
-        if (a.norm_weight) row_scales<Dtype>(a, first_row, num_rows, smem);
+        if (a.norm_weight) row_scales<Dtype>(a, first_row, num_rows, smem.group_sums, smem.scale);
 
         // Lane addresses in stage 0. Absent rows of x are at the zeros in all stages.
         const int x_row = lane % 16;

@@ -23,6 +23,11 @@ struct LinearArgs {
     Params p;
 };
 
+// With a norm: linear_norm.cuh.
+constexpr int kMaxNormK = 1 << 14;
+constexpr int kNormQuad = 4 * 256;  // elements whose sums of squares are kept as one float4
+constexpr int norm_group_bytes(int rows, int k) { return 16 * rows * ((k - 1) / kNormQuad + 1); }
+
 // ---- up to 16 rows of x: linear_skinny_sm80.cuh ----
 //
 // A warp owns 8 columns of the output over the whole of k. The block's warps share the rows of x.
@@ -39,18 +44,14 @@ constexpr int kSkinnyBlocksPerSm = 2;  // registers: the next launch's block sta
 constexpr int skinny_stages(int sm) { return sm == 89 ? 4 : 6; }
 
 constexpr int kSkinnyRowBytes = 2 * kSkinnyK;
-constexpr int kSkinnyMaxNormK = 1 << 14;
 // Shared memory in this order: stages of (rows of w, rows of x); a row of zeros; with the norm a
 // scale per row, and the sums of each quad of groups of 256 elements (rms_norm_row.cuh).
-constexpr int kSkinnyNormQuad = 4 * 256;
 constexpr int skinny_smem_bytes(int sm, int warps, int rows, bool has_norm, int k) {
     return skinny_stages(sm) * (warps * kSkinnyCols + rows) * kSkinnyRowBytes + kSkinnyRowBytes +
-           (has_norm ? 4 * kSkinnyRows + 16 * rows * ((k - 1) / kSkinnyNormQuad + 1) : 0);
+           (has_norm ? 4 * kSkinnyRows + norm_group_bytes(rows, k) : 0);
 }
-static_assert(skinny_smem_bytes(80, kSkinnyMaxWarps, kSkinnyRows, true, kSkinnyMaxNormK) <=
-              163 << 10);
-static_assert(skinny_smem_bytes(89, kSkinnyMaxWarps, kSkinnyRows, true, kSkinnyMaxNormK) <=
-              99 << 10);
+static_assert(skinny_smem_bytes(80, kSkinnyMaxWarps, kSkinnyRows, true, kMaxNormK) <= 163 << 10);
+static_assert(skinny_smem_bytes(89, kSkinnyMaxWarps, kSkinnyRows, true, kMaxNormK) <= 99 << 10);
 
 // ---- more rows: linear_gemm_sm80.cuh ----
 
@@ -62,13 +63,19 @@ struct GemmTile {
     int blocks_per_sm;
 };
 constexpr int gemm_threads(const GemmTile& t) { return t.m / t.warp_m * (t.n / t.warp_n) * 32; }
-constexpr int gemm_smem_bytes(const GemmTile& t) { return t.stages * (t.m + t.n) * t.k * 2; }
+// A tile that takes norm_weight: no more rows than one of its blocks has.
+constexpr bool gemm_has_norm(const GemmTile& t) { return t.m == MK_LINEAR_MAX_NORM_M; }
+constexpr int gemm_stage_bytes(const GemmTile& t) { return (t.m + t.n) * t.k * 2; }
+// The stages, then the scale of each row. The group sums lie in the last stage before its first
+// use.
+constexpr int gemm_smem_bytes(const GemmTile& t) {
+    return t.stages * gemm_stage_bytes(t) + (gemm_has_norm(t) ? 4 * t.m : 0);
+}
 
 // Three shapes, each as deep as the arch's shared memory allows:
 //   large    most MMAs per byte read from shared memory and L2: prompts
-//   middle   the same warp tile, two blocks an SM: where large ones leave too many SMs idle in
-//   their
-//            last round
+//   middle   the same warp tile, two blocks an SM: where large ones would leave too many SMs idle
+//            in their last round
 //   small    few rows, where w's bytes count: two blocks keep 128 KB per SM in flight (A100), of
 //            which half is w, and 64 columns still give N = 4096 to 64 SMs
 // A thread copies half as many rows of a stage of 32 k as of one of 64, and keeps a pointer to
@@ -88,7 +95,8 @@ constexpr const GemmTiles& gemm_tiles(int sm) {
 
 // An SM has `kilobytes` of shared memory, of which each block takes 1 for itself.
 constexpr bool gemm_tile_fits(const GemmTile& t, int kilobytes) {
-    return t.blocks_per_sm * (gemm_smem_bytes(t) + 1024) <= kilobytes * 1024;
+    return t.blocks_per_sm * (gemm_smem_bytes(t) + 1024) <= kilobytes * 1024 &&
+           (!gemm_has_norm(t) || norm_group_bytes(t.m, kMaxNormK) <= gemm_stage_bytes(t));
 }
 constexpr bool gemm_tiles_fit(const GemmTiles& t, int kilobytes) {
     return gemm_tile_fits(t.large, kilobytes) && gemm_tile_fits(t.middle, kilobytes) &&
