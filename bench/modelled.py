@@ -52,8 +52,9 @@ bench.modelled`. **No line here was measured on a GPU.**
 **Counted**, by executing the compiled PTX on the emulator (`tests/emulator`): warp-instructions by
 class (without `mov`, which ptxas mostly deletes), 32-byte sectors requested and distinct over the
 launch, shared-memory wavefronts. From the compiler: registers, shared memory, and the SASS of the
-main loop, instructions per HMMA; those that some path around the loop leaves out, such as a
-rescaling of the accumulator, are given in brackets.
+main loop: instructions per HMMA that every turn executes, and in brackets those that some turn
+leaves out (masks, rescaling of the accumulator, but also the loads of a tile that may not exist),
+so that the first number is a lower bound.
 
 **Modelled**: the time that each resource needs for what was counted at its published rate
 (`bench/architectures.py`).
@@ -70,7 +71,7 @@ rescaling of the accumulator, are given in brackets.
 Times are of the busiest SM (of L2: at least) when each one takes the next block as it gets free;
 blocks count by their tiles. `t` is the tensor pipe's time. The largest time is the bound, and the
 last column says what throughput it admits and its share of the published peak. The clock is the
-boost clock.
+boost clock; L2's 7.2 TB/s are published for the A100, the L40S's 5 TB/s are believed.
 
 **What it cannot tell**: latencies and stalls, the overlap that a kernel really reaches, clocks
 under load, DRAM efficiency (90 to 93 % is the most that is usually seen), misses of L2, launches
