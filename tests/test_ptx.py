@@ -52,7 +52,7 @@ CLAIMS = {
     **{
         f"{op}_{tile}": (registers, 0)
         for op in ("linear", "linear_swiglu", "qkv_rope_append")
-        for tile, registers in (("m128_n256", 255), ("m128_n128", 255), ("m64_n64", 128))
+        for tile, registers in (("m128_n256", 255), ("m128_n128", 255), ("m64_n64", 144))
     },
     "attention_decode_hd64_rows8": (168, 48 << 10),
     "attention_decode_hd64_rows32": (255, 36 << 10),
