@@ -158,6 +158,32 @@ def test_pages_in_a_wrong_order_are_seen(device: str) -> None:
             near_attention(got, right, sequences, True, None, window)
 
 
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_decoding_token_by_token_equals_the_prompt(device: str, head_dim: int) -> None:
+    """Two kernels, one answer, within what rounding allows either."""
+    length, count = 90, 20
+    paged = PagedCase([length], [0], 2, head_dim, 32, torch.bfloat16)
+    q = on(randn(count, 8, head_dim), device)
+    cache = [on(t, device) for t in (paged.k_cache, paged.v_cache, paged.table)]
+
+    def attend(rows: Tensor, num_keys: int) -> Any:
+        keys = on(torch.tensor([num_keys], dtype=torch.int32), device)
+        cu_q = on(cu_seqlens([len(rows)]), device)
+        bounds = {"max_seqlen_q": len(rows), "min_seqlen_q": len(rows)}
+        return ops.attention_kvcache(
+            rows, None, None, *cache, keys, cu_seqlens_q=cu_q, return_lse=True, **bounds
+        )
+
+    with launches() as names:
+        prompt = attend(q, length)
+        steps = [attend(q[i : i + 1], length - count + i + 1) for i in range(count)]
+    assert names == ["attention"] + ["attention_decode"] * count
+    decoded = [torch.cat([out for out, _ in steps]), torch.cat([lse for _, lse in steps], 1)]
+    sequences = [(q.cpu(), paged.k[0], paged.v[0])]
+    near_attention([t.cpu() for t in decoded], [t.cpu() for t in prompt], sequences, True)
+    near_attention([t.cpu() for t in prompt], [t.cpu() for t in decoded], sequences, True)
+
+
 @pytest.mark.parametrize("append", [False, True])
 def test_a_sequence_has_the_same_bits_in_any_batch(device: str, append: bool) -> None:
     lengths, counts, hq, hk, d, page = [40, 3, 70, 17, 130], [1, 12, 4, 1, 20], 4, 2, 64, 16
