@@ -310,7 +310,7 @@ struct AttnPrefill {
             loader.next_tile();
             ptx::cp_async_commit_group();
         }
-        if (p.rope.cos) {
+        if (p.rope.cos && tile_begin < tile_end) {
             ptx::cp_async_wait_group<2>();
             __syncwarp();
             rotate_rows<Dtype, kHeadDim, kWarpRows>(smem_rows, num_rows, p.rope, first_q + row,
