@@ -316,7 +316,9 @@ SHAPES = {
     "rope, interleaved": Case([(70, 130)], (3, 3), 64, rope=Rope(64, True, True)),
     "rope, partial": Case([(70, 130)], (2, 1), 128, torch.float16, rope=Rope(32, False, True)),
     "rope, odd": Case([(40, 50)], (2, 1), 64, rope=Rope(18, True)),
-    "rope, no keys": Case([(5, 0), (3, 3), (2, 0)], (2, 1), 64, causal=False, rope=Rope(64)),
+    "rope, no keys": Case(
+        [(5, 0), (3, 3), (2, 0)], (2, 1), 64, causal=False, rope=Rope(64, False, True)
+    ),
     "rope, pages": Case([(130, 131), (9, 40)], (2, 1), 128, page=16, add=True, rope=Rope(128)),
 }
 
