@@ -2,9 +2,9 @@
 #include "cpu/linear.h"
 
 #include <algorithm>
-#include <cstdlib>
-#include <cstring>
 
+#include "cpu/isa.h"
+#include "cpu/memory.h"
 #include "cpu/pool.h"
 #include "launch/op.h"
 
@@ -18,78 +18,6 @@ constexpr int64_t kStreamChunkMacs = 64 << 10;
 // Floats of packed x at a time (32 MiB); more rows than that are done in several passes over w.
 constexpr int64_t kMaxPackedX = 8 << 20;
 
-// ---- instruction sets ----
-
-struct Isa {
-    const char* name;
-    const LinearKernels* kernels;
-    bool available;
-};
-
-const Isa* isas() {  // in the order of mk_cpu_isa, which begins at 1
-#if defined(__x86_64__)
-    static const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                             __builtin_cpu_supports("f16c");
-    static const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
-                               __builtin_cpu_supports("avx512bw") &&
-                               __builtin_cpu_supports("avx512vl");
-    static const Isa all[] = {{"baseline", &kLinearBaseline, true},
-                              {"avx2", &kLinearAvx2, avx2},
-                              {"avx512", &kLinearAvx512, avx512}};
-#else
-    static const Isa all[] = {
-        {"baseline", &kLinearBaseline, true}, {"avx2", nullptr, false}, {"avx512", nullptr, false}};
-#endif
-    return all;
-}
-
-// The level of MK_CPU_ISA, or the best; 0 when MK_CPU_ISA names none.
-int default_isa() {
-    const char* const wanted = std::getenv("MK_CPU_ISA");
-    for (int level = MK_CPU_AVX512; level >= MK_CPU_BASELINE; --level) {
-        const Isa& isa = isas()[level - 1];
-        if (wanted && *wanted ? !std::strcmp(wanted, isa.name) : isa.available) return level;
-    }
-    return 0;
-}
-
-mk_status find_isa(int32_t level, const Isa** isa) {
-    static const int best = default_isa();
-    MK_REQUIRE(MK_CPU_AUTO <= level && level <= MK_CPU_AVX512, MK_ERR_VALUE,
-               "isa must be MK_CPU_AUTO (0) ... MK_CPU_AVX512 (3), got %d", level);
-    if (level == MK_CPU_AUTO) {
-        level = best;
-        MK_REQUIRE(level, MK_ERR_VALUE, "MK_CPU_ISA must be baseline, avx2 or avx512, got %s",
-                   std::getenv("MK_CPU_ISA"));
-    }
-    *isa = &isas()[level - 1];
-    MK_REQUIRE((*isa)->available, MK_ERR_UNSUPPORTED, "this processor has no %s", (*isa)->name);
-    return MK_OK;
-}
-
-// ---- memory ----
-
-// 64-byte aligned memory of a thread, kept from call to call.
-class Buffer {
-  public:
-    ~Buffer() { std::free(data_); }
-
-    // Room for `bytes`, contents undefined; NULL when there is no memory.
-    void* reserve(size_t bytes) {
-        if (bytes > size_) {
-            std::free(data_);
-            size_ = (bytes + 63) / 64 * 64;
-            data_ = std::aligned_alloc(64, size_);
-            if (!data_) size_ = 0;
-        }
-        return data_;
-    }
-
-  private:
-    void* data_ = nullptr;
-    size_t size_ = 0;
-};
-
 Scratch* thread_scratch() {
     thread_local Buffer buffer;
     return static_cast<Scratch*>(buffer.reserve(sizeof(Scratch)));
@@ -100,17 +28,7 @@ float* thread_packed_x(int64_t floats) {
     return static_cast<float*>(buffer.reserve(std::max<int64_t>(floats, 1) * sizeof(float)));
 }
 
-// Default rounding, and subnormals as numbers, whatever the calling thread has set.
-class DefaultFloatMode {
-  public:
-#if defined(__x86_64__)
-    DefaultFloatMode() : before_(__builtin_ia32_stmxcsr()) { __builtin_ia32_ldmxcsr(0x1f80); }
-    ~DefaultFloatMode() { __builtin_ia32_ldmxcsr(before_); }
-
-  private:
-    const unsigned before_;
-#endif
-};
+constexpr IsaTable<LinearKernels> kLinear = MK_ISA_TABLE(kLinear);
 
 // ---- division of the work ----
 
@@ -226,16 +144,8 @@ mk_status check(const mk_cpu_linear_params& p) {
 extern "C" mk_status mk_cpu_linear(const mk_cpu_linear_params* params) {
     MK_REQUIRE(params, MK_ERR_NULL, "params is NULL");
     MK_TRY(mk::cpu::check(*params));
-    const mk::cpu::Isa* isa = nullptr;
+    int isa = 0;
     MK_TRY(mk::cpu::find_isa(params->isa, &isa));
     if (params->m == 0 || params->n == 0) return MK_OK;
-    return mk::cpu::run(*params, *isa->kernels);
-}
-
-extern "C" mk_status mk_cpu_isa_name(const char** name) {
-    MK_REQUIRE(name, MK_ERR_NULL, "name is NULL");
-    const mk::cpu::Isa* isa = nullptr;
-    MK_TRY(mk::cpu::find_isa(MK_CPU_AUTO, &isa));
-    *name = isa->name;
-    return MK_OK;
+    return mk::cpu::run(*params, mk::cpu::kLinear[isa]);
 }

@@ -1,27 +1,17 @@
 // mk_cpu_linear, between the part that knows the problem (linear.cpp) and the part that is compiled
 // once per instruction set (linear_kernels.h).
 //
-// This header and linear_kernels.h include no C++ library header: an inline function of the library
-// compiled with AVX-512 could be the copy that the linker keeps for everybody.
+// This header and linear_kernels.h include no C++ library header (see vec.h).
 #pragma once
 
 #include <stdint.h>
 
+#include "cpu/vec.h"
 #include "minitron_kernels.h"
 
 namespace mk::cpu {
 
-#define MK_INLINE inline __attribute__((always_inline))
-
-// 16-bit floats as stored.
-struct Bf16 {
-    uint16_t bits;
-};
-struct F16 {
-    uint16_t bits;
-};
-
-constexpr int kLanes = 16;      // partial sums of an output
+static_assert(kLanes == 16);    // partial sums of an output
 constexpr int kBlockM = 264;    // rows of x,
 constexpr int kBlockN = 48;     // rows of w,
 constexpr int kBlockK = 768;    // and columns of both, that a thread works on at a time

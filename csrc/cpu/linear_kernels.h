@@ -13,88 +13,17 @@
 // M 512, K 576; nothing at M 8 and 16); blocks of 512, 1024 or 1536 columns, of 66 or 252 rows of x
 // (all within 3 % or slower); huge pages for packed x (+2 % at K 4096, nothing at K 576).
 //
-// Vec: load(T*), load(T*, count), store(T*), store(T*, count), fma, +, -, *, /, and the few others
-// that silu takes; kTileM, kTileN (a divisor of kBlockN); reduce(). T is float, Bf16 or F16.
+// T is float, Bf16 or F16.
 #pragma once
 
 #include "cpu/linear.h"
+#include "cpu/tile.h"
+#include "cpu/vec_math.h"
 
 namespace mk::cpu {
 namespace {
 
-constexpr int kTileM = Vec::kTileM;
-constexpr int kTileN = Vec::kTileN;
-static_assert(kTileM == 2 || kTileM == 3);
 static_assert(kBlockM % kTileM == 0 && kBlockN % kTileN == 0 && kStreamMaxN % kTileN == 0);
-
-template <class T>
-const T* row(const void* base, int64_t stride, int64_t index) {
-    return static_cast<const T*>(base) + stride * index;
-}
-
-// An integer that is a type.
-template <int kValue>
-struct Int {
-    static constexpr int value = kValue;
-};
-
-// f(Int<0>{}), ..., f(Int<kCount - 1>{}). Arrays indexed by these stay in registers, where a loop
-// that is unrolled only after they have been laid out in memory would leave them there.
-template <int kCount, class F>
-MK_INLINE void unroll(const F& f) {
-    if constexpr (kCount > 0) {
-        unroll<kCount - 1>(f);
-        f(Int<kCount - 1>{});
-    }
-}
-
-// ---- the register tile ----
-
-template <int kM>
-struct Tile {
-    Vec acc[kM][kTileN];
-
-    MK_INLINE Tile() {
-        each([](Vec& a, int) { a = Vec::set(0.f); });
-    }
-
-    // f(accumulator, its index in the tile)
-    template <class F>
-    MK_INLINE void each(const F& f) {
-        unroll<kM>([&](auto i) {
-            unroll<kTileN>([&](auto j) { f(acc[i.value][j.value], i.value * kTileN + j.value); });
-        });
-    }
-
-    // acc[i][j] += x[i] * w[j] for 16 columns; load_w(j) gives those of row j.
-    template <class LoadW>
-    MK_INLINE void step(const float* x, const LoadW& load_w) {
-        Vec x_frag[kM];
-        unroll<kM>([&](auto i) { x_frag[i.value] = Vec::load(x + i.value * kLanes); });
-        unroll<kTileN>([&](auto j) {
-            const Vec w_frag = load_w(j.value);
-            unroll<kM>([&](auto i) {
-                Vec& a = acc[i.value][j.value];
-                a = Vec::fma(x_frag[i.value], w_frag, a);
-            });
-        });
-    }
-
-    // sums[i * stride + j] = the sum of the lanes of acc[i][j].
-    MK_INLINE void reduce(float* sums, int64_t stride) const {
-        unroll<kM>([&](auto i) { Vec::reduce(acc[i.value], sums + i.value * stride); });
-    }
-};
-
-// f(Int<rows of the next tile>{}), when `rows` >= 1 are left.
-template <class F>
-MK_INLINE void with_tile_rows(int64_t rows, const F& f) {
-    if constexpr (kTileM == 3) {
-        if (rows >= 3) return f(Int<3>{});
-    }
-    if (rows >= 2) return f(Int<2>{});
-    return f(Int<1>{});
-}
 
 // Bytes: 4 to 12 % at K 1536 to 11520, where the processor's own prefetch begins anew with each
 // page of a row; +-2 % at K 576.
@@ -134,19 +63,7 @@ void panel_tile(const float* x, const float* w, int64_t steps, bool first, bool 
     }
 }
 
-// ---- packing ----
-
-// Columns k ... k_end-1 of `count` rows as a panel: 16 columns of each row, then the next 16.
-template <class T>
-void pack(const T* const* rows, int count, int64_t k, int64_t k_end, float* panel) {
-    for (; k + kLanes <= k_end; k += kLanes) {
-        for (int r = 0; r < count; ++r, panel += kLanes) Vec::load(rows[r] + k).store(panel);
-    }
-    if (k < k_end) {
-        const int left = static_cast<int>(k_end - k);
-        for (int r = 0; r < count; ++r, panel += kLanes) Vec::load(rows[r] + k, left).store(panel);
-    }
-}
+// ---- packing x ----
 
 template <class T>
 void pack_x_rows(const LinearTask& task, int64_t m, int64_t m_end) {
@@ -159,22 +76,6 @@ void pack_x_rows(const LinearTask& task, int64_t m, int64_t m_end) {
 }
 
 // ---- the epilogue ----
-
-// exp(x) for x <= 89, and exp(-86) for x < -86: 2^n * e^r with |r| <= ln(2)/2 and e^r = 1 + r +
-// r^2 * q(r), q of degree 4 fitted for the least relative error of e^r (2^-28; 2^-24 when rounded).
-MK_INLINE Vec exp_clamped(Vec x) {
-    x = Vec::min(Vec::set(89.f), Vec::max(Vec::set(-86.f), x));  // a NaN passes
-    const Vec n = (x * Vec::set(0x1.715476p0f)).round();
-    const Vec r = Vec::fma(n, Vec::set(0x1.05c610p-29f), Vec::fma(n, Vec::set(-0x1.62e430p-1f), x));
-    Vec q = Vec::set(0x1.6a2256p-10f);
-    q = Vec::fma(q, r, Vec::set(0x1.123b02p-7f));
-    q = Vec::fma(q, r, Vec::set(0x1.5558f8p-5f));
-    q = Vec::fma(q, r, Vec::set(0x1.555490p-3f));
-    q = Vec::fma(q, r, Vec::set(0x1.fffffcp-2f));
-    return (Vec::fma(q, r * r, r) + Vec::set(1.f)).scale(n);
-}
-
-MK_INLINE Vec silu(Vec y) { return y / (Vec::set(1.f) + exp_clamped(Vec::set(0.f) - y)); }
 
 // out = epilogue(sums), for `count` outputs of one row.
 template <class T, class Out>
@@ -305,15 +206,6 @@ void block(const LinearTask& task, int64_t m, int64_t m_end, int64_t n, int64_t 
         block_sums<T>(task, p.w_up, p.w_up_stride, m, m_end, n, n_end, scratch, scratch.sums[1]);
     }
     finish<T>(task, m, m_end, n, n_end, scratch, kBlockN);
-}
-
-// ---- dtypes ----
-
-template <class F>
-void with_dtype(int32_t dtype, const F& f) {
-    if (dtype == MK_F32) return f(float{});
-    if (dtype == MK_BF16) return f(Bf16{});
-    return f(F16{});
 }
 
 constexpr LinearKernels kKernels = {
