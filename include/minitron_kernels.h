@@ -30,7 +30,7 @@
 extern "C" {
 #endif
 
-#define MK_ABI_VERSION 2
+#define MK_ABI_VERSION 3
 
 typedef enum mk_status {
     MK_OK = 0,
@@ -293,6 +293,139 @@ typedef struct mk_qkv_rope_append_params {
 
 MK_API mk_status mk_qkv_rope_append(const mk_qkv_rope_append_params* params, void* stream);
 MK_API mk_status mk_qkv_rope_append_plan(const mk_qkv_rope_append_params* params,
+                                         const mk_device* device, mk_plan* plan);
+
+/* ---- Quantised weights --------------------------------------------------------------------------
+ * A matrix of GGUF blocks (ggml's ten types) is packed once, on the host, into tiles of 16 rows in
+ * the order in which the kernels read them: the same numbers, at most 3 % more bytes when k is a
+ * multiple of 64, and mk_quant_unpack gives the blocks back bit by bit. csrc/quant/quant_layout.h
+ * draws the tiles. k is a multiple of the type's block: 32, or 256 for the K types. The numbers of
+ * the types are ggml's.
+ */
+typedef enum mk_quant_type {
+    MK_Q4_0 = 2,
+    MK_Q4_1 = 3,
+    MK_Q5_0 = 6,
+    MK_Q5_1 = 7,
+    MK_Q8_0 = 8,
+    MK_Q2_K = 10,
+    MK_Q3_K = 11,
+    MK_Q4_K = 12,
+    MK_Q5_K = 13,
+    MK_Q6_K = 14
+} mk_quant_type;
+
+/* A packed matrix in device memory. */
+typedef struct mk_quant_matrix {
+    const void* tiles; /* mk_quant_packed_bytes of them, aligned to 16 bytes */
+    int32_t type;      /* mk_quant_type */
+    int32_t rows;
+} mk_quant_matrix;
+
+/* Changes when the tiles do: packed matrices that are kept in files carry it. */
+#define MK_QUANT_LAYOUT_VERSION 1
+
+/* Between GGUF blocks and tiles, both in host memory. Every value of every byte is legal; rows are
+ * padded to a multiple of 16 with zeros. Returns when it is done. */
+typedef struct mk_quant_pack_params {
+    void* blocks;    /* rows of GGUF blocks: read by mk_quant_pack, written by mk_quant_unpack */
+    void* blocks_up; /* NULL, or a second matrix of rows / 2 rows, as is blocks then: packed row
+                      * 2i is row i of blocks, 2i + 1 is row i of blocks_up (mk_linear_swiglu) */
+    void* tiles;     /* mk_quant_packed_bytes, aligned to 16 bytes */
+    const int32_t* row_order; /* a permutation of 0 ... rows - 1: packed row p is row row_order[p]
+                               * of blocks. NULL: row p, and with blocks_up */
+    int64_t row_bytes;        /* between rows of blocks: at least k / block * bytes of a block */
+    int64_t row_up_bytes;     /* of blocks_up */
+    int32_t type;             /* mk_quant_type */
+    int32_t rows;             /* of the packed matrix: 0 ... 2^24 */
+    int32_t k;                /* 1 ... 2^20 */
+    int32_t num_threads;      /* 1 ... 256, the caller's among them */
+} mk_quant_pack_params;
+
+MK_API mk_status mk_quant_packed_bytes(int32_t type, int32_t rows, int32_t k, int64_t* bytes);
+MK_API mk_status mk_quant_pack(const mk_quant_pack_params* params);
+MK_API mk_status mk_quant_unpack(const mk_quant_pack_params* params);
+
+/* mk_linear, mk_linear_swiglu and mk_qkv_rope_append with packed weights, each type of which is
+ * w = scale * q - minimum for small integers q. Nothing is rounded but sums in fp32:
+ *
+ *   x16    = x (after the norm) * 2^e as f16, e of its row such that max |x16| is in [2^9, 2^10):
+ *            exact, but for elements below 2^-30 of the largest
+ *   P[b]   = sum over the block's k of q[n, k] * x16[m, k], mma.sync.m16n8k16 of f16 with w as A,
+ *            groups of 16 k ascending, from 0, or -offset * (sum of x16) where q has an offset
+ *   S      = fma(scale[b], P[b], S) over the blocks of 256 k, ascending, from 0
+ *   total += S times the scale they share, less their minima times the block sums of x16; ascending
+ *   y      = total * 2^-e
+ *
+ * A block is 32 k, or 16 for the types with a scale for 16 (Q2_K, Q3_K, Q6_K). So an output's bits
+ * depend on its row of x and its row of w only: not on m, n, the kernel or the device's size. A row
+ * of x with an infinity or a NaN gives NaNs.
+ *
+ * Up to MK_QUANT_MAX_DECODE_M rows it is one launch, which needs no workspace; above, two:
+ * mk_quant_prepare_x, then the product (whose plan is the one that mk_<op>_plan tells). norm_weight
+ * may be given for any m. All other fields of the inner structs mean what they mean there.
+ */
+#define MK_QUANT_MAX_DECODE_M 16
+
+typedef struct mk_linear_quant_params {
+    mk_linear_params linear; /* w NULL; k a multiple of 32, or of 256 for the K types */
+    mk_quant_matrix w;       /* [n, k]; of mk_linear_quant_swiglu gate and up by turns */
+    void* workspace;         /* of mk_linear_quant_workspace_bytes, aligned to 16 bytes, contents
+                              * arbitrary; NULL: none is needed */
+    int64_t workspace_bytes;
+} mk_linear_quant_params;
+
+MK_API mk_status mk_linear_quant(const mk_linear_quant_params* params, void* stream);
+MK_API mk_status mk_linear_quant_plan(const mk_linear_quant_params* params, const mk_device* device,
+                                      mk_plan* plan);
+MK_API mk_status mk_linear_quant_swiglu(const mk_linear_quant_params* params, void* stream);
+MK_API mk_status mk_linear_quant_swiglu_plan(const mk_linear_quant_params* params,
+                                             const mk_device* device, mk_plan* plan);
+/* For both; linear.m and linear.k are looked at. */
+MK_API mk_status mk_linear_quant_workspace_bytes(const mk_linear_quant_params* params,
+                                                 int64_t* bytes);
+
+typedef struct mk_qkv_rope_append_quant_params {
+    mk_qkv_rope_append_params qkv; /* w NULL */
+    mk_quant_matrix w[3];          /* Q, K (both in pair order) and V, of any types */
+    void* workspace;               /* as for mk_linear_quant */
+    int64_t workspace_bytes;
+} mk_qkv_rope_append_quant_params;
+
+MK_API mk_status mk_qkv_rope_append_quant(const mk_qkv_rope_append_quant_params* params,
+                                          void* stream);
+MK_API mk_status mk_qkv_rope_append_quant_plan(const mk_qkv_rope_append_quant_params* params,
+                                               const mk_device* device, mk_plan* plan);
+/* qkv.tokens and qkv.hidden are looked at. */
+MK_API mk_status mk_qkv_rope_append_quant_workspace_bytes(
+    const mk_qkv_rope_append_quant_params* params, int64_t* bytes);
+
+/* The first of the two launches for more than MK_QUANT_MAX_DECODE_M rows, which those ops enqueue
+ * themselves: x16, its block sums and e of each row, into the workspace. */
+typedef struct mk_quant_prepare_x_params {
+    const void* x;           /* [m, k] */
+    const void* norm_weight; /* [k]; NULL: x as it is */
+    void* workspace;         /* as for mk_linear_quant */
+    int64_t workspace_bytes;
+    int64_t x_stride; /* between rows */
+    int32_t m;        /* 0 ... 2^30 */
+    int32_t k;        /* a multiple of 32, 32 ... 2^20; 2^14 with norm_weight */
+    float eps;        /* of the norm */
+    int32_t dtype;    /* MK_BF16, MK_F16 */
+} mk_quant_prepare_x_params;
+
+MK_API mk_status mk_quant_prepare_x(const mk_quant_prepare_x_params* params, void* stream);
+MK_API mk_status mk_quant_prepare_x_plan(const mk_quant_prepare_x_params* params,
+                                         const mk_device* device, mk_plan* plan);
+
+/* mk_embedding from a packed table: weights as ggml decodes them in fp32, rounded once. */
+typedef struct mk_embedding_quant_params {
+    mk_embedding_params embedding; /* table NULL; hidden a multiple of the type's block */
+    mk_quant_matrix table;         /* [vocab, hidden] */
+} mk_embedding_quant_params;
+
+MK_API mk_status mk_embedding_quant(const mk_embedding_quant_params* params, void* stream);
+MK_API mk_status mk_embedding_quant_plan(const mk_embedding_quant_params* params,
                                          const mk_device* device, mk_plan* plan);
 
 /* ---- Attention ----------------------------------------------------------------------------------

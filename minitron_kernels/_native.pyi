@@ -17,6 +17,8 @@ F16: int
 F32: int
 I32: int
 I64: int
+QUANT_LAYOUT_VERSION: int
+QUANT_MAX_DECODE_M: int
 
 class Rope:
     """mk_rope: tables (cos, sin) or, when both are 0, theta."""
@@ -33,6 +35,11 @@ class Rope:
         interleaved: bool = False,
         theta: float = 0.0,
     ) -> None: ...
+
+class QuantMatrix:
+    """mk_quant_matrix: a packed matrix; ``type`` is ggml's number."""
+
+    def __init__(self, tiles: int, type: int, rows: int) -> None: ...
 
 def load() -> None: ...
 def current_device() -> dict[str, int]: ...
@@ -591,6 +598,174 @@ def attention_decode_workspace_bytes(
     page_size: int,
     max_seqlen_q: int,
 ) -> int: ...
+def linear_quant(
+    x: int,
+    w: QuantMatrix,
+    norm_weight: int,
+    residual: int,
+    out: int,
+    workspace: int,
+    workspace_bytes: int,
+    x_stride: int,
+    residual_stride: int,
+    out_stride: int,
+    m: int,
+    n: int,
+    k: int,
+    eps: float,
+    dtype: int,
+    out_dtype: int,
+    stream: int,
+) -> None: ...
+def linear_quant_plan(
+    x: int,
+    w: QuantMatrix,
+    norm_weight: int,
+    residual: int,
+    out: int,
+    workspace: int,
+    workspace_bytes: int,
+    x_stride: int,
+    residual_stride: int,
+    out_stride: int,
+    m: int,
+    n: int,
+    k: int,
+    eps: float,
+    dtype: int,
+    out_dtype: int,
+    *,
+    sm: int,
+    num_sms: int,
+    smem_per_block: int,
+) -> dict[str, Any]: ...
+def linear_quant_swiglu(
+    x: int,
+    w: QuantMatrix,
+    norm_weight: int,
+    out: int,
+    workspace: int,
+    workspace_bytes: int,
+    x_stride: int,
+    out_stride: int,
+    m: int,
+    n: int,
+    k: int,
+    eps: float,
+    dtype: int,
+    stream: int,
+) -> None: ...
+def linear_quant_swiglu_plan(
+    x: int,
+    w: QuantMatrix,
+    norm_weight: int,
+    out: int,
+    workspace: int,
+    workspace_bytes: int,
+    x_stride: int,
+    out_stride: int,
+    m: int,
+    n: int,
+    k: int,
+    eps: float,
+    dtype: int,
+    *,
+    sm: int,
+    num_sms: int,
+    smem_per_block: int,
+) -> dict[str, Any]: ...
+def qkv_rope_append_quant(
+    x: int,
+    wq: QuantMatrix,
+    wk: QuantMatrix,
+    wv: QuantMatrix,
+    norm_weight: int,
+    q: int,
+    k_cache: int,
+    v_cache: int,
+    slots: int,
+    workspace: int,
+    workspace_bytes: int,
+    x_stride: int,
+    q_stride: int,
+    q_head_stride: int,
+    cache_page_stride: int,
+    cache_stride: int,
+    cache_head_stride: int,
+    tokens: int,
+    hidden: int,
+    num_q_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    num_pages: int,
+    page_size: int,
+    eps: float,
+    slots_dtype: int,
+    dtype: int,
+    rope: Rope,
+    stream: int,
+) -> None: ...
+def qkv_rope_append_quant_plan(
+    x: int,
+    wq: QuantMatrix,
+    wk: QuantMatrix,
+    wv: QuantMatrix,
+    norm_weight: int,
+    q: int,
+    k_cache: int,
+    v_cache: int,
+    slots: int,
+    workspace: int,
+    workspace_bytes: int,
+    x_stride: int,
+    q_stride: int,
+    q_head_stride: int,
+    cache_page_stride: int,
+    cache_stride: int,
+    cache_head_stride: int,
+    tokens: int,
+    hidden: int,
+    num_q_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    num_pages: int,
+    page_size: int,
+    eps: float,
+    slots_dtype: int,
+    dtype: int,
+    rope: Rope,
+    *,
+    sm: int,
+    num_sms: int,
+    smem_per_block: int,
+) -> dict[str, Any]: ...
+def embedding_quant(
+    ids: int,
+    table: QuantMatrix,
+    out: int,
+    out_stride: int,
+    tokens: int,
+    vocab: int,
+    hidden: int,
+    ids_dtype: int,
+    dtype: int,
+    stream: int,
+) -> None: ...
+def embedding_quant_plan(
+    ids: int,
+    table: QuantMatrix,
+    out: int,
+    out_stride: int,
+    tokens: int,
+    vocab: int,
+    hidden: int,
+    ids_dtype: int,
+    dtype: int,
+    *,
+    sm: int,
+    num_sms: int,
+    smem_per_block: int,
+) -> dict[str, Any]: ...
 
 EPILOGUE_NONE: int
 EPILOGUE_SILU: int
@@ -623,3 +798,36 @@ def cpu_linear(
     isa: int = ...,
     out_dtype: int = 0,
 ) -> None: ...
+def quant_packed_bytes(
+    type: int,
+    rows: int,
+    k: int,
+) -> int: ...
+def quant_pack(
+    blocks: int,
+    tiles: int,
+    row_bytes: int,
+    type: int,
+    rows: int,
+    k: int,
+    num_threads: int,
+    row_order: int = 0,
+    blocks_up: int = 0,
+    row_up_bytes: int = 0,
+) -> None: ...
+def quant_unpack(
+    blocks: int,
+    tiles: int,
+    row_bytes: int,
+    type: int,
+    rows: int,
+    k: int,
+    num_threads: int,
+    row_order: int = 0,
+    blocks_up: int = 0,
+    row_up_bytes: int = 0,
+) -> None: ...
+def quant_workspace_bytes(
+    m: int,
+    k: int,
+) -> int: ...

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import copy
 import ctypes
 import os
 import re
@@ -100,14 +101,61 @@ VALID["attention"] = {
     "causal": 1, "softmax_scale": 128**-0.5, "dtype": C["MK_BF16"], "rope": ROPE,
 }  # fmt: skip
 
+PACKED = {"tiles": POINTER, "type": C["MK_Q4_K"]}
+WORKSPACE = {"workspace": POINTER, "workspace_bytes": 1 << 40}
+VALID["linear_quant"] = {
+    "linear": {**VALID["linear"], "w": None, "w_stride": 0}, "w": {**PACKED, "rows": 6144},
+    **WORKSPACE,
+}  # fmt: skip
+VALID["linear_quant_swiglu"] = {
+    **VALID["linear_quant"],
+    "linear": {**VALID["linear_quant"]["linear"], "residual": None, "out_dtype": 0},
+}
+VALID["qkv_rope_append_quant"] = {
+    "qkv": {**VALID["qkv_rope_append"], "w": None, "w_stride": 0}, **WORKSPACE,
+    "w": [{"tiles": POINTER, "type": C[f"MK_{t}"], "rows": n}
+          for t, n in (("Q4_K", 4096), ("Q5_0", 1024), ("Q6_K", 1024))],
+}  # fmt: skip
+VALID["quant_prepare_x"] = {
+    "x": POINTER, "norm_weight": POINTER, "x_stride": 4096, "m": 17, "k": 4096, "eps": 1e-5,
+    "dtype": C["MK_BF16"], **WORKSPACE,
+}  # fmt: skip
+VALID["embedding_quant"] = {
+    "embedding": {**VALID["embedding"], "table": None, "table_stride": 0},
+    "table": {**PACKED, "rows": 1000},
+}
+# The op's struct within its struct, whose fields make_params takes by their bare names too.
+INNER = {"linear_quant": "linear", "linear_quant_swiglu": "linear", "qkv_rope_append_quant": "qkv",
+         "embedding_quant": "embedding"}  # fmt: skip
+
+
+def fields_of(op: str) -> dict[str, Any]:
+    """Valid fields of an op, those of the struct within included."""
+    return {**VALID[op].get(INNER.get(op, ""), {}), **VALID[op]}
+
+
+def make_struct(kind: Any, value: Any) -> Any:
+    """A structure of a dict, an array of a list, anything else as it is."""
+    if isinstance(value, list):
+        return kind(*(make_struct(kind._type_, v) for v in value))
+    if not isinstance(value, dict):
+        return value
+    kinds = dict(kind._fields_)
+    return kind(**{name: make_struct(kinds[name], v) for name, v in value.items()})
+
 
 def make_params(op: str, **changes: Any) -> ctypes.Structure:
-    """Valid parameters of an op with fields changed; "rope.x" changes a field of its rope."""
-    fields = {**VALID[op], **{k: v for k, v in changes.items() if "." not in k}}
-    if "rope" in fields:
-        inner = {k.removeprefix("rope."): v for k, v in changes.items() if "." in k}
-        fields["rope"] = abi.structs()["mk_rope"](**{**fields["rope"], **inner})
-    return abi.params_type(op)(**fields)
+    """Valid parameters of an op with fields changed: "x", "rope.cos", "w[1].type", ..."""
+    fields = copy.deepcopy(VALID[op])
+    for path, value in changes.items():
+        *outer, name = re.findall(r"\w+", path)
+        if op in INNER and (outer or [name])[0] not in fields:
+            outer = [INNER[op], *outer]
+        target: Any = fields
+        for step in outer:
+            target = target[int(step) if step.isdigit() else step]
+        target[name] = value
+    return make_struct(abi.params_type(op), fields)
 
 
 # ----------------------------------------------------------------------------------- validation
@@ -298,6 +346,68 @@ BAD: list[tuple[str, str, Any, str]] = [
     ("attention_decode", "rope.interleaved", 2, "VALUE"),
     ("attention_decode", "rope.positions_dtype", C["MK_F32"], "DTYPE"),
     ("attention_decode", "rope.table_stride", 63, "STRIDE"),
+    *(
+        (op, *bad)
+        for op in ("linear_quant", "linear_quant_swiglu")
+        for bad in (
+            ("x", None, "NULL"),
+            ("linear.w", POINTER, "VALUE"),
+            ("w.tiles", None, "NULL"),
+            ("w.tiles", POINTER + 8, "ALIGNMENT"),
+            ("w.type", 0, "VALUE"),
+            ("w.type", 4, "VALUE"),
+            ("w.type", 15, "VALUE"),
+            ("w.rows", 6143, "SHAPE"),
+            ("out", None, "NULL"),
+            ("norm_weight", POINTER + 1, "ALIGNMENT"),
+            ("x_stride", 4095, "STRIDE"),
+            ("m", -1, "SHAPE"),
+            ("n", 0, "SHAPE"),
+            ("k", 4064, "SHAPE"),
+            ("k", (1 << 14) + 256, "SHAPE"),
+            ("eps", -1.0, "VALUE"),
+            ("dtype", C["MK_F32"], "DTYPE"),
+        )
+    ),
+    ("linear_quant", "out_stride", 6143, "STRIDE"),
+    ("linear_quant", "residual_stride", 6143, "STRIDE"),
+    ("linear_quant", "out_dtype", C["MK_F32"], "DTYPE"),  # with residual
+    ("linear_quant_swiglu", "out_stride", 3071, "STRIDE"),
+    ("linear_quant_swiglu", "residual", POINTER, "VALUE"),
+    ("qkv_rope_append_quant", "x", None, "NULL"),
+    ("qkv_rope_append_quant", "qkv.w", POINTER, "VALUE"),
+    ("qkv_rope_append_quant", "w[0].tiles", POINTER + 2, "ALIGNMENT"),
+    ("qkv_rope_append_quant", "w[1].type", 1, "VALUE"),
+    ("qkv_rope_append_quant", "w[1].rows", 4096, "SHAPE"),
+    ("qkv_rope_append_quant", "w[2].tiles", None, "NULL"),
+    ("qkv_rope_append_quant", "hidden", 4064, "SHAPE"),
+    ("qkv_rope_append_quant", "q", None, "NULL"),
+    ("qkv_rope_append_quant", "k_cache", None, "NULL"),
+    ("qkv_rope_append_quant", "slots_dtype", C["MK_F32"], "DTYPE"),
+    ("qkv_rope_append_quant", "rope.cos", None, "NULL"),
+    ("qkv_rope_append_quant", "tokens", -1, "SHAPE"),
+    ("qkv_rope_append_quant", "head_dim", 120, "SHAPE"),
+    ("qkv_rope_append_quant", "q_stride", 127, "STRIDE"),
+    ("quant_prepare_x", "x", None, "NULL"),
+    ("quant_prepare_x", "workspace", None, "NULL"),
+    ("quant_prepare_x", "workspace", POINTER + 8, "ALIGNMENT"),
+    ("quant_prepare_x", "workspace_bytes", 17 * 4096, "VALUE"),
+    ("quant_prepare_x", "k", 4080, "SHAPE"),
+    ("quant_prepare_x", "m", -1, "SHAPE"),
+    ("quant_prepare_x", "x_stride", 4095, "STRIDE"),
+    ("quant_prepare_x", "dtype", C["MK_F32"], "DTYPE"),
+    ("embedding_quant", "ids", None, "NULL"),
+    ("embedding_quant", "embedding.table", POINTER, "VALUE"),
+    ("embedding_quant", "table.tiles", None, "NULL"),
+    ("embedding_quant", "table.tiles", POINTER + 4, "ALIGNMENT"),
+    ("embedding_quant", "table.type", 9, "VALUE"),
+    ("embedding_quant", "table.rows", 999, "SHAPE"),
+    ("embedding_quant", "hidden", 4064, "SHAPE"),
+    ("embedding_quant", "vocab", 0, "SHAPE"),
+    ("embedding_quant", "out", None, "NULL"),
+    ("embedding_quant", "out_stride", 4095, "STRIDE"),
+    ("embedding_quant", "ids_dtype", C["MK_BF16"], "DTYPE"),
+    ("embedding_quant", "dtype", C["MK_F32"], "DTYPE"),
 ]
 
 
@@ -332,6 +442,38 @@ def test_null_arguments(op: str) -> None:
         with_null = [None if i == j else a for j, a in enumerate(arguments)]
         assert plan(*with_null) == C["MK_ERR_NULL"]
     assert plan(*arguments) == C["MK_OK"]
+
+
+@pytest.mark.parametrize(
+    "op, rows, k",
+    [("linear_quant", "m", "k"), ("linear_quant_swiglu", "m", "k"),
+     ("qkv_rope_append_quant", "tokens", "hidden")],
+)  # fmt: skip
+def test_workspace_of_quantised_products(op: str, rows: str, k: str) -> None:
+    """None up to 16 rows; above, at least x in 2 bytes, and a smaller one is refused."""
+    lib, bytes_ = abi.library(), ctypes.c_int64(-1)
+    function = getattr(lib, f"mk_{op.removesuffix('_swiglu')}_workspace_bytes")
+    launch = getattr(lib, f"mk_{op}")
+    few = make_params(op, **{rows: C["MK_QUANT_MAX_DECODE_M"]})
+    abi.check(function(ctypes.byref(few), ctypes.byref(bytes_)))
+    assert bytes_.value == 0
+    many = {rows: C["MK_QUANT_MAX_DECODE_M"] + 1}
+    abi.check(function(ctypes.byref(make_params(op, **many)), ctypes.byref(bytes_)))
+    assert 17 * 4096 * 2 < bytes_.value < 24 * 4096 * 4
+    for field, value, status in (
+        ("workspace", None, "NULL"),
+        ("workspace", POINTER + 8, "ALIGNMENT"),
+        ("workspace_bytes", bytes_.value - 1, "VALUE"),
+    ):
+        params = make_params(op, **many, **{field: value})
+        with pytest.raises(abi.StatusError, match=field) as caught:
+            abi.check(launch(ctypes.byref(params), None))
+        assert caught.value.status == f"MK_ERR_{status}"
+    assert function(None, ctypes.byref(bytes_)) == C["MK_ERR_NULL"]
+    assert function(ctypes.byref(few), None) == C["MK_ERR_NULL"]
+    for change in ({rows: -1}, {k: 0}):
+        params = make_params(op, **change)
+        assert function(ctypes.byref(params), ctypes.byref(bytes_)) == C["MK_ERR_SHAPE"]
 
 
 @pytest.mark.parametrize("op, rows", [("linear", "m"), ("qkv_rope_append", "tokens")])
@@ -413,18 +555,18 @@ def test_plan_and_entries_match(arch: str) -> None:
     reached = set()
     for op in abi.OPS:
         halves = [C["MK_BF16"], C["MK_F16"]]
-        first = next(f for f in ("x", "q", "k", "gate_up", "table", "logits") if f in VALID[op])
+        first = next(f for f in ("x", "q", "k", "gate_up", "table", "logits") if f in fields_of(op))
         unaligned = [{}, {first: POINTER + 4}]
         for dtype in [*halves, C["MK_F32"]] if op in ("argmax", "sample") else halves:
             for change in VARIANTS.get(op, unaligned):
                 change = {"dtype": dtype, **change}
-                change |= {"out_dtype": dtype} if "out_dtype" in VALID[op] else {}
+                change |= {"out_dtype": dtype} if "out_dtype" in fields_of(op) else {}
                 plan = check_plan(op, make_params(op, **change), arch)
                 reached.add(plan.entry.decode())
             if rows := {"linear": "m", "linear_swiglu": "m", "qkv_rope_append": "tokens"}.get(op):
                 for m in (17, 256, 8192):  # each tile of the GEMM
                     change = {rows: m, "norm_weight": None, "dtype": dtype}
-                    change |= {"out_dtype": dtype} if "out_dtype" in VALID[op] else {}
+                    change |= {"out_dtype": dtype} if "out_dtype" in fields_of(op) else {}
                     reached.add(check_plan(op, make_params(op, **change), arch).entry.decode())
     assert reached == set(native.build_info()["entries"][arch])
 
@@ -480,8 +622,8 @@ def test_few_rows_get_more_threads() -> None:
 
 @pytest.mark.parametrize("op", abi.OPS)
 def test_empty_input_launches_nothing(op: str) -> None:
-    rows = next(field for field in ("tokens", "m", "rows", "tokens_q") if field in VALID[op])
-    pointers = {f: None for f, v in VALID[op].items() if v == POINTER}
+    rows = next(field for field in ("tokens", "m", "rows", "tokens_q") if field in fields_of(op))
+    pointers = {f: None for f, v in fields_of(op).items() if v == POINTER}
     params = make_params(op, **{rows: 0}, **pointers)
     assert abi.plan(op, params, "80").grid[0] == 0
     make_current("80")
@@ -713,7 +855,7 @@ def test_stub_names_what_the_module_has() -> None:
     functions = {node.name: node.args for node in stub.body if isinstance(node, ast.FunctionDef)}
     others = {node.target.id for node in stub.body if isinstance(node, ast.AnnAssign)}
     public = {name for name in dir(_native) if not name.startswith("_")}
-    assert public == {*functions, *others, "Rope"}
+    assert public == {*functions, *others, "Rope", "QuantMatrix"}
     for name, args in functions.items():
         signature = getattr(_native, name).__doc__.partition(") -> ")[0]
         in_module = re.findall(r"[(,] (?:\*, )?(\w+):", signature.replace("(", "( ", 1))

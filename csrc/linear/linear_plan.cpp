@@ -1,12 +1,69 @@
 // Plans of mk_linear, mk_linear_swiglu and mk_qkv_rope_append: one product, three epilogues.
+#include "linear/linear_plan.h"
+
 #include <algorithm>
 #include <cmath>
 
-#include "launch/op.h"
-#include "linear/linear_tiles.h"
 #include "rope/rope_plan.h"
 
 namespace mk {
+
+mk_status check_inputs(const Product& a, const char* m, const char* k, int32_t dtype,
+                       int32_t max_norm_m) {
+    MK_TRY(check_activation_dtype(dtype));
+    MK_TRY(check_size(m, a.m, 0, 1 << 30));
+    MK_TRY(check_size(k, a.k, 1, a.norm_weight ? kMaxNormK : 1 << 20));
+    if (a.norm_weight) {
+        MK_REQUIRE(a.m <= max_norm_m, MK_ERR_VALUE,
+                   "norm_weight must be NULL when %s is above %d, got %s = %d: use mk_rms_norm", m,
+                   max_norm_m, m, a.m);
+        MK_REQUIRE(a.eps >= 0 && std::isfinite(a.eps), MK_ERR_VALUE,
+                   "eps must be finite and not negative, got %g", static_cast<double>(a.eps));
+        MK_TRY(check_pointer("norm_weight", a.norm_weight, dtype));
+    }
+    return check_rows("x", a.x, a.x_stride, a.m, a.k, dtype);
+}
+
+mk_status check_linear_out(const mk_linear_params& p) {
+    MK_REQUIRE(p.out_dtype == p.dtype || (p.out_dtype == MK_F32 && !p.residual), MK_ERR_DTYPE,
+               "out_dtype must be dtype = %d, or MK_F32 (3) without residual, got %d", p.dtype,
+               p.out_dtype);
+    MK_TRY(check_rows("out", p.out, p.out_stride, p.m, p.n, p.out_dtype));
+    if (!p.residual) return MK_OK;
+    return check_rows("residual", p.residual, p.residual_stride, p.m, p.n, p.dtype);
+}
+
+mk_status check_swiglu_out(const mk_linear_params& p) {
+    MK_REQUIRE(p.n % 2 == 0, MK_ERR_SHAPE, "n must be even (gate and up), got %d", p.n);
+    MK_REQUIRE(!p.residual, MK_ERR_VALUE, "residual must be NULL: mk_linear has one");
+    return check_rows("out", p.out, p.out_stride, p.m, p.n / 2, p.dtype);
+}
+
+mk_status check_qkv_sizes(const mk_qkv_rope_append_params& p) {
+    MK_TRY(check_size("num_q_heads", p.num_q_heads, 1, 1024));
+    MK_TRY(check_size("num_kv_heads", p.num_kv_heads, 1, 1024));
+    MK_TRY(check_size("head_dim", p.head_dim, 16, 256));
+    MK_REQUIRE(p.head_dim % 16 == 0, MK_ERR_SHAPE, "head_dim must be a multiple of 16, got %d",
+               p.head_dim);
+    MK_TRY(check_size("num_pages", p.num_pages, 0, INT32_MAX));
+    return check_size("page_size", p.page_size, 1, 1 << 20);
+}
+
+mk_status check_qkv_out(const mk_qkv_rope_append_params& p) {
+    if (p.tokens) MK_TRY(check_pointer("rope.cos", p.rope.cos, MK_F32));
+    MK_TRY(check_rope(p.rope, p.tokens, p.head_dim));
+    MK_TRY(check_indices("slots", p.slots, p.tokens, p.slots_dtype));
+    if (p.tokens == 0) return MK_OK;
+    MK_TRY(check_rows("q", p.q, p.q_stride, p.tokens, p.head_dim, p.dtype));
+    MK_TRY(check_stride("q_head", p.q_head_stride, p.num_q_heads, p.head_dim));
+    if (p.num_pages == 0) return MK_OK;
+    MK_TRY(check_pointer("k_cache", p.k_cache, p.dtype));
+    MK_TRY(check_pointer("v_cache", p.v_cache, p.dtype));
+    MK_TRY(check_stride("cache_page", p.cache_page_stride, p.num_pages, p.head_dim));
+    MK_TRY(check_stride("cache", p.cache_stride, p.page_size, p.head_dim));
+    return check_stride("cache_head", p.cache_head_stride, p.num_kv_heads, p.head_dim);
+}
+
 namespace {
 
 Product make_product(const void* x, const void* w, const void* norm_weight, int64_t x_stride,
@@ -27,20 +84,8 @@ Product make_product(const mk_qkv_rope_append_params& p) {
                         heads * p.head_dim, p.hidden, p.eps);
 }
 
-// The fields of a product; m and k under the names that the op gives them.
 mk_status check_product(const Product& a, const char* m, const char* k, int32_t dtype) {
-    MK_TRY(check_activation_dtype(dtype));
-    MK_TRY(check_size(m, a.m, 0, 1 << 30));
-    MK_TRY(check_size(k, a.k, 1, a.norm_weight ? kMaxNormK : 1 << 20));
-    if (a.norm_weight) {
-        MK_REQUIRE(a.m <= MK_LINEAR_MAX_NORM_M, MK_ERR_VALUE,
-                   "norm_weight must be NULL when %s is above %d, got %s = %d: use mk_rms_norm", m,
-                   MK_LINEAR_MAX_NORM_M, m, a.m);
-        MK_REQUIRE(a.eps >= 0 && std::isfinite(a.eps), MK_ERR_VALUE,
-                   "eps must be finite and not negative, got %g", static_cast<double>(a.eps));
-        MK_TRY(check_pointer("norm_weight", a.norm_weight, dtype));
-    }
-    MK_TRY(check_rows("x", a.x, a.x_stride, a.m, a.k, dtype));
+    MK_TRY(check_inputs(a, m, k, dtype, MK_LINEAR_MAX_NORM_M));
     return check_rows("w", a.w, a.w_stride, a.m ? a.n : 0, a.k, dtype);
 }
 
@@ -117,12 +162,7 @@ struct Linear {
     static mk_status check(const Params& p) {
         MK_TRY(check_size("n", p.n, 1, 1 << 24));
         MK_TRY(check_product(make_product(p), "m", "k", p.dtype));
-        MK_REQUIRE(p.out_dtype == p.dtype || (p.out_dtype == MK_F32 && !p.residual), MK_ERR_DTYPE,
-                   "out_dtype must be dtype = %d, or MK_F32 (3) without residual, got %d", p.dtype,
-                   p.out_dtype);
-        MK_TRY(check_rows("out", p.out, p.out_stride, p.m, p.n, p.out_dtype));
-        if (!p.residual) return MK_OK;
-        return check_rows("residual", p.residual, p.residual_stride, p.m, p.n, p.dtype);
+        return check_linear_out(p);
     }
 
     static mk_plan plan(const Params& p, const mk_device& device) {
@@ -142,10 +182,8 @@ struct LinearSwiglu {
 
     static mk_status check(const Params& p) {
         MK_TRY(check_size("n", p.n, 1, 1 << 24));
-        MK_REQUIRE(p.n % 2 == 0, MK_ERR_SHAPE, "n must be even (gate and up), got %d", p.n);
         MK_TRY(check_product(make_product(p), "m", "k", p.dtype));
-        MK_REQUIRE(!p.residual, MK_ERR_VALUE, "residual must be NULL: mk_linear has one");
-        return check_rows("out", p.out, p.out_stride, p.m, p.n / 2, p.dtype);
+        return check_swiglu_out(p);
     }
 
     static mk_plan plan(const Params& p, const mk_device& device) {
@@ -163,26 +201,9 @@ struct QkvRopeAppend {
     using Params = mk_qkv_rope_append_params;
 
     static mk_status check(const Params& p) {
-        MK_TRY(check_size("num_q_heads", p.num_q_heads, 1, 1024));
-        MK_TRY(check_size("num_kv_heads", p.num_kv_heads, 1, 1024));
-        MK_TRY(check_size("head_dim", p.head_dim, 16, 256));
-        MK_REQUIRE(p.head_dim % 16 == 0, MK_ERR_SHAPE, "head_dim must be a multiple of 16, got %d",
-                   p.head_dim);
-        MK_TRY(check_size("num_pages", p.num_pages, 0, INT32_MAX));
-        MK_TRY(check_size("page_size", p.page_size, 1, 1 << 20));
+        MK_TRY(check_qkv_sizes(p));
         MK_TRY(check_product(make_product(p), "tokens", "hidden", p.dtype));
-        if (p.tokens) MK_TRY(check_pointer("rope.cos", p.rope.cos, MK_F32));
-        MK_TRY(check_rope(p.rope, p.tokens, p.head_dim));
-        MK_TRY(check_indices("slots", p.slots, p.tokens, p.slots_dtype));
-        if (p.tokens == 0) return MK_OK;
-        MK_TRY(check_rows("q", p.q, p.q_stride, p.tokens, p.head_dim, p.dtype));
-        MK_TRY(check_stride("q_head", p.q_head_stride, p.num_q_heads, p.head_dim));
-        if (p.num_pages == 0) return MK_OK;
-        MK_TRY(check_pointer("k_cache", p.k_cache, p.dtype));
-        MK_TRY(check_pointer("v_cache", p.v_cache, p.dtype));
-        MK_TRY(check_stride("cache_page", p.cache_page_stride, p.num_pages, p.head_dim));
-        MK_TRY(check_stride("cache", p.cache_stride, p.page_size, p.head_dim));
-        return check_stride("cache_head", p.cache_head_stride, p.num_kv_heads, p.head_dim);
+        return check_qkv_out(p);
     }
 
     static mk_plan plan(const Params& p, const mk_device& device) {

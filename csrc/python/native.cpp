@@ -10,6 +10,7 @@
 
 #include "minitron_kernels.h"
 #include "python/cpu_linear.h"
+#include "python/quant_pack.h"
 
 namespace py = pybind11;
 using namespace py::literals;
@@ -63,13 +64,12 @@ T convert(const Argument<T>& value) {
     }
 }
 
+// `at` finds it in the struct, or in a struct inside it.
 template <class Params, class T>
 struct Field {
     const char* name;
-    T Params::* member;
+    T& (*at)(Params&);
 };
-template <class Params, class T>
-Field(const char*, T Params::*) -> Field<Params, T>;
 
 // Defines <name> and <name>_plan, whose arguments are these fields; the others stay 0.
 template <class Params, class... T>
@@ -78,7 +78,7 @@ void def_op(py::module_& m, const std::string& name, mk_status (*run)(const Para
             Field<Params, T>... fields) {
     const auto fill = [fields...](const Argument<T>&... values) {
         Params params{};
-        ((params.*fields.member = convert<T>(values)), ...);
+        ((fields.at(params) = convert<T>(values)), ...);
         return params;
     };
     m.def(
@@ -145,6 +145,11 @@ PYBIND11_MODULE(_native, m) {
     py::class_<mk_rope>(m, "Rope").def(py::init(&rope), "cos"_a, "sin"_a, "table_stride"_a,
                                        "positions"_a, "positions_dtype"_a, "max_position"_a,
                                        "rotary_dim"_a, "interleaved"_a = false, "theta"_a = 0.f);
+    py::class_<mk_quant_matrix>(m, "QuantMatrix")
+        .def(py::init([](Pointer tiles, int32_t type, int32_t rows) {
+                 return mk_quant_matrix{pointer(tiles), type, rows};
+             }),
+             "tiles"_a, "type"_a, "rows"_a);
     m.def(
         "attention_decode_workspace_bytes",
         [](int32_t batch, int32_t num_q_heads, int32_t num_kv_heads, int32_t head_dim,
@@ -163,7 +168,12 @@ PYBIND11_MODULE(_native, m) {
         },
         "batch"_a, "num_q_heads"_a, "num_kv_heads"_a, "head_dim"_a, "max_pages"_a, "page_size"_a,
         "max_seqlen_q"_a);
-#define MK_FIELD(op, field) Field{#field, &mk_##op##_params::field}
+// The argument `name` is `member` of the op's struct.
+#define MK_MEMBER(op, name, member)                                                         \
+    Field<mk_##op##_params, std::remove_reference_t<decltype(mk_##op##_params{}.member)>> { \
+        name, [](mk_##op##_params& p) -> auto& { return p.member; }                         \
+    }
+#define MK_FIELD(op, field) MK_MEMBER(op, #field, field)
     def_op(m, "rms_norm", &mk_rms_norm, &mk_rms_norm_plan, MK_FIELD(rms_norm, x),
            MK_FIELD(rms_norm, weight), MK_FIELD(rms_norm, out), MK_FIELD(rms_norm, x_stride),
            MK_FIELD(rms_norm, out_stride), MK_FIELD(rms_norm, rows), MK_FIELD(rms_norm, hidden),
@@ -273,5 +283,40 @@ PYBIND11_MODULE(_native, m) {
            MK_FIELD(sample, sampling), MK_FIELD(sample, out), MK_FIELD(sample, logits_stride),
            MK_FIELD(sample, rows), MK_FIELD(sample, vocab), MK_FIELD(sample, dtype));
 #undef MK_FIELD
+#define MK_FIELD(field) MK_MEMBER(linear_quant, #field, linear.field)
+    def_op(m, "linear_quant", &mk_linear_quant, &mk_linear_quant_plan, MK_FIELD(x),
+           MK_MEMBER(linear_quant, "w", w), MK_FIELD(norm_weight), MK_FIELD(residual),
+           MK_FIELD(out), MK_MEMBER(linear_quant, "workspace", workspace),
+           MK_MEMBER(linear_quant, "workspace_bytes", workspace_bytes), MK_FIELD(x_stride),
+           MK_FIELD(residual_stride), MK_FIELD(out_stride), MK_FIELD(m), MK_FIELD(n), MK_FIELD(k),
+           MK_FIELD(eps), MK_FIELD(dtype), MK_FIELD(out_dtype));
+    def_op(m, "linear_quant_swiglu", &mk_linear_quant_swiglu, &mk_linear_quant_swiglu_plan,
+           MK_FIELD(x), MK_MEMBER(linear_quant, "w", w), MK_FIELD(norm_weight), MK_FIELD(out),
+           MK_MEMBER(linear_quant, "workspace", workspace),
+           MK_MEMBER(linear_quant, "workspace_bytes", workspace_bytes), MK_FIELD(x_stride),
+           MK_FIELD(out_stride), MK_FIELD(m), MK_FIELD(n), MK_FIELD(k), MK_FIELD(eps),
+           MK_FIELD(dtype));
+#undef MK_FIELD
+#define MK_FIELD(field) MK_MEMBER(qkv_rope_append_quant, #field, qkv.field)
+    def_op(
+        m, "qkv_rope_append_quant", &mk_qkv_rope_append_quant, &mk_qkv_rope_append_quant_plan,
+        MK_FIELD(x), MK_MEMBER(qkv_rope_append_quant, "wq", w[0]),
+        MK_MEMBER(qkv_rope_append_quant, "wk", w[1]), MK_MEMBER(qkv_rope_append_quant, "wv", w[2]),
+        MK_FIELD(norm_weight), MK_FIELD(q), MK_FIELD(k_cache), MK_FIELD(v_cache), MK_FIELD(slots),
+        MK_MEMBER(qkv_rope_append_quant, "workspace", workspace),
+        MK_MEMBER(qkv_rope_append_quant, "workspace_bytes", workspace_bytes), MK_FIELD(x_stride),
+        MK_FIELD(q_stride), MK_FIELD(q_head_stride), MK_FIELD(cache_page_stride),
+        MK_FIELD(cache_stride), MK_FIELD(cache_head_stride), MK_FIELD(tokens), MK_FIELD(hidden),
+        MK_FIELD(num_q_heads), MK_FIELD(num_kv_heads), MK_FIELD(head_dim), MK_FIELD(num_pages),
+        MK_FIELD(page_size), MK_FIELD(eps), MK_FIELD(slots_dtype), MK_FIELD(dtype), MK_FIELD(rope));
+#undef MK_FIELD
+#define MK_FIELD(field) MK_MEMBER(embedding_quant, #field, embedding.field)
+    def_op(m, "embedding_quant", &mk_embedding_quant, &mk_embedding_quant_plan, MK_FIELD(ids),
+           MK_MEMBER(embedding_quant, "table", table), MK_FIELD(out), MK_FIELD(out_stride),
+           MK_FIELD(tokens), MK_FIELD(vocab), MK_FIELD(hidden), MK_FIELD(ids_dtype),
+           MK_FIELD(dtype));
+#undef MK_FIELD
+#undef MK_MEMBER
     def_cpu_linear(m, &check);
+    def_quant_pack(m, &check);
 }

@@ -1,0 +1,242 @@
+// Plans of the ops with quantised weights: mk_linear_quant, mk_linear_quant_swiglu,
+// mk_qkv_rope_append_quant, mk_quant_prepare_x and mk_embedding_quant.
+#include "quant/quant_plan.h"
+
+#include "common/rows_plan.h"
+#include "linear/linear_plan.h"
+
+namespace mk {
+
+namespace {
+
+struct QuantType {
+    mk_quant_type type;
+    const char* name;
+    int32_t block, block_bytes;
+};
+constexpr QuantType kQuantTypes[] = {
+    {MK_Q4_0, "Q4_0", 32, 18},   {MK_Q4_1, "Q4_1", 32, 20},   {MK_Q5_0, "Q5_0", 32, 22},
+    {MK_Q5_1, "Q5_1", 32, 24},   {MK_Q8_0, "Q8_0", 32, 34},   {MK_Q2_K, "Q2_K", 256, 84},
+    {MK_Q3_K, "Q3_K", 256, 110}, {MK_Q4_K, "Q4_K", 256, 144}, {MK_Q5_K, "Q5_K", 256, 176},
+    {MK_Q6_K, "Q6_K", 256, 210},
+};
+
+QuantType find_type(int32_t type) {
+    for (const QuantType& t : kQuantTypes) {
+        if (t.type == type) return t;
+    }
+    return {static_cast<mk_quant_type>(0), "invalid", 0, 0};
+}
+
+}  // namespace
+
+int32_t quant_block(int32_t type) { return find_type(type).block; }
+int32_t quant_block_bytes(int32_t type) { return find_type(type).block_bytes; }
+const char* quant_type_name(int32_t type) { return find_type(type).name; }
+
+mk_status check_quant_type(const char* name, int32_t type, const char* k_name, int32_t k) {
+    const int32_t block = quant_block(type);
+    MK_REQUIRE(block, MK_ERR_VALUE,
+               "%s must be one of mk_quant_type (Q4_0 2, Q4_1 3, Q5_0 6, Q5_1 7, Q8_0 8, Q2_K 10, "
+               "Q3_K 11, Q4_K 12, Q5_K 13, Q6_K 14), got %d",
+               name, type);
+    MK_REQUIRE(k % block == 0, MK_ERR_SHAPE,
+               "%s must be a multiple of %d, the block of %s = %s, got %d", k_name, block, name,
+               quant_type_name(type), k);
+    return MK_OK;
+}
+
+namespace {
+
+// A packed matrix of `rows` x `k`, whose tiles are read when `is_read`.
+mk_status check_matrix(const std::string& name, const mk_quant_matrix& w, int32_t rows,
+                       const char* k_name, int32_t k, bool is_read) {
+    MK_TRY(check_quant_type((name + ".type").c_str(), w.type, k_name, k));
+    MK_REQUIRE(w.rows == rows, MK_ERR_SHAPE, "%s.rows must be %d, got %d", name.c_str(), rows,
+               w.rows);
+    if (!is_read) return MK_OK;
+    MK_REQUIRE(w.tiles, MK_ERR_NULL, "%s.tiles is NULL", name.c_str());
+    MK_REQUIRE(is_16_byte(w.tiles, MK_F16, {}), MK_ERR_ALIGNMENT,
+               "%s.tiles = %p is not aligned to 16 bytes", name.c_str(), w.tiles);
+    return MK_OK;
+}
+
+mk_status check_no_dense(const char* name, const void* weights, const char* matrix) {
+    MK_REQUIRE(!weights, MK_ERR_VALUE, "%s must be NULL: the weights are %s.tiles", name, matrix);
+    return MK_OK;
+}
+
+// Bytes of what mk_quant_prepare_x writes for m rows of k.
+int64_t workspace_bytes(int32_t m, int32_t k) {
+    if (m <= MK_QUANT_MAX_DECODE_M) return 0;
+    const int64_t rows = ceil_div(m, 8) * int64_t{8}, cols = ceil_div(k, 64) * int64_t{64};
+    return rows * (2 * cols + cols / 2 + 16);
+}
+
+mk_status check_workspace(const void* workspace, int64_t bytes, int64_t least) {
+    if (least == 0) return MK_OK;
+    MK_REQUIRE(workspace, MK_ERR_NULL, "workspace is NULL");
+    MK_REQUIRE(is_16_byte(workspace, MK_F16, {}), MK_ERR_ALIGNMENT,
+               "workspace = %p is not aligned to 16 bytes", workspace);
+    MK_REQUIRE(bytes >= least, MK_ERR_VALUE, "workspace_bytes must be at least %lld, got %lld",
+               static_cast<long long>(least), static_cast<long long>(bytes));
+    return MK_OK;
+}
+
+Product make_product(const mk_linear_params& p) {
+    return {p.x, nullptr, p.norm_weight, p.x_stride, 0, p.m, p.n, p.k, p.eps, 0};
+}
+
+struct LinearQuant {
+    using Params = mk_linear_quant_params;
+
+    static mk_status check(const Params& p) {
+        MK_TRY(check_product(p));
+        return check_linear_out(p.linear);
+    }
+
+    static mk_status check_product(const Params& p) {
+        const mk_linear_params& a = p.linear;
+        MK_TRY(check_size("n", a.n, 1, 1 << 24));
+        MK_TRY(check_inputs(make_product(a), "m", "k", a.dtype, INT32_MAX));
+        MK_TRY(check_no_dense("linear.w", a.w, "w"));
+        MK_TRY(check_matrix("w", p.w, a.n, "k", a.k, a.m > 0));
+        return check_workspace(p.workspace, p.workspace_bytes, workspace_bytes(a.m, a.k));
+    }
+};
+
+struct LinearQuantSwiglu {
+    using Params = mk_linear_quant_params;
+
+    static mk_status check(const Params& p) {
+        MK_TRY(LinearQuant::check_product(p));
+        return check_swiglu_out(p.linear);
+    }
+};
+
+struct QkvRopeAppendQuant {
+    using Params = mk_qkv_rope_append_quant_params;
+
+    static mk_status check(const Params& p) {
+        const mk_qkv_rope_append_params& a = p.qkv;
+        MK_TRY(check_qkv_sizes(a));
+        const Product product{a.x,      nullptr, a.norm_weight, a.x_stride, 0,
+                              a.tokens, 0,       a.hidden,      a.eps,      0};
+        MK_TRY(check_inputs(product, "tokens", "hidden", a.dtype, INT32_MAX));
+        MK_TRY(check_no_dense("qkv.w", a.w, "w[0...2]"));
+        for (int i = 0; i < 3; ++i) {
+            const int32_t heads = i == 0 ? a.num_q_heads : a.num_kv_heads;
+            MK_TRY(check_matrix("w[" + std::to_string(i) + "]", p.w[i], heads * a.head_dim,
+                                "hidden", a.hidden, a.tokens > 0));
+        }
+        MK_TRY(
+            check_workspace(p.workspace, p.workspace_bytes, workspace_bytes(a.tokens, a.hidden)));
+        return check_qkv_out(a);
+    }
+};
+
+struct QuantPrepareX {
+    using Params = mk_quant_prepare_x_params;
+
+    static mk_status check(const Params& p) {
+        const Product product{p.x, nullptr, p.norm_weight, p.x_stride, 0, p.m, 0, p.k, p.eps, 0};
+        MK_TRY(check_inputs(product, "m", "k", p.dtype, INT32_MAX));
+        MK_REQUIRE(p.k % 32 == 0, MK_ERR_SHAPE, "k must be a multiple of 32, got %d", p.k);
+        return check_workspace(p.workspace, p.workspace_bytes, workspace_bytes(p.m, p.k));
+    }
+};
+
+struct EmbeddingQuant {
+    using Params = mk_embedding_quant_params;
+
+    static mk_status check(const Params& p) {
+        const mk_embedding_params& a = p.embedding;
+        MK_TRY(check_activation_dtype(a.dtype));
+        MK_TRY(check_size("tokens", a.tokens, 0, INT32_MAX));
+        MK_TRY(check_size("hidden", a.hidden, 1, kRowMaxElements));
+        MK_TRY(check_size("vocab", a.vocab, 1, 1 << 24));
+        MK_TRY(check_indices("ids", a.ids, a.tokens, a.ids_dtype));
+        MK_TRY(check_no_dense("embedding.table", a.table, "table"));
+        MK_TRY(check_matrix("table", p.table, a.vocab, "hidden", a.hidden, a.tokens > 0));
+        return check_rows("out", a.out, a.out_stride, a.tokens, a.hidden, a.dtype);
+    }
+};
+
+// Ops whose kernels are not written yet: a valid call is refused.
+template <class Op>
+mk_status refuse(const typename Op::Params* params) {
+    MK_REQUIRE(params, MK_ERR_NULL, "params is NULL");
+    MK_TRY(Op::check(*params));
+    return fail(MK_ERR_UNSUPPORTED, "this build has no kernels for quantised weights");
+}
+
+mk_status tell_bytes(const void* params, int32_t m, int32_t k, int64_t* bytes) {
+    MK_REQUIRE(params, MK_ERR_NULL, "params is NULL");
+    MK_REQUIRE(bytes, MK_ERR_NULL, "bytes is NULL");
+    MK_TRY(check_size("m", m, 0, 1 << 30));
+    MK_TRY(check_size("k", k, 1, 1 << 20));
+    *bytes = workspace_bytes(m, k);
+    return MK_OK;
+}
+
+}  // namespace
+}  // namespace mk
+
+extern "C" {
+
+mk_status mk_linear_quant(const mk_linear_quant_params* params, void*) {
+    return mk::refuse<mk::LinearQuant>(params);
+}
+
+mk_status mk_linear_quant_plan(const mk_linear_quant_params* params, const mk_device*, mk_plan*) {
+    return mk::refuse<mk::LinearQuant>(params);
+}
+
+mk_status mk_linear_quant_swiglu(const mk_linear_quant_params* params, void*) {
+    return mk::refuse<mk::LinearQuantSwiglu>(params);
+}
+
+mk_status mk_linear_quant_swiglu_plan(const mk_linear_quant_params* params, const mk_device*,
+                                      mk_plan*) {
+    return mk::refuse<mk::LinearQuantSwiglu>(params);
+}
+
+mk_status mk_linear_quant_workspace_bytes(const mk_linear_quant_params* params, int64_t* bytes) {
+    return mk::tell_bytes(params, params ? params->linear.m : 0, params ? params->linear.k : 0,
+                          bytes);
+}
+
+mk_status mk_qkv_rope_append_quant(const mk_qkv_rope_append_quant_params* params, void*) {
+    return mk::refuse<mk::QkvRopeAppendQuant>(params);
+}
+
+mk_status mk_qkv_rope_append_quant_plan(const mk_qkv_rope_append_quant_params* params,
+                                        const mk_device*, mk_plan*) {
+    return mk::refuse<mk::QkvRopeAppendQuant>(params);
+}
+
+mk_status mk_qkv_rope_append_quant_workspace_bytes(const mk_qkv_rope_append_quant_params* params,
+                                                   int64_t* bytes) {
+    return mk::tell_bytes(params, params ? params->qkv.tokens : 0, params ? params->qkv.hidden : 0,
+                          bytes);
+}
+
+mk_status mk_quant_prepare_x(const mk_quant_prepare_x_params* params, void*) {
+    return mk::refuse<mk::QuantPrepareX>(params);
+}
+
+mk_status mk_quant_prepare_x_plan(const mk_quant_prepare_x_params* params, const mk_device*,
+                                  mk_plan*) {
+    return mk::refuse<mk::QuantPrepareX>(params);
+}
+
+mk_status mk_embedding_quant(const mk_embedding_quant_params* params, void*) {
+    return mk::refuse<mk::EmbeddingQuant>(params);
+}
+
+mk_status mk_embedding_quant_plan(const mk_embedding_quant_params* params, const mk_device*,
+                                  mk_plan*) {
+    return mk::refuse<mk::EmbeddingQuant>(params);
+}
+
+}  // extern "C"

@@ -1,0 +1,18 @@
+// Checks that the ops with quantised weights and the repack share.
+#pragma once
+
+#include "launch/op.h"
+
+namespace mk {
+
+// Elements of a block: 32 or 256; 0 for a value that is no mk_quant_type.
+int32_t quant_block(int32_t type);
+// Bytes of a block.
+int32_t quant_block_bytes(int32_t type);
+// "Q4_K" and so on.
+const char* quant_type_name(int32_t type);
+
+// A type in the field `name`, for rows of `k` elements, the field `k_name`.
+mk_status check_quant_type(const char* name, int32_t type, const char* k_name, int32_t k);
+
+}  // namespace mk
