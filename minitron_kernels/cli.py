@@ -101,7 +101,10 @@ _dtype_option = click.option(
     type=click.Choice(["auto", *DTYPES]),
     default="auto",
     show_default=True,
-    help="Type of the weights and activations.",
+    help="Type of activations, cache and weights; quantised matrices of a GGUF file stay so.",
+)
+_expand_option = click.option(
+    "--expand", is_flag=True, help="Expand quantised matrices to --dtype while loading."
 )
 _json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 
@@ -114,6 +117,8 @@ class ModelOptions:
     revision: str | None
     dtype: str
     device: str
+    expand: bool
+    allow_nonfinite: bool
     num_threads: int | None
 
     def load(self) -> tuple[MinitronForCausalLM, Tokenizer]:
@@ -134,7 +139,13 @@ class ModelOptions:
             )
         path = resolve(self.model or SMOLLM2, self.revision)
         tokenizer = AutoTokenizer.from_pretrained(path)
-        model = MinitronForCausalLM.from_pretrained(path, dtype=self.dtype, device=self.device)
+        model = MinitronForCausalLM.from_pretrained(
+            path,
+            dtype=self.dtype,
+            device=self.device,
+            expand=self.expand,
+            allow_nonfinite=self.allow_nonfinite,
+        )
         return model, tokenizer
 
 
@@ -152,6 +163,12 @@ def _model_options(command: _Command) -> _Command:
         _dtype_option,
         click.option(
             "--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."
+        ),
+        _expand_option,
+        click.option(
+            "--allow-nonfinite",
+            is_flag=True,
+            help="Load quantised matrices even if a block scale is infinite or NaN.",
         ),
         click.option(
             "--num-threads", type=click.IntRange(min=1), help="CPU threads.  [default: PyTorch's]"
@@ -281,6 +298,9 @@ def cli(ctx: click.Context) -> None:
     help='A prompt a line, or JSONL: {"prompt": TEXT or IDS, sampling options of this request}.',
 )
 @click.option("--no-stream", is_flag=True, help="Print the text when it is complete.")
+@click.option(
+    "--stats", is_flag=True, help="Tell weights, times and peak memory on standard error."
+)
 @_cuda_graphs_option
 @_json_option
 def generate(
@@ -288,6 +308,7 @@ def generate(
     prompt: str | None,
     batch_file: Path | None,
     no_stream: bool,
+    stats: bool,
     cuda_graphs: bool | None,
     as_json: bool,
     **sampling: Any,
@@ -322,22 +343,24 @@ def generate(
                 )
             ) from error
     finished = _run(run, show=streaming)
-    if as_json:
-        from minitron_kernels.info import peak_memory
+    report: dict[str, Any] = {}
+    if as_json or stats:
+        from minitron_kernels.info import peak_memory, weights_info
 
+        report = {
+            "timings": {"load_seconds": load_seconds, **_timings_json(run.timings)},
+            "weights": weights_info(model),
+            **peak_memory(),
+        }
+    if as_json:
         results = [_result_json(result) for result in run.results]
-        timings = {"load_seconds": load_seconds, **_timings_json(run.timings)}
-        _print_json(
-            {
-                **({"results": results} if batch_file else results[0]),
-                "timings": timings,
-                **peak_memory(),
-            }
-        )
+        _print_json({**({"results": results} if batch_file else results[0]), **report})
     elif not streaming:
         for i, result in enumerate(run.results, start=1):
             header = f"--- {i}/{len(run.results)} ---\n" if batch_file else ""
             _write(f"{header}{result.text}\n")
+    if stats:
+        click.echo("\n".join(_outline(report)), err=True)
     return 0 if finished else EXIT_INTERRUPTED
 
 
@@ -583,8 +606,9 @@ def _parse_ids(text: str) -> list[int]:
 @click.argument("model", required=False)
 @_revision_option
 @_dtype_option
+@_expand_option
 @_json_option
-def info(model: str | None, revision: str | None, dtype: str, as_json: bool) -> None:
+def info(model: str | None, revision: str | None, dtype: str, expand: bool, as_json: bool) -> None:
     """Versions, devices and compiled kernels; for MODEL its shape, files and memory needs.
 
     The weights are not loaded.
@@ -601,7 +625,7 @@ def info(model: str | None, revision: str | None, dtype: str, as_json: bool) -> 
         if model is not None:
             from minitron_kernels.loaders.hub import resolve
 
-            report["model"] = model_info(resolve(model, revision), dtype)
+            report["model"] = model_info(resolve(model, revision), dtype, expand)
     if as_json:
         _print_json(report)
         return
@@ -666,6 +690,8 @@ def _outline(value: Any, indent: str = "") -> Iterator[str]:
 def _shown(key: str, value: Any) -> str:
     if value is None:
         return "-"
+    if isinstance(value, float):
+        return f"{value:.4g}"
     if isinstance(value, list | tuple | dict):
         return " ".join(map(str, value)) or "none"
     if "bytes" in key and isinstance(value, int):

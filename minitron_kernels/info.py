@@ -14,8 +14,9 @@ from typing import Any
 import psutil
 import torch
 
-from minitron_kernels.loaders.checkpoint import open_checkpoint
+from minitron_kernels.loaders.checkpoint import Weights, dtype_name, open_checkpoint
 from minitron_kernels.native import build_info
+from minitron_kernels.quantized import QuantizedTensor
 
 
 def versions() -> dict[str, str | None]:
@@ -96,20 +97,22 @@ def build() -> dict[str, Any]:
         return {"archs": [], "none_because": str(error)}
 
 
-def model_info(path: Path, dtype: str) -> dict[str, Any]:
+def model_info(path: Path, dtype: str, expand: bool = False) -> dict[str, Any]:
     """Shape, stored types and memory needs of the checkpoint at `path`; weights are not read.
 
-    `dtype` is "auto" (that of the checkpoint) or one of config.DTYPES.
+    `dtype` is "auto" (that of the checkpoint) or one of config.DTYPES; `expand` as from_pretrained.
     """
     checkpoint = open_checkpoint(path)
     config = checkpoint.config
     dtype = config.dtype if dtype == "auto" else dtype
-    itemsize = getattr(torch, dtype).itemsize
+    torch_type: torch.dtype = getattr(torch, dtype)
+    weights = Weights(checkpoint, torch_type, expand)
     types: dict[str, dict[str, int]] = {}
-    for tensor in checkpoint.tensors.values():
-        entry = types.setdefault(tensor.type, {"count": 0, "bytes": 0})
-        entry["count"] += 1
-        entry["bytes"] += tensor.nbytes
+    kept: dict[str, dict[str, int]] = {}
+    for name, tensor in checkpoint.tensors.items():
+        _count(types, tensor.type, tensor.nbytes)
+        if weights.stays_quantized(name):
+            _count(kept, tensor.type, tensor.nbytes)
     return {
         "path": str(checkpoint.path),
         "config": dataclasses.asdict(config),
@@ -117,11 +120,29 @@ def model_info(path: Path, dtype: str) -> dict[str, Any]:
         "tensor_types": dict(sorted(types.items())),
         "stored_bytes": sum(entry["bytes"] for entry in types.values()),
         "dtype": dtype,
-        "weights_bytes": config.num_parameters * itemsize,
+        "kept_quantized": dict(sorted(kept.items())),
+        "weights_bytes": weights.nbytes(),
         # The rest stays in the file, memory-mapped.
-        "weights_allocated_bytes": checkpoint.ram_needed(getattr(torch, dtype)),
-        "kv_bytes_per_1k_tokens": 1024 * config.kv_bytes_per_token(itemsize),
+        "weights_allocated_bytes": weights.ram_needed(),
+        "kv_bytes_per_1k_tokens": 1024 * config.kv_bytes_per_token(torch_type.itemsize),
     }
+
+
+def weights_info(model: torch.nn.Module) -> dict[str, dict[str, int]]:
+    """Number and bytes of a model's weights by type: a dtype, or that of quantised blocks."""
+    types: dict[str, dict[str, int]] = {}
+    for weight in model.parameters():
+        kind = (
+            weight.quant_type if isinstance(weight, QuantizedTensor) else dtype_name(weight.dtype)
+        )
+        _count(types, kind, weight.nbytes)
+    return dict(sorted(types.items()))
+
+
+def _count(types: dict[str, dict[str, int]], kind: str, nbytes: int) -> None:
+    entry = types.setdefault(kind, {"count": 0, "bytes": 0})
+    entry["count"] += 1
+    entry["bytes"] += nbytes
 
 
 def peak_memory() -> dict[str, int]:

@@ -29,7 +29,10 @@ class RMSNorm(nn.Module):
 
 
 class Linear(nn.Module):
-    """A bias-free matrix [out, in]; x [..., in] (+ residual [..., out]) -> [..., out]."""
+    """A bias-free matrix [out, in]; x [..., in] (+ residual [..., out]) -> [..., out].
+
+    The weight may be a QuantizedTensor, here and in the other layers with matrices.
+    """
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__()
@@ -148,11 +151,11 @@ class SwiGLUMLP(Packable):
 
 
 class Embedding(nn.Module):
-    """Rows of a table [V, H]; ids [...] -> [..., H]."""
+    """Rows of a table [V, H]; ids [...] -> [..., H], of ``dtype`` if the table is quantised."""
 
     def __init__(self, num_embeddings: int, embedding_dim: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_embeddings, embedding_dim))
 
-    def forward(self, ids: Tensor) -> Tensor:
-        return ops.embedding(ids, self.weight)
+    def forward(self, ids: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        return ops.embedding(ids, self.weight, dtype)

@@ -27,7 +27,7 @@ from minitron_kernels.config import DTYPES, ModelConfig
 from minitron_kernels.layers import Embedding, Linear, Packable, RMSNorm, SwiGLUMLP
 
 if TYPE_CHECKING:
-    from minitron_kernels.loaders.checkpoint import Checkpoint
+    from minitron_kernels.loaders.checkpoint import Checkpoint, Weights
 
 Tensor = torch.Tensor
 
@@ -103,10 +103,19 @@ class Batch:
 
 
 class Attention(Packable):
+    """Causal attention over the cache, from x [T, H] to x + its result.
+
+    ``interleaved``: features 2i and 2i+1 of a head of Q and K are a RoPE pair, as in a GGUF file,
+    whose rows of Q and K are then used where they lie; else features i and i + D/2, as in Hugging
+    Face's checkpoints. Whichever it is, state dicts have Hugging Face's order.
+    """
+
     matrices = ("q_proj", "k_proj", "v_proj")
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        self.interleaved = False
+        self.register_state_dict_post_hook(_half_split_rows)
         hidden, d = config.hidden_size, config.head_dim
         self.window = config.sliding_window
         self.shape = (config.num_attention_heads, config.num_key_value_heads, d)
@@ -117,14 +126,23 @@ class Attention(Packable):
 
     def _pack(self, *weights: Tensor) -> Tensor:
         wq, wk, wv = weights
-        return ops.pack_qkv(wq, wk, wv, head_dim=self.shape[2]).weight
+        d = self.shape[2]
+        return ops.pack_qkv(wq, wk, wv, head_dim=d, interleaved=self.interleaved).weight
 
     def _unpack(self) -> tuple[Tensor, ...]:
         return ops.unpack_qkv(self._packed())
 
     def _packed(self) -> ops.PackedQKV:
         assert self.packed_weight is not None
-        return ops.PackedQKV(self.packed_weight, *self.shape, rotary_dim=self.shape[2])
+        d = self.shape[2]
+        return ops.PackedQKV(
+            self.packed_weight, *self.shape, rotary_dim=d, interleaved=self.interleaved
+        )
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        if self.interleaved:  # state_dict is torch's copy, of which the children get their parts
+            _reorder(state_dict, prefix, self.shape[2], to_interleaved=True)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def forward(
         self, x: Tensor, norm: ops.Norm, rope: ops.Rope, kv: tuple[Tensor, Tensor], batch: Batch
@@ -134,6 +152,8 @@ class Attention(Packable):
             w_qkv = self.q_proj.weight, self.k_proj.weight, self.v_proj.weight
         else:
             w_qkv = self._packed()
+        if rope.interleaved != self.interleaved:
+            rope = rope._replace(interleaved=self.interleaved)
         q = ops.qkv_rope_append(x, norm, w_qkv, rope, kv, batch.slots)
         out = ops.attention_kvcache(
             q,
@@ -149,6 +169,31 @@ class Attention(Packable):
         )
         assert isinstance(out, Tensor)
         return self.o_proj(out.flatten(1), residual=x)
+
+
+def _half_split_rows(
+    module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any
+) -> None:
+    """What is saved of an interleaved Attention has the rows of Q and K in Hugging Face's order."""
+    assert isinstance(module, Attention)
+    if module.interleaved:
+        _reorder(state_dict, prefix, module.shape[2], to_interleaved=False)
+
+
+def _reorder(
+    state_dict: dict[str, Any], prefix: str, head_dim: int, *, to_interleaved: bool
+) -> None:
+    """Exchange the rows of Q and K in a state dict for a copy in the other order of RoPE pairs.
+
+    What does not divide into heads is left as it is: its shape is an error already.
+    """
+    pairs = (2, head_dim // 2) if to_interleaved else (head_dim // 2, 2)
+    for name in ("q_proj", "k_proj"):
+        weight = state_dict.get(f"{prefix}{name}.weight")
+        if isinstance(weight, Tensor) and weight.ndim == 2 and weight.shape[0] % head_dim == 0:
+            rows = torch.arange(weight.shape[0], device=weight.device)
+            rows = rows.view(-1, *pairs).transpose(1, 2).reshape(-1)
+            state_dict[f"{prefix}{name}.weight"] = weight.detach().index_select(0, rows)
 
 
 class DecoderLayer(nn.Module):
@@ -199,6 +244,8 @@ class MinitronForCausalLM(nn.Module):
         device: torch.device | str | None = None,
         revision: str | None = None,
         progress: bool | None = None,
+        expand: bool = False,
+        allow_nonfinite: bool = False,
         torch_dtype: torch.dtype | str | None = None,
         device_map: torch.device | str | None = None,
     ) -> MinitronForCausalLM:
@@ -208,55 +255,49 @@ class MinitronForCausalLM(nn.Module):
         ``repo:QUANT`` and ``repo/file.gguf`` for GGUF repositories), or a built-in name
         (smollm2-135m, minitron-8b, minitron-8b:Q4_K_M). ``dtype`` ("auto": as stored, bfloat16 for
         quantised GGUF) and ``device`` also go by transformers' names torch_dtype and device_map.
-        Weights stored in the wanted dtype stay memory-mapped on the CPU; others are converted one
-        tensor at a time. On a GPU they are packed for the fused kernels (see `pack`), layer by
-        layer. ``progress`` shows a bar (None: on a terminal, when there is much to do).
+        ``progress`` shows a bar (None: on a terminal, when there is much to do).
+
+        Quantised matrices of a GGUF file stay so (`QuantizedTensor`), and ``dtype`` is that of
+        activations, norms and cache; ``expand`` decodes them to it. An infinite or NaN block scale
+        is an error unless ``allow_nonfinite``. Other weights stored in the wanted dtype, and on the
+        CPU quantised ones, stay memory-mapped; the rest is converted one tensor at a time. On a GPU
+        weights are packed for the fused kernels (see `pack`), layer by layer.
 
         Raises ValueError for a bad argument or a damaged file (naming file and field),
         FileNotFoundError, NotImplementedError for an unsupported model, MemoryError beforehand if
         the machine has too little memory.
         """
-        from minitron_kernels.loaders.checkpoint import check_memory, open_checkpoint
+        from minitron_kernels.loaders.checkpoint import Weights, open_checkpoint
         from minitron_kernels.loaders.hub import resolve
 
         device = devices.parse(_one_of("device", device, "device_map", device_map))
         wanted_dtype = _one_of("dtype", dtype, "torch_dtype", torch_dtype)
         checkpoint = open_checkpoint(resolve(source, revision))
         torch_type = _dtype(wanted_dtype, checkpoint.config)
-        if device.type == "cpu":
-            check_memory(checkpoint, torch_type)
-        else:
-            _check_device_memory(checkpoint.config, torch_type, device)
+        expand = expand or devices.has_graphs(device)  # GPUs have no kernels for blocks yet
+        weights = Weights(checkpoint, torch_type, expand, allow_nonfinite)
+        weights.check_memory(device)
         with torch.device("meta"):
             model = cls(checkpoint.config)
         model.checkpoint = checkpoint
-        model._load(checkpoint, torch_type, device, progress)
+        model._load(weights, device, progress)
         return model
 
-    def _load(
-        self,
-        checkpoint: Checkpoint,
-        dtype: torch.dtype,
-        device: torch.device,
-        progress: bool | None,
-    ) -> None:
+    def _load(self, weights: Weights, device: torch.device, progress: bool | None) -> None:
         from tqdm import tqdm
 
         shapes = self.config.weight_shapes()
-        for name, shape in shapes.items():  # all are checked before the first is read
-            info = checkpoint.tensors.get(name)
-            if info is None:
-                raise ValueError(f"{checkpoint.path}: tensor {name} is missing")
-            if tuple(info.shape) != shape:
-                raise ValueError(
-                    f"{info.file}: tensor {name} has shape {list(info.shape)}, "
-                    f"the config asks for {list(shape)}"
-                )
-        converted = checkpoint.ram_needed(dtype)
-        if progress is None and converted < 1 << 28 and device.type == "cpu":
+        weights.check(shapes)
+        tensors = weights.checkpoint.tensors
+        if progress is None and weights.ram_needed() < 1 << 28 and device.type == "cpu":
             progress = False
+        for i, layer in enumerate(self.model.layers):
+            attention = layer.get_submodule("self_attn")
+            assert isinstance(attention, Attention)
+            q_proj = f"model.layers.{i}.self_attn.q_proj.weight"
+            attention.interleaved = weights.is_interleaved(q_proj)
         with tqdm(
-            total=sum(checkpoint.tensors[name].nbytes for name in shapes),
+            total=sum(tensors[name].nbytes for name in shapes),
             desc="loading weights",
             unit="B",
             unit_scale=True,
@@ -266,14 +307,14 @@ class MinitronForCausalLM(nn.Module):
         ) as bar:
             for name in shapes:
                 owner, _, leaf = name.rpartition(".")
-                weight = nn.Parameter(checkpoint.load(name, dtype).to(device), requires_grad=False)
+                weight = nn.Parameter(weights.load(name).to(device), requires_grad=False)
                 setattr(self.get_submodule(owner), leaf, weight)
                 packs = cuda_ops.serves(weight)
                 del weight  # so that packing is what holds it last
                 parent = self.get_submodule(owner.rpartition(".")[0])
                 if packs and isinstance(parent, Packable) and not parent.is_partly_on_meta:
                     parent.pack()
-                bar.update(checkpoint.tensors[name].nbytes)
+                bar.update(tensors[name].nbytes)
 
     def pack(self) -> None:
         """Pack the weights for the fused kernels, one layer after the other.
@@ -310,7 +351,7 @@ class MinitronForCausalLM(nn.Module):
     def forward(self, batch: Batch, cache: PagedKVCache) -> Tensor:
         """Logits fp32 [len(batch.rows), V] of a batch whose K and V go to ``cache``."""
         rope = self._rope_for(batch.positions)
-        x = self.model.embed_tokens(batch.ids)
+        x = self.model.embed_tokens(batch.ids, self.dtype)
         for i, layer in enumerate(self.model.layers):
             x = layer(x, rope, cache.layer(i), batch)
         if batch.rows is not None:
@@ -353,15 +394,6 @@ def _one_of(name: str, value: Any, other_name: str, other: Any) -> Any:
     if value is not None and other is not None and value != other:
         raise ValueError(f"{name} ({value}) and {other_name} ({other}) contradict each other")
     return value if value is not None else other
-
-
-def _check_device_memory(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
-    need, have = config.num_parameters * dtype.itemsize, devices.free_memory(device)
-    if need > have:
-        raise MemoryError(
-            f"{config.source}: the weights as {str(dtype).removeprefix('torch.')} need "
-            f"{need / 2**30:.1f} GiB of memory on {device}, and {have / 2**30:.1f} GiB are free"
-        )
 
 
 def _dtype(dtype: torch.dtype | str | None, config: ModelConfig) -> torch.dtype:

@@ -16,15 +16,12 @@ A row's result does not depend on the other rows of the batch (bit for bit in fl
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable
-from typing import NamedTuple, ParamSpec, TypeVar
 
 import torch
 import torch.nn.functional as F
 
-from minitron_kernels import cuda_attention, cuda_ops, torch_ops
+from minitron_kernels import cuda_attention, cuda_ops, quantized_ops, torch_ops
 from minitron_kernels.checks import (
     check_cache,
     check_cu_seqlens,
@@ -40,6 +37,7 @@ from minitron_kernels.checks import (
     check_window,
     shape_of,
 )
+from minitron_kernels.library import Norm, Rope, op
 from minitron_kernels.packing import (
     PackedGateUp,
     PackedQKV,
@@ -48,6 +46,7 @@ from minitron_kernels.packing import (
     unpack_gate_up,
     unpack_qkv,
 )
+from minitron_kernels.quantized import QuantizedTensor
 
 Tensor = torch.Tensor
 
@@ -74,63 +73,10 @@ __all__ = [
 ]
 
 
-class Norm(NamedTuple):
-    """An RMSNorm that rides on the op after it."""
-
-    weight: Tensor  # [H]
-    eps: float
-
-
-class Rope(NamedTuple):
-    """Rotary tables and the position of every token.
-
-    ``cos``, ``sin``: fp32 [max_position, R/2], R <= D rotated features. ``positions``: int32/int64
-    [T], or None where an op can tell them from the sequence lengths. ``interleaved``: pairs are
-    features (2i, 2i+1), as in GGUF's llama; else (i, i + R/2), as in Hugging Face's.
-    """
-
-    cos: Tensor
-    sin: Tensor
-    positions: Tensor | None = None
-    interleaved: bool = False
-
-
-# ---------------------------------------------------------------------------------- registration
-
-_LIBRARY = torch.library.Library("minitron_kernels", "DEF")
-_Args = ParamSpec("_Args")
-_Result = TypeVar("_Result")
-
-
-def _op(
-    schema: str, fake: Callable[..., object]
-) -> Callable[[Callable[_Args, _Result]], Callable[_Args, _Result]]:
-    """Register a function as an op of CPU and CUDA tensors; ``fake`` tells its outputs' shapes."""
-
-    def register(function: Callable[_Args, _Result]) -> Callable[_Args, _Result]:
-        name = schema.partition("(")[0]
-        _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-        _LIBRARY.impl(name, function, "CPU")
-        _LIBRARY.impl(name, function, "CUDA")
-        torch.library.register_fake(f"minitron_kernels::{name}", fake, lib=_LIBRARY)
-        registered = getattr(torch.ops.minitron_kernels, name).default
-
-        @functools.wraps(function)
-        def call(*args: _Args.args, **kwargs: _Args.kwargs) -> _Result:
-            if torch.compiler.is_compiling():
-                result: _Result = registered(*args, **kwargs)
-                return result
-            return function(*args, **kwargs)
-
-        return call
-
-    return register
-
-
 # ------------------------------------------------------------------------------- norm, rope, act
 
 
-@_op(
+@op(
     "rms_norm(Tensor x, Tensor weight, float eps) -> Tensor",
     lambda x, weight, eps: x.new_empty(x.shape),
 )
@@ -147,7 +93,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return torch_ops.rms_norm(x, weight, eps)
 
 
-@_op(
+@op(
     "add_rms_norm(Tensor x, Tensor(a!) residual, Tensor weight, float eps) -> Tensor",
     lambda x, residual, weight, eps: x.new_empty(x.shape),
 )
@@ -166,7 +112,7 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Ten
     return torch_ops.rms_norm(residual, weight, eps)
 
 
-@_op(
+@op(
     "apply_rope(Tensor q, Tensor k, Tensor cos, Tensor sin, Tensor positions, "
     "bool interleaved=False) -> (Tensor, Tensor)",
     lambda q, k, cos, sin, positions, interleaved=False: (
@@ -197,7 +143,7 @@ def apply_rope(
     return torch_ops.rotate(q, c, s, interleaved), torch_ops.rotate(k, c, s, interleaved)
 
 
-@_op(
+@op(
     "silu_and_mul(Tensor gate_up) -> Tensor",
     lambda gate_up: gate_up.new_empty((*gate_up.shape[:-1], gate_up.shape[-1] // 2)),
 )
@@ -225,9 +171,11 @@ def linear(
 ) -> Tensor:
     """x [..., K] @ w [N, K]^T (+ residual [..., N]) -> [..., N], x optionally normalised first.
 
-    ``out_dtype``: x's (None), or float32 for sums that are not rounded, as logits want them; this
-    one takes no residual.
+    w is dense, of x's dtype, or a QuantizedTensor. ``out_dtype``: x's (None), or float32 for sums
+    that are not rounded, as logits want them; this one takes no residual.
     """
+    if isinstance(w, QuantizedTensor):
+        return quantized_ops.linear(x, w, residual, norm, out_dtype)
     weight, eps = norm if norm is not None else (None, 0.0)
     return _linear(x, w, residual, weight, eps, out_dtype)
 
@@ -243,7 +191,7 @@ def _fake_linear(
     return x.new_empty((*x.shape[:-1], w.shape[0]), dtype=out_dtype)
 
 
-@_op(
+@op(
     "linear(Tensor x, Tensor w, Tensor? residual, Tensor? norm_weight, float eps, "
     "ScalarType? out_dtype) -> Tensor",
     _fake_linear,
@@ -298,13 +246,16 @@ def swiglu_mlp(
     """down(silu(gate(x)) * up(x)) (+ residual), x optionally RMS-normalised first (Shazeer 2020).
 
     x [T, H]; w_gate_up a PackedGateUp, [2I, H] with gate's rows first, or the pair (gate [I, H],
-    up [I, H]); w_down [H, I]; residual [T, H]. Returns a new [T, H].
+    up [I, H]); w_down [H, I]; residual [T, H]. Each matrix is dense or a QuantizedTensor of a type
+    of its own. Returns a new [T, H].
 
     On a GPU packed weights take two launches (and the norm one more when T > 64): gate and up are
     not written to memory, and silu(gate) * up is rounded once. Unpacked ones take four, with gate
     and up rounded in between.
     """
     gate, up = _gate_up(w_gate_up)
+    if any(isinstance(w, QuantizedTensor) for w in (gate, up, w_down)):
+        return linear(_quantized_swiglu(x, gate, up, norm), w_down, residual)
     weight, eps = norm if norm is not None else (None, 0.0)
     return _swiglu_mlp(x, gate, up, w_down, weight, eps, residual)
 
@@ -312,11 +263,24 @@ def swiglu_mlp(
 def _gate_up(w: PackedGateUp | Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor | None]:
     if isinstance(w, PackedGateUp):
         return w.weight, None
-    gate, up = w.chunk(2) if isinstance(w, Tensor) else w
-    return gate, up
+    if isinstance(w, Tensor):
+        return w[: w.shape[0] // 2], w[w.shape[0] // 2 :]
+    return w
 
 
-@_op(
+def _quantized_swiglu(x: Tensor, gate: Tensor, up: Tensor | None, norm: Norm | None) -> Tensor:
+    """silu(gate(x)) * up(x), where one of them, or the matrix after them, is quantised."""
+    if up is None:
+        gate, up = unpack_gate_up(PackedGateUp(gate))
+    if gate.shape != up.shape:
+        raise ValueError(f"gate {shape_of(gate)} and up {shape_of(up)} must both be [I, H]")
+    if isinstance(gate, QuantizedTensor) and isinstance(up, QuantizedTensor):
+        return quantized_ops.linear_swiglu(x, gate, up, norm)
+    both = [linear(x, w, norm=norm) for w in (gate, up)]
+    return silu_and_mul(torch.cat(both, dim=-1))
+
+
+@op(
     "swiglu_mlp(Tensor x, Tensor gate, Tensor? up, Tensor w_down, Tensor? norm_weight, float eps, "
     "Tensor? residual) -> Tensor",
     lambda x, gate, up, w_down, norm_weight, eps, residual: x.new_empty(
@@ -382,7 +346,7 @@ def rope_append(
     _rope_append(k, v, rope.cos, rope.sin, rope.positions, rope.interleaved, *cache, slots)
 
 
-@_op(
+@op(
     "rope_append(Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor positions, bool interleaved, "
     "Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slots) -> ()",
     lambda *args: None,
@@ -426,9 +390,9 @@ def qkv_rope_append(
 ) -> Tensor:
     """RMSNorm, Q/K/V projection and RoPE of x; K and V go to the cache, Q [T, Hq, D] is returned.
 
-    x [T, H]; w_qkv a PackedQKV or (wq [Hq*D, H], wk [Hk*D, H], wv [Hk*D, H]); cache = (k_cache,
-    v_cache), each [pages, page, Hk, D], written in place at ``slots`` (int32/int64 [T]; negative:
-    skipped).
+    x [T, H]; w_qkv a PackedQKV or (wq [Hq*D, H], wk [Hk*D, H], wv [Hk*D, H]), each dense or a
+    QuantizedTensor of a type of its own; cache = (k_cache, v_cache), each [pages, page, Hk, D],
+    written in place at ``slots`` (int32/int64 [T]; negative: skipped).
 
     On a GPU packed weights take one launch (and the norm one more when T > 64), in which q and k
     are rounded once, after the rotation. Unpacked ones take five, with q and k rounded before it.
@@ -441,6 +405,8 @@ def qkv_rope_append(
         wq, wk, wv = w_qkv.weight, None, None
     else:
         wq, wk, wv = w_qkv
+        if any(isinstance(w, QuantizedTensor) for w in w_qkv):
+            return _quantized_qkv(x, norm, w_qkv, rope, cache, slots)
     return _qkv_rope_append(
         x,
         weight,
@@ -457,6 +423,29 @@ def qkv_rope_append(
     )
 
 
+def _quantized_qkv(
+    x: Tensor,
+    norm: Norm | None,
+    w_qkv: tuple[Tensor, Tensor, Tensor],
+    rope: Rope,
+    cache: tuple[Tensor, Tensor],
+    slots: Tensor,
+) -> Tensor:
+    """qkv_rope_append, where one of the matrices is quantised."""
+    wq, wk, wv = w_qkv
+    if (
+        isinstance(wq, QuantizedTensor)
+        and isinstance(wk, QuantizedTensor)
+        and isinstance(wv, QuantizedTensor)
+    ):
+        return quantized_ops.qkv_rope_append(x, norm, (wq, wk, wv), rope, cache, slots)
+    d = cache[0].shape[3]
+    q, k, v = (linear(x, w, norm=norm).unflatten(-1, (-1, d)) for w in w_qkv)
+    rope_append(k, v, rope, cache, slots)
+    assert rope.positions is not None
+    return apply_rope(q, k[:, :0], rope.cos, rope.sin, rope.positions, rope.interleaved)[0]
+
+
 def _fake_qkv(x: Tensor, norm_weight: Tensor | None, eps: float, *args: Tensor) -> Tensor:
     wq, wk = args[:2]
     hk, head_dim = args[-2].shape[2:]
@@ -464,7 +453,7 @@ def _fake_qkv(x: Tensor, norm_weight: Tensor | None, eps: float, *args: Tensor) 
     return x.new_empty((x.shape[0], heads, head_dim))
 
 
-@_op(
+@op(
     "qkv_rope_append(Tensor x, Tensor? norm_weight, float eps, Tensor wq, Tensor? wk, Tensor? wv, "
     "Tensor cos, Tensor sin, Tensor positions, bool interleaved, Tensor(a!) k_cache, "
     "Tensor(b!) v_cache, Tensor slots) -> Tensor",
@@ -586,7 +575,7 @@ def _fake_attention(q: Tensor, *args: object) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), q.new_empty(lse_shape, dtype=torch.float32)
 
 
-@_op(
+@op(
     "attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, "
     "SymInt? max_seqlen_q, bool causal, float? softmax_scale, int? window, Tensor? cos, "
     "Tensor? sin, bool interleaved, bool return_lse) -> (Tensor, Tensor)",
@@ -689,7 +678,7 @@ def attention_kvcache(
     return (out, lse) if return_lse else out
 
 
-@_op(
+@op(
     "attention_kvcache(Tensor q, Tensor? k_new, Tensor? v_new, Tensor(a!) k_cache, "
     "Tensor(b!) v_cache, Tensor block_table, Tensor cache_seqlens, Tensor? cu_seqlens_q, "
     "SymInt? max_seqlen_q, SymInt min_seqlen_q, Tensor? cos, Tensor? sin, Tensor? positions, "
@@ -774,12 +763,23 @@ def _attention_kvcache(
     )
 
 
-@_op(
+def embedding(ids: Tensor, table: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Rows ``ids`` (int32/int64 [T]) of table [V, H] -> [T, H]; an id out of range is an error.
+
+    The rows of a QuantizedTensor are decoded in fp32 and rounded to ``dtype``, which others have.
+    """
+    if isinstance(table, QuantizedTensor):
+        return quantized_ops.embedding(ids, table, dtype)
+    if dtype is not None and dtype != table.dtype:
+        raise TypeError(f"dtype is {dtype} but table is {table.dtype}")
+    return _embedding(ids, table)
+
+
+@op(
     "embedding(Tensor ids, Tensor table) -> Tensor",
     lambda ids, table: table.new_empty((*ids.shape, table.shape[1])),
 )
-def embedding(ids: Tensor, table: Tensor) -> Tensor:
-    """Rows ``ids`` (int32/int64 [T]) of table [V, H] -> [T, H]; an id out of range is an error."""
+def _embedding(ids: Tensor, table: Tensor) -> Tensor:
     check_float(table=table)
     check_index("ids", ids, tuple(ids.shape), table.device)
     check_range("ids", ids, 0, table.shape[0])

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 
 from minitron_kernels import _native
 from minitron_kernels.checks import lengths_of, starts_of
+from minitron_kernels.quantized import decode
 
 if TYPE_CHECKING:
     from minitron_kernels.ops import Rope
@@ -119,6 +120,32 @@ def matmul(
         out_dtype=_DTYPES[out_dtype],
     )
     return out
+
+
+def matmul_quant(
+    x: Tensor,
+    w: Tensor,
+    kind: str,
+    *,
+    add: Tensor | None = None,
+    swiglu_up: tuple[Tensor, str] | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """As `matmul`, of a quantised matrix: its blocks, uint8 [N, row bytes], and their type."""
+    cols = x.shape[1]
+    up = None if swiglu_up is None else decode(*swiglu_up, torch.float32).view(-1, cols)
+    y = matmul(
+        x.float(),
+        decode(w, kind, torch.float32).view(-1, cols),
+        add=None if add is None else add.float(),
+        swiglu_up=up,
+    )
+    return y.to(out_dtype or x.dtype)
+
+
+def embedding_quant(ids: Tensor, table: Tensor, kind: str, dtype: torch.dtype) -> Tensor:
+    """Rows ``ids`` of a table's blocks, uint8 [V, row bytes], decoded: a vector of ``dtype``."""
+    return decode(table.index_select(0, ids.reshape(-1)), kind, dtype)
 
 
 def attend(

@@ -13,7 +13,7 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType, quants
 
-from minitron_kernels.loaders.checkpoint import check_memory, open_checkpoint
+from minitron_kernels.loaders.checkpoint import Weights, open_checkpoint
 from minitron_kernels.loaders.gguf import BLOCK_TYPES, GGUFFile, part_paths
 from minitron_kernels.quantized import QuantizedTensor
 from tests.gguf_files import (
@@ -297,10 +297,11 @@ def test_header_of_a_large_vocabulary_is_read_quickly(tmp_path: Path) -> None:
 def test_check_memory_names_need_and_have(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_gguf(tmp_path / "m.gguf", tiny_tensors("Q4_K"))
     checkpoint = open_checkpoint(tmp_path / "m.gguf")
-    check_memory(checkpoint, torch.float32)
+    cpu = torch.device("cpu")
+    Weights(checkpoint, torch.float32).check_memory(cpu)
     monkeypatch.setattr(type(checkpoint), "ram_needed", lambda self, dtype, **options: 3 << 50)
     with pytest.raises(MemoryError, match=r"m\.gguf.*bfloat16 need 3145728\.0 GiB.*available"):
-        check_memory(checkpoint, torch.bfloat16)
+        Weights(checkpoint, torch.bfloat16).check_memory(cpu)
 
 
 def test_load_rejects_unknown_names_and_dtypes(tmp_path: Path) -> None:

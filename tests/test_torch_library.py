@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from minitron_kernels import ops
 from minitron_kernels.layers import RMSNorm, SwiGLUMLP
+from minitron_kernels.quantized import QUANT_TYPES, QuantizedTensor
+from tests.gguf_files import random_rows
 
 Tensor = torch.Tensor
 HEADS, KV_HEADS, D, HIDDEN, PAGE = 4, 2, 64, 48, 16
@@ -28,6 +31,16 @@ def caches() -> tuple[Tensor, Tensor]:
     return randn(8, PAGE, KV_HEADS, D), randn(8, PAGE, KV_HEADS, D)
 
 
+def blocks(kind: str, rows: int, cols: int) -> Tensor:
+    """The stored bytes of a random quantised matrix."""
+    return torch.from_numpy(random_rows(kind, rows, cols, np.random.default_rng(rows)))
+
+
+def matrix(w: Tensor, kind: str) -> QuantizedTensor:
+    block = QUANT_TYPES[kind]
+    return QuantizedTensor(w, kind, (w.shape[0], w.shape[1] // block.nbytes * block.elements))
+
+
 def arguments(t: int) -> dict[str, tuple[Any, ...]]:
     """Arguments of every registered op, for t tokens; an op in two forms has a second name."""
     cos, sin = table()
@@ -42,6 +55,11 @@ def arguments(t: int) -> dict[str, tuple[Any, ...]]:
     )
     wq, wk, wv = randn(HEADS * D, HIDDEN), randn(KV_HEADS * D, HIDDEN), randn(KV_HEADS * D, HIDDEN)
     weight = randn(HIDDEN)
+    wide, kinds = randn(t, 256), ["Q4_0", "Q8_0", "Q3_K"]
+    matrices = [
+        blocks(kind, rows * D, 256)
+        for kind, rows in zip(kinds, (HEADS, KV_HEADS, KV_HEADS), strict=True)
+    ]
     packed_qkv = ops.pack_qkv(wq, wk, wv, D).weight
     packed_gate_up = ops.pack_gate_up(gate, up).weight
     return {
@@ -63,6 +81,19 @@ def arguments(t: int) -> dict[str, tuple[Any, ...]]:
             q, k, v, *caches(), *paged, cu, t, 0, cos, sin, None, False, True, None, None, False,
         ),
         "embedding": (torch.arange(t), randn(70, HIDDEN)),
+        "linear_quant": (
+            wide, blocks("Q4_K", 40, 256), "Q4_K", 40, randn(t, 40), wide[0].clone(), 1e-5, None,
+        ),
+        "linear_swiglu_quant": (
+            wide, blocks("Q5_0", 40, 256), "Q5_0", blocks("Q2_K", 40, 256), "Q2_K", 40, None, 0.0,
+        ),
+        "qkv_rope_append_quant": (
+            wide, None, 0.0, matrices, kinds, [len(w) for w in matrices], *rope, *caches(),
+            positions,
+        ),
+        "embedding_quant": (
+            torch.arange(t), blocks("Q6_K", 70, 256), "Q6_K", 70, 256, torch.bfloat16,
+        ),
     }  # fmt: skip
 
 
@@ -118,6 +149,25 @@ def public(name: str) -> Callable[..., Any]:
             ops.attention_kvcache(
                 q, k, v, kc, vc, bt, n, ops.Rope(c, s), cu_seqlens_q=cu, max_seqlen_q=m
             )
+        ),
+        "linear_quant": lambda x, w, kind, _, r, weight, eps, __: ops.linear(
+            x, matrix(w, kind), r, norm=(weight, eps)
+        ),
+        "linear_swiglu_quant": lambda x, g, g_kind, u, u_kind, *_: ops.swiglu_mlp(
+            x, (matrix(g, g_kind), matrix(u, u_kind)), torch.ones(3, 40)
+        ),
+        "qkv_rope_append_quant": lambda x, w, eps, all_w, kinds, _, c, s, p, i, kc, vc, slots: (
+            ops.qkv_rope_append(
+                x,
+                None,
+                tuple(map(matrix, all_w, kinds)),
+                ops.Rope(c, s, p, i),
+                (kc, vc),
+                slots,
+            )
+        ),
+        "embedding_quant": lambda ids, table, kind, _, __, dtype: ops.embedding(
+            ids, matrix(table, kind), dtype
         ),
     }
     return pack.get(name) or getattr(ops, name)

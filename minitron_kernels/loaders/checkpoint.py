@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,6 +13,7 @@ from typing import Any, Protocol
 import torch
 
 from minitron_kernels.config import ModelConfig
+from minitron_kernels.devices import free_memory
 from minitron_kernels.quantized import QUANT_TYPES, QuantizedTensor
 
 # The types that GGUF and safetensors share, and that load() returns.
@@ -99,23 +101,76 @@ def open_checkpoint(path: Path) -> Checkpoint:
     return GGUFCheckpoint(path)
 
 
-def check_memory(
-    checkpoint: Checkpoint,
-    dtype: torch.dtype,
-    *,
-    keep_quantized: bool = False,
-    interleaved: bool = False,
-) -> None:
-    """Raise MemoryError, naming need and have, when the weights as ``dtype`` do not fit in RAM."""
-    import psutil
+@dataclass(frozen=True)
+class Weights:
+    """The weights of a checkpoint as a model is to hold them.
 
-    need = checkpoint.ram_needed(dtype, keep_quantized=keep_quantized, interleaved=interleaved)
-    have = psutil.virtual_memory().available
-    if need > have:
-        raise MemoryError(
-            f"{checkpoint.path}: the weights as {dtype_name(dtype)} need {need / 2**30:.1f} GiB of "
-            f"memory, and {have / 2**30:.1f} GiB are available"
+    Quantised matrices stay as stored unless ``expand``; all else becomes ``dtype``.
+    """
+
+    checkpoint: Checkpoint
+    dtype: torch.dtype
+    expand: bool = False
+    allow_nonfinite: bool = False
+
+    def stays_quantized(self, name: str) -> bool:
+        """Whether `load` gives a QuantizedTensor."""
+        return not self.expand and self.checkpoint.tensors[name].is_quantized_matrix
+
+    def is_interleaved(self, name: str) -> bool:
+        """Whether `load` gives Q or K of a layer in the row order of GGUF: if both stay quantised.
+
+        They can be used where they lie so, with ``Rope.interleaved``.
+        """
+        both = name.replace(".k_proj.", ".q_proj."), name.replace(".q_proj.", ".k_proj.")
+        return all(self.stays_quantized(each) for each in both)
+
+    def load(self, name: str) -> torch.Tensor:
+        """The weight, on the CPU. Raises as Checkpoint.load and Checkpoint.load_quantized do."""
+        keep = self.stays_quantized(name)
+        is_quantized = self.checkpoint.tensors[name].is_quantized_matrix
+        if not keep and not (is_quantized and self.allow_nonfinite):
+            return self.checkpoint.load(name, self.dtype)
+        matrix = self.checkpoint.load_quantized(
+            name, interleaved=self.is_interleaved(name), allow_nonfinite=self.allow_nonfinite
         )
+        return matrix if keep else matrix.dequantize(self.dtype)
+
+    def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Raise ValueError unless all weights are there, of these shapes. None is read."""
+        for name, shape in shapes.items():
+            info = self.checkpoint.tensors.get(name)
+            if info is None:
+                raise ValueError(f"{self.checkpoint.path}: tensor {name} is missing")
+            if tuple(info.shape) != shape:
+                raise ValueError(
+                    f"{info.file}: tensor {name} has shape {list(info.shape)}, "
+                    f"the config asks for {list(shape)}"
+                )
+
+    def nbytes(self) -> int:
+        """Bytes of all weights as they are held, memory-mapped ones included."""
+        return sum(
+            info.nbytes if self.stays_quantized(name) else info.numel * self.dtype.itemsize
+            for name, info in self.checkpoint.tensors.items()
+        )
+
+    def ram_needed(self) -> int:
+        """Bytes of main memory that loading allocates (memory-mapped weights: none)."""
+        return self.checkpoint.ram_needed(
+            self.dtype, keep_quantized=not self.expand, interleaved=True
+        )
+
+    def check_memory(self, device: torch.device) -> None:
+        """Raise MemoryError, naming need and have, when they do not fit on a device."""
+        is_cpu = device.type == "cpu"
+        need, have = self.ram_needed() if is_cpu else self.nbytes(), free_memory(device)
+        if need > have:
+            raise MemoryError(
+                f"{self.checkpoint.path}: the weights as {dtype_name(self.dtype)} need "
+                f"{need / 2**30:.1f} GiB of memory{'' if is_cpu else f' on {device}'}, and "
+                f"{have / 2**30:.1f} GiB are available"
+            )
 
 
 def dtype_name(dtype: torch.dtype) -> str:

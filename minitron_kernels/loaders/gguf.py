@@ -408,6 +408,10 @@ class GGUFCheckpoint:
                 f"{unknown[0]} is not part of a Llama model without biases, the only kind supported"
             )
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> GGUFCheckpoint:
+        """Itself: nothing in it changes, and copies of a model may share the open files."""
+        return self
+
     def load(self, name: str, dtype: torch.dtype) -> torch.Tensor:
         """See Checkpoint.load. Quantised types are decoded as gguf.quants does, then rounded."""
         info = check_load(self, name, dtype)
