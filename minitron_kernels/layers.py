@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from minitron_kernels import ops
+from minitron_kernels.quantized import QuantizedTensor
 
 Tensor = torch.Tensor
 
@@ -72,8 +73,13 @@ class Packable(nn.Module):
         return self.packed_weight is None and any(w.is_meta for w in self.weights())
 
     def pack(self) -> None:
-        """Pack the matrices; both forms exist for a moment. Without effect when they are packed."""
-        if self.packed_weight is None:
+        """Pack the matrices; both forms exist for a moment. Without effect when they are packed.
+
+        Quantised ones stay as they are.
+        """
+        if self.packed_weight is not None:
+            return
+        if not any(isinstance(w, QuantizedTensor) for w in self.weights()):
             self.packed_weight = nn.Parameter(self._pack(*self.weights()), requires_grad=False)
             for name in self.matrices:
                 setattr(self, name, None)
