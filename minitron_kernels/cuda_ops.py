@@ -107,7 +107,7 @@ def serves_logits(logits: Tensor) -> bool:
     return logits.is_cuda or emulate
 
 
-def _rows(x: Tensor) -> Tensor:
+def rows_of(x: Tensor) -> Tensor:
     """x [..., H] as [rows, H] with adjoining elements, copied only if it must be."""
     if x.ndim == 2 and x.stride(1) == 1:
         return x
@@ -123,7 +123,7 @@ def _empty(x: Tensor) -> Tensor:
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    rows, out = _rows(x), _empty(x)
+    rows, out = rows_of(x), _empty(x)
     call(
         "rms_norm",
         x,
@@ -142,7 +142,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Also updates residual, which may have any strides: one it cannot view is copied back."""
-    rows, total = _rows(x), _rows(residual)
+    rows, total = rows_of(x), rows_of(residual)
     out = _empty(x)
     call(
         "add_rms_norm",
@@ -249,7 +249,7 @@ def rope_append(
 
 
 def silu_and_mul(gate_up: Tensor) -> Tensor:
-    rows, size = _rows(gate_up), gate_up.shape[-1] // 2
+    rows, size = rows_of(gate_up), gate_up.shape[-1] // 2
     out = torch.empty((*gate_up.shape[:-1], size), dtype=gate_up.dtype, device=gate_up.device)
     call(
         "silu_and_mul",
@@ -313,15 +313,15 @@ def linear(
     """norm(x [..., K]) @ w [N, K]^T + residual, in x's dtype or out_dtype."""
     size = w.shape[0]
     out = torch.empty((*x.shape[:-1], size), dtype=out_dtype or x.dtype, device=x.device)
-    rows, norm_weight = _normed(_rows(x), norm_weight, eps)
-    added = None if residual is None else _rows(residual)
+    rows, norm_weight = _normed(rows_of(x), norm_weight, eps)
+    added = None if residual is None else rows_of(residual)
     _product(rows, w, out.view(rows.shape[0], size), added, norm_weight, eps)
     return out
 
 
 def linear_swiglu(x: Tensor, w: Tensor, norm_weight: Tensor | None, eps: float) -> Tensor:
     """silu(gate) * up [T, I] of norm(x [T, H]) and a PackedGateUp's weight."""
-    rows, norm_weight = _normed(_rows(x), norm_weight, eps)
+    rows, norm_weight = _normed(rows_of(x), norm_weight, eps)
     w = _features_adjoin(w)
     size = w.shape[0] // 2
     out = torch.empty((x.shape[0], size), dtype=x.dtype, device=x.device)
@@ -347,7 +347,7 @@ def gate_up_silu(
     x: Tensor, gate: Tensor, up: Tensor, norm_weight: Tensor | None, eps: float
 ) -> Tensor:
     """As `linear_swiglu`, of two matrices: two products and silu_and_mul."""
-    rows, norm_weight = _normed(_rows(x), norm_weight, eps)
+    rows, norm_weight = _normed(rows_of(x), norm_weight, eps)
     size = gate.shape[0]
     gate_up = torch.empty((x.shape[0], 2 * size), dtype=x.dtype, device=x.device)
     for w, out in ((gate, gate_up[:, :size]), (up, gate_up[:, size:])):
@@ -366,7 +366,7 @@ def qkv_rope_append(
 ) -> Tensor:
     """Q [T, Hq, D] of norm(x [T, H]) and a PackedQKV's weight; K and V go to the cache."""
     norm_weight, eps = (None, 0.0) if norm is None else norm
-    rows, norm_weight = _normed(_rows(x), norm_weight, eps)
+    rows, norm_weight = _normed(rows_of(x), norm_weight, eps)
     w, slots, rope = _features_adjoin(w), slots.contiguous(), contiguous_rope(rope)
     num_pages, page, kv_heads, head_dim = k_cache.shape
     q_heads = w.shape[0] // head_dim - 2 * kv_heads
@@ -408,7 +408,7 @@ def qkv_then_rope(
 ) -> Tensor:
     """As `qkv_rope_append`, of (wq, wk, wv): three products, rope_append and apply_rope."""
     norm_weight, eps = (None, 0.0) if norm is None else norm
-    rows, norm_weight = _normed(_rows(x), norm_weight, eps)
+    rows, norm_weight = _normed(rows_of(x), norm_weight, eps)
     head_dim = k_cache.shape[3]
     projected = []
     for w in matrices:

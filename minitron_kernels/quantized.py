@@ -52,6 +52,21 @@ QUANT_TYPES = {
 }
 
 
+# ggml's number of each type: in GGUF files and in the C ABI (mk_quant_type).
+GGML_NUMBERS = {
+    "Q4_0": 2,
+    "Q4_1": 3,
+    "Q5_0": 6,
+    "Q5_1": 7,
+    "Q8_0": 8,
+    "Q2_K": 10,
+    "Q3_K": 11,
+    "Q4_K": 12,
+    "Q5_K": 13,
+    "Q6_K": 14,
+}
+
+
 class QuantizedTensor(torch.Tensor):
     """A matrix [N, K] of ``quant_type``, held as the packed bytes ``blocks``, uint8 [N, row bytes].
 

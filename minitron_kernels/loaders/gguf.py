@@ -31,6 +31,7 @@ from minitron_kernels.loaders.checkpoint import (
     require_file,
 )
 from minitron_kernels.quantized import (
+    GGML_NUMBERS,
     QUANT_TYPES,
     BlockType,
     QuantizedTensor,
@@ -42,16 +43,7 @@ from minitron_kernels.quantized import (
 BLOCK_TYPES = {
     0: BlockType("F32", 1, 4),
     1: BlockType("F16", 1, 2),
-    2: QUANT_TYPES["Q4_0"],
-    3: QUANT_TYPES["Q4_1"],
-    6: QUANT_TYPES["Q5_0"],
-    7: QUANT_TYPES["Q5_1"],
-    8: QUANT_TYPES["Q8_0"],
-    10: QUANT_TYPES["Q2_K"],
-    11: QUANT_TYPES["Q3_K"],
-    12: QUANT_TYPES["Q4_K"],
-    13: QUANT_TYPES["Q5_K"],
-    14: QUANT_TYPES["Q6_K"],
+    **{number: QUANT_TYPES[name] for name, number in GGML_NUMBERS.items()},
     30: BlockType("BF16", 1, 2),
 }
 
