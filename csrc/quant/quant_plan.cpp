@@ -7,35 +7,34 @@
 
 namespace mk {
 
-namespace {
-
-struct QuantType {
-    mk_quant_type type;
-    const char* name;
-    int32_t block, block_bytes;
-};
-constexpr QuantType kQuantTypes[] = {
-    {MK_Q4_0, "Q4_0", 32, 18},   {MK_Q4_1, "Q4_1", 32, 20},   {MK_Q5_0, "Q5_0", 32, 22},
-    {MK_Q5_1, "Q5_1", 32, 24},   {MK_Q8_0, "Q8_0", 32, 34},   {MK_Q2_K, "Q2_K", 256, 84},
-    {MK_Q3_K, "Q3_K", 256, 110}, {MK_Q4_K, "Q4_K", 256, 144}, {MK_Q5_K, "Q5_K", 256, 176},
-    {MK_Q6_K, "Q6_K", 256, 210},
-};
-
-QuantType find_type(int32_t type) {
-    for (const QuantType& t : kQuantTypes) {
-        if (t.type == type) return t;
+const char* quant_type_name(int32_t type) {
+    switch (type) {
+        case MK_Q4_0:
+            return "Q4_0";
+        case MK_Q4_1:
+            return "Q4_1";
+        case MK_Q5_0:
+            return "Q5_0";
+        case MK_Q5_1:
+            return "Q5_1";
+        case MK_Q8_0:
+            return "Q8_0";
+        case MK_Q2_K:
+            return "Q2_K";
+        case MK_Q3_K:
+            return "Q3_K";
+        case MK_Q4_K:
+            return "Q4_K";
+        case MK_Q5_K:
+            return "Q5_K";
+        case MK_Q6_K:
+            return "Q6_K";
     }
-    return {static_cast<mk_quant_type>(0), "invalid", 0, 0};
+    return "invalid";
 }
 
-}  // namespace
-
-int32_t quant_block(int32_t type) { return find_type(type).block; }
-int32_t quant_block_bytes(int32_t type) { return find_type(type).block_bytes; }
-const char* quant_type_name(int32_t type) { return find_type(type).name; }
-
 mk_status check_quant_type(const char* name, int32_t type, const char* k_name, int32_t k) {
-    const int32_t block = quant_block(type);
+    const int32_t block = quant_format(type).block_k;
     MK_REQUIRE(block, MK_ERR_VALUE,
                "%s must be one of mk_quant_type (Q4_0 2, Q4_1 3, Q5_0 6, Q5_1 7, Q8_0 8, Q2_K 10, "
                "Q3_K 11, Q4_K 12, Q5_K 13, Q6_K 14), got %d",

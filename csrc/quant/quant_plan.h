@@ -2,13 +2,10 @@
 #pragma once
 
 #include "launch/op.h"
+#include "quant/quant_layout.h"
 
 namespace mk {
 
-// Elements of a block: 32 or 256; 0 for a value that is no mk_quant_type.
-int32_t quant_block(int32_t type);
-// Bytes of a block.
-int32_t quant_block_bytes(int32_t type);
 // "Q4_K" and so on.
 const char* quant_type_name(int32_t type);
 
