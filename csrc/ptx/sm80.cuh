@@ -26,6 +26,35 @@ __device__ __forceinline__ uint4 ld_global_v4(const void* address) {
     return v;
 }
 
+// The same for data that no kernel of the launch writes.
+__device__ __forceinline__ uint4 ld_global_nc_l1_no_allocate_v4(const void* address) {
+    uint4 v;
+    asm volatile("ld.global.nc.L1::no_allocate.v4.b32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "l"(address));
+    return v;
+}
+
+__device__ __forceinline__ uint2 ld_global_nc_l1_no_allocate_v2(const void* address) {
+    uint2 v;
+    asm volatile("ld.global.nc.L1::no_allocate.v2.b32 {%0, %1}, [%2];"
+                 : "=r"(v.x), "=r"(v.y)
+                 : "l"(address));
+    return v;
+}
+
+__device__ __forceinline__ uint32_t ld_global_nc_l1_no_allocate(const void* address) {
+    uint32_t v;
+    asm volatile("ld.global.nc.L1::no_allocate.b32 %0, [%1];" : "=r"(v) : "l"(address));
+    return v;
+}
+
+__device__ __forceinline__ uint32_t ld_global_nc_l1_no_allocate_u16(const void* address) {
+    uint32_t v;
+    asm volatile("ld.global.nc.L1::no_allocate.u16 %0, [%1];" : "=r"(v) : "l"(address));
+    return v;
+}
+
 // ISA#data-movement-and-conversion-instructions-st
 __device__ __forceinline__ void st_global_v4(void* address, uint4 v) {
     asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(address), "r"(v.x), "r"(v.y),
@@ -87,6 +116,26 @@ __device__ __forceinline__ uint32_t fma_rn_bf16x2(uint32_t a, uint32_t b, uint32
 __device__ __forceinline__ uint32_t mul_rn_f16x2(uint32_t a, uint32_t b) {
     uint32_t d;
     asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+    return d;
+}
+
+// ISA#half-precision-floating-point-instructions-sub
+__device__ __forceinline__ uint32_t sub_rn_f16x2(uint32_t a, uint32_t b) {
+    uint32_t d;
+    asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+    return d;
+}
+
+// ISA#half-precision-floating-point-instructions-max  (NaN if either is)
+__device__ __forceinline__ uint32_t max_nan_f16x2(uint32_t a, uint32_t b) {
+    uint32_t d;
+    asm("max.NaN.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+    return d;
+}
+
+__device__ __forceinline__ uint32_t max_nan_bf16x2(uint32_t a, uint32_t b) {
+    uint32_t d;
+    asm("max.NaN.bf16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
     return d;
 }
 

@@ -1,0 +1,316 @@
+// From the words of a tile (quant_layout.h) to fragments of mma.m16n8k16 and to scales, by type.
+//
+//   unpack_quarter(w, a)   a lane's words of a quarter -> a[step], A of the quarter's four steps
+//   QuantScales<type>      a lane's scales and minima of a tile, and what is done with them:
+//
+//     S = sum over blocks, ascending, of scale * P      P: the MMAs of the block, from 0
+//     C = A B, A minima (or scales), B block sums of x16 (quant_x.cuh)
+//     Y = finish(S, C)                                  the tile's part of the sum, in quant_unit's
+//
+// What is not q but a sum over x times the same number for a whole block goes through C: the
+// minima, and the offset of q (8 for Q4_0, ...), which is a minimum of scale * offset. C is two
+// MMAs a tile. Everything is in registers, free of branches. Lane 4g + t has scales of rows g and g
+// + 8: of the two blocks of 32 k of quarter t, or the four of 16 k; QuantScales::scales gives them
+// as they are shared with the other three lanes of the rows.
+#pragma once
+
+#include "common/vec.cuh"
+#include "quant/quant_layout.h"
+
+namespace mk {
+
+// ---- weights ----
+//
+// Of w, a pair is two equal fields in the halves. x1: at bit 0, x16: at bit 4.
+
+template <int kBits>
+constexpr uint32_t kQuantX1 = ((1u << kBits) - 1) * 0x00010001u;
+template <int kBits>
+constexpr uint32_t kQuantX16 = kQuantX1<kBits> << 4;
+
+using QuantFragments = uint32_t[4][4];  // [step][a]
+
+// 5 instructions for 8 weights.
+__device__ __forceinline__ void unpack_nibbles(uint32_t (&a)[4], uint32_t w, uint32_t x1,
+                                               uint32_t x16) {
+    a[0] = w & x1;
+    a[2] = w & x16;
+    w >>= 8;
+    a[1] = w & x1;
+    a[3] = w & x16;
+}
+
+__device__ __forceinline__ void unpack_quarter(const uint32_t (&w)[4], QuantFragments& a) {
+    MK_UNROLL
+    for (int s = 0; s < 4; ++s) unpack_nibbles(a[s], w[s], kQuantX1<4>, kQuantX16<4>);
+}
+
+// 11 instructions for 16 weights.
+__device__ __forceinline__ void unpack_quarter(const uint32_t (&w)[2], QuantFragments& a) {
+    MK_UNROLL
+    for (int s = 0; s < 4; ++s) {
+        const uint32_t even = w[s / 2] >> s % 2 * 8;
+        const uint32_t odd = w[s / 2] >> (s % 2 * 8 + 2);
+        a[s][0] = even & kQuantX1<2>;
+        a[s][1] = odd & kQuantX1<2>;
+        a[s][2] = even & kQuantX16<2>;
+        a[s][3] = odd & kQuantX16<2>;
+    }
+}
+
+// 26 instructions for 32 weights.
+__device__ __forceinline__ void unpack_quarter(const uint32_t (&w)[3], QuantFragments& a) {
+    MK_UNROLL
+    for (int s = 0; s < 3; ++s) unpack_nibbles(a[s], w[s], kQuantX1<3>, kQuantX16<3>);
+    const uint32_t fourth =
+        (w[0] >> 3 & 0x11111111u) | (w[1] >> 2 & 0x22222222u) | (w[2] >> 1 & 0x44444444u);
+    unpack_nibbles(a[3], fourth, kQuantX1<3>, kQuantX16<3>);
+}
+
+// 32 instructions for 32 weights: 25 for 30 of them, 7 for the pair whose bits are strewn.
+__device__ __forceinline__ void unpack_quarter(const uint32_t (&w)[5], QuantFragments& a) {
+    constexpr uint32_t kX1 = kQuantX1<5>, kX16 = kQuantX16<5>;
+    const uint32_t w0 = w[0] >> 5, w1 = w[1] >> 5, w2 = w[2] >> 5, w3 = w[3] >> 6, w4 = w[4] >> 6;
+    a[0][0] = w[0] & kX1;
+    a[0][1] = w0 & kX1;
+    a[0][2] = w[0] >> 7 & kX16;
+    a[0][3] = w[4] >> 1 & kX16;
+    a[1][0] = w[1] & kX1;
+    a[1][1] = w1 & kX1;
+    a[1][2] = w[1] >> 7 & kX16;
+    a[1][3] = w4 & kX16;
+    a[2][0] = w[2] & kX1;
+    a[2][1] = w2 & kX1;
+    a[2][2] = w[2] >> 6 & kX16;
+    a[3][0] = w[3] & kX1;
+    a[3][1] = w[4] & kX1;
+    a[3][2] = w[3] >> 1 & kX16;
+    a[3][3] = w3 & kX16;
+    // Bits 0 ... 4 of the field go to bits 4 ... 8. They are at bits 5, 5, 9, 10, 9 of these words.
+    const uint32_t bits_2_3 = (w3 & 0x02000200u) | (w2 & 0x04000400u);
+    const uint32_t bits_0_2_3_4 = bits_2_3 >> 2 | (w0 & 0x00200020u) | (w4 & 0x02000200u);
+    a[2][3] = bits_0_2_3_4 >> 1 | (w1 & 0x00200020u);
+}
+
+// 15 instructions for 16 weights.
+__device__ __forceinline__ void unpack_quarter(const uint32_t (&w)[6], QuantFragments& a) {
+    MK_UNROLL
+    for (int s = 0; s < 4; s += 2) {
+        const uint32_t w0 = w[s / 2 * 3], w1 = w[s / 2 * 3 + 1], w2 = w[s / 2 * 3 + 2];
+        const uint32_t w1_high = w1 >> 6;
+        a[s][0] = w0 & kQuantX1<6>;
+        a[s][1] = w1 & kQuantX1<6>;
+        a[s][2] = w0 >> 6 & kQuantX16<6>;
+        a[s][3] = w1_high & kQuantX16<6>;
+        a[s + 1][0] = w2 & kQuantX1<6>;
+        a[s + 1][1] = (w1_high & 0x000F000Fu) | (w2 >> 2 & 0x00300030u);
+        a[s + 1][2] = w2 >> 6 & kQuantX16<6>;
+        a[s + 1][3] = (w0 & 0x03C003C0u) | (w2 >> 4 & 0x00300030u);
+    }
+}
+
+// 4 instructions for 8 weights. a[2] and a[3] are x1: an x16 of 8 bits has no place in 11.
+__device__ __forceinline__ void unpack_quarter(const uint32_t (&w)[8], QuantFragments& a) {
+    MK_UNROLL
+    for (int s = 0; s < 4; ++s) {
+        MK_UNROLL
+        for (int h = 0; h < 2; ++h) {
+            a[s][h] = __byte_perm(w[2 * s + h], 0, 0x4140);
+            a[s][2 + h] = __byte_perm(w[2 * s + h], 0, 0x4342);
+        }
+    }
+}
+
+template <int kType>
+constexpr int kQuantTileWords = 4 * quant_words(kType);  // of a lane
+
+// A lane's words of tile `tile` of 256 k, piece by piece of 16 bytes: load(p) gives piece p, store
+// puts it where unpack_quarter wants it. kLastQuarter: of the quarters that need the piece.
+template <int kType>
+struct QuantPieces {
+    static constexpr int kBits = quant_words(kType);
+    static constexpr int kCount = kBits;  // of 16 bytes
+    static constexpr bool kHasFifths = kBits == 5;
+
+    // Which of the lane's words piece p has as number i.
+    static __device__ constexpr int word(int p, int i) {
+        if (!kHasFifths) return 4 * p + i;
+        return p < 4 ? 5 * p + i : 5 * i + 4;
+    }
+    static __device__ constexpr int last_quarter(int p) { return word(p, 3) / kBits; }
+
+    static __device__ __forceinline__ void store(uint32_t (&words)[kQuantTileWords<kType>], int p,
+                                                 const uint4& v) {
+        words[word(p, 0)] = v.x;
+        words[word(p, 1)] = v.y;
+        words[word(p, 2)] = v.z;
+        words[word(p, 3)] = v.w;
+    }
+};
+
+template <int kType>
+__device__ __forceinline__ void unpack_quarter_of(const uint32_t (&words)[kQuantTileWords<kType>],
+                                                  int quarter, QuantFragments& a) {
+    constexpr int kBits = QuantPieces<kType>::kBits;
+    uint32_t w[kBits];
+    MK_UNROLL
+    for (int i = 0; i < kBits; ++i) w[i] = words[quarter * kBits + i];
+    unpack_quarter(w, a);
+}
+
+// ---- scales ----
+
+// Y carries a factor: a sum is total / quant_unit, and then as quant_x.cuh tells. P is 2^-24 of its
+// value; integer scales as f16 patterns are another 2^-24.
+constexpr bool quant_has_integer_patterns(int type) {
+    return quant_format(type).block_k == 256 && quant_format(type).has_min;
+}
+constexpr float kTwo24 = 16777216.f;
+__device__ __forceinline__ float quant_unscaled(int type, float total) {
+    const bool twice = type == MK_Q2_K || type == MK_Q4_K || type == MK_Q5_K;
+    return total * (twice ? kTwo24 * kTwo24 : kTwo24);
+}
+static_assert(quant_has_integer_patterns(MK_Q2_K) && quant_has_integer_patterns(MK_Q4_K) &&
+              quant_has_integer_patterns(MK_Q5_K) && !quant_has_integer_patterns(MK_Q6_K));
+
+__device__ __forceinline__ uint32_t both_halves_low(uint32_t a) {
+    return __byte_perm(a, 0, 0x1010);
+}
+__device__ __forceinline__ uint32_t both_halves_high(uint32_t a) {
+    return __byte_perm(a, 0, 0x3232);
+}
+
+template <int kType>
+struct QuantScales {
+    static constexpr QuantFormat kFormat = quant_format(kType);
+    static constexpr bool kIsK = kFormat.block_k == 256;
+    static constexpr bool kIs16 = kFormat.scale_k == 16;
+    static constexpr int kFloat4s = kIs16 ? 2 : 1;  // of scales()
+    static constexpr int kWords = !kIsK && kFormat.has_min ? 4 : 2;
+    static constexpr int kQuantBytes = quant_scales_offset(kType, 1);  // of a quarter
+    static constexpr int kScalesAt = quant_scales_offset(kType, 4);
+    static constexpr int kHalvesAt = quant_halves_offset(kType, 4);
+
+    uint32_t words[kWords];  // of the scales' section
+    uint32_t halves[2];      // K types: d (and dmin) of g, and of g + 8
+
+    // Of a tile of `quarters`, in device memory.
+    __device__ __forceinline__ void load(const uint8_t* tile, int lane, int quarters) {
+        const int g = lane / 4, t = lane % 4;
+        if constexpr (kIsK) {
+            const uint8_t* const scales = tile + kScalesAt;
+            if constexpr (kType == MK_Q3_K) {
+                words[0] = ptx::ld_global_nc_l1_no_allocate(scales + lane * 4);
+                words[1] = ptx::ld_global_nc_l1_no_allocate_u16(scales + 128 + lane * 2);
+            } else {
+                load2(words, scales + lane * 8);
+            }
+            const uint8_t* const d = tile + kHalvesAt;
+            if constexpr (kFormat.has_min) {
+                load2(halves, d + g * 8);
+            } else {
+                halves[0] = ptx::ld_global_nc_l1_no_allocate(d + g * 4);
+            }
+        } else {
+            const uint8_t* const scales =
+                tile + quarters * kQuantBytes + (g * quarters + t) * kWords * 4;
+            if (t >= quarters) {
+                MK_UNROLL
+                for (uint32_t& word : words) word = 0;
+            } else if constexpr (kFormat.has_min) {
+                const uint4 v = ptx::ld_global_nc_l1_no_allocate_v4(scales);
+                words[0] = v.x, words[1] = v.y, words[2] = v.z, words[3] = v.w;
+            } else {
+                load2(words, scales);
+            }
+        }
+    }
+
+    // f16 of this lane's scales of row g + 8h: blocks 2t, 2t + 1, or of 16 k blocks 4t + 2i and
+    // 4t + 2i + 1.
+    __device__ __forceinline__ uint32_t scale_pair(int h, int i) const {
+        if constexpr (!kIsK) {
+            return words[h];
+        } else if constexpr (kType == MK_Q2_K) {
+            return words[h] >> 8 * i & 0x000F000Fu;
+        } else if constexpr (kType == MK_Q3_K) {
+            const uint32_t low = words[0] >> (8 * h + 4 * i) & 0x000F000Fu;
+            const uint32_t spread = __byte_perm(words[1], 0, 0x4140);
+            const int place = 4 - 4 * h - 2 * i;
+            const uint32_t high = place >= 0 ? spread << place : spread >> -place;
+            return ptx::sub_rn_f16x2(0x64006400u | low | (high & 0x00300030u),
+                                     0x64206420u);  // 1024 + n, less 1056
+        } else if constexpr (kType == MK_Q6_K) {
+            return ptx::sub_rn_f16x2(__byte_perm(words[h], 0x64646464u, i ? 0x4341 : 0x4240),
+                                     0x64806480u);  // 1024 + n, less 1152
+        } else {
+            return words[0] >> 8 * h & 0x00FF00FFu;
+        }
+    }
+
+    // Of blocks b and b + 1: {b of g, b of g + 8, b + 1 of g, b + 1 of g + 8}; b = 2t, or 4t + 2i.
+    __device__ __forceinline__ float4 scales(int i) const {
+        const float2 lo = F16::unpack(scale_pair(0, i)), hi = F16::unpack(scale_pair(1, i));
+        return {lo.x, hi.x, lo.y, hi.y};
+    }
+
+    // A of C: k = 2t, 2t + 1 of the MMA are blocks of 16 k 4t and 4t + 1, k = 2t + 8, 2t + 9 are
+    // 4t + 2 and 4t + 3.
+    __device__ __forceinline__ void minima(uint32_t (&a)[4]) const {
+        if constexpr (kIs16) {
+            MK_UNROLL
+            for (int i = 0; i < 2; ++i) {
+                MK_UNROLL
+                for (int h = 0; h < 2; ++h) {
+                    a[2 * i + h] =
+                        kType == MK_Q2_K ? words[h] >> 8 * i & 0x00F000F0u : scale_pair(h, i);
+                }
+            }
+        } else {
+            MK_UNROLL
+            for (int h = 0; h < 2; ++h) {
+                const uint32_t pair = kIsK              ? words[1] >> 8 * h & 0x00FF00FFu
+                                      : kFormat.has_min ? words[2 + h]
+                                                        : words[h];
+                a[h] = both_halves_low(pair);
+                a[2 + h] = both_halves_high(pair);
+            }
+        }
+    }
+
+    // Y of S and C, both as an MMA holds them: elements 0, 1 of row g, 2, 3 of row g + 8.
+    // The block sums are 2^-4 of their value, P is 2^-24: C needs 2^-20 to match.
+    __device__ __forceinline__ void finish(float (&s)[4], const float (&c)[4]) const {
+        constexpr float kTwo20 = 1.f / (1 << 20);
+        if constexpr (!kIsK) {
+            constexpr float kFactor = (kFormat.has_min ? 1.f : -kFormat.offset) * kTwo20;
+            MK_UNROLL
+            for (int i = 0; i < 4; ++i) s[i] = fmaf(c[i], kFactor, s[i]);
+        } else if constexpr (kFormat.has_min) {  // Q2_K's minima are x16
+            constexpr float kFactor = -(kType == MK_Q2_K ? 1.f / 16 : 1.f) * kTwo20;
+            MK_UNROLL
+            for (int h = 0; h < 2; ++h) {
+                const float2 d = F16::unpack(halves[h]);
+                MK_UNROLL
+                for (int i = 2 * h; i < 2 * h + 2; ++i) {
+                    s[i] = fmaf(d.x, s[i], d.y * kFactor * c[i]);
+                }
+            }
+        } else {
+            const float2 d = F16::unpack(halves[0]);
+            MK_UNROLL
+            for (int i = 0; i < 4; ++i) {
+                s[i] = (i < 2 ? d.x : d.y) * fmaf(c[i], -kFormat.offset * kTwo20, s[i]);
+            }
+        }
+    }
+
+  private:
+    static __device__ __forceinline__ void load2(uint32_t (&to)[2], const uint8_t* from) {
+        const uint2 v = ptx::ld_global_nc_l1_no_allocate_v2(from);
+        to[0] = v.x;
+        to[1] = v.y;
+    }
+};
+
+}  // namespace mk
