@@ -638,6 +638,82 @@ MK_API mk_status mk_cpu_linear(const mk_cpu_linear_params* params);
 /* The instruction set of MK_CPU_AUTO: "baseline", "avx2", "avx512". */
 MK_API mk_status mk_cpu_isa_name(const char** name);
 
+/* ---- Quantised matrices on the CPU --------------------------------------------------------------
+ * Products of x and of matrices that stay GGUF blocks as stored, which need no alignment:
+ * out[m, n] = epilogue(sum over k of x[m, k] * w[n, k]) for each of the products. Several of them
+ * (Q, K and V) cost one call of the threads. Returns when it is done.
+ *
+ * A weight is scale * q + minimum for a small integer q and numbers of its block b, of 32 k or, for
+ * Q2_K, Q3_K and Q6_K, of 16 k; scale and minimum are exact in fp32. Every group of 256 k of a row
+ * of x (the last may be shorter) is rounded to integers X times a power of two, unit:
+ *
+ *   bf16       |X| < 2^15, the largest at least 2^14: an element is off by 2^-15 of the largest of
+ *              its group at the most, and exact if it is not below 2^-7 of that
+ *   f16, fp32  X = X1 + 2^-15 X2, |X1| <= 2^14: off by 2^-29 of the largest; a group whose largest
+ *              is below 2^-112 takes the unit of 2^-112
+ *
+ *   P     = sum over the block's k of q * X              exact
+ *   S     = fma(scale, P, S), then, for types with minima, fma(minimum, sum of the block's X, S)
+ *           in fp32 over the blocks of a group, ascending, from +0
+ *   total = fma(unit, S, total) over the groups, ascending, from +0
+ *
+ * and for f16 and fp32 the totals of X1 and of X2 are added. The epilogue works in fp32 on it, and
+ * the result is rounded once; every NaN is stored as the positive quiet one. So an output's bits
+ * depend on its row of x and of w only: not on m, n, the type of others, the threads, or the
+ * processor. A row of x with an infinity or a NaN gives NaNs. For any x, what rounding x costs is
+ * a quarter or less of what rounding w to bf16 costs in a bf16 product.
+ *
+ * No byte outside the rows is read. Threads as for mk_cpu_linear. Every thread keeps 70 KiB of
+ * scratch, and a calling thread x as integers, up to 32 MiB of it or 192 rows, if these are more.
+ */
+typedef struct mk_cpu_quant_product {
+    const void* w;     /* n rows of GGUF blocks */
+    const void* w_up;  /* n rows of GGUF blocks for MK_EPILOGUE_SWIGLU, else NULL */
+    const void* other; /* [m, n] of dtype for MK_EPILOGUE_MUL and _ADD, else NULL; may be out */
+    void* out;         /* [m, n] */
+    int64_t w_row_bytes, w_up_row_bytes; /* between rows: at least the bytes of a row */
+    int64_t other_stride, out_stride;    /* between rows, in elements */
+    int32_t n;
+    int32_t type;      /* mk_quant_type */
+    int32_t up_type;   /* of w_up */
+    int32_t epilogue;  /* mk_epilogue */
+    int32_t out_dtype; /* dtype (0 stands for it), or MK_F32 */
+} mk_cpu_quant_product;
+
+typedef struct mk_cpu_linear_quant_params {
+    const void* x; /* [m, k] */
+    const mk_cpu_quant_product* products;
+    int64_t x_stride; /* between rows */
+    int32_t num_products;
+    int32_t m;
+    int32_t k;           /* 0 ... 2^20, a multiple of 32, or of 256 for the K types */
+    int32_t dtype;       /* MK_BF16, MK_F16, MK_F32: of x and other */
+    int32_t num_threads; /* 1 ... 256, the caller's among them */
+    int32_t isa;         /* mk_cpu_isa */
+} mk_cpu_linear_quant_params;
+
+MK_API mk_status mk_cpu_linear_quant(const mk_cpu_linear_quant_params* params);
+
+/* out[t] = row ids[t] of a quantised matrix, each weight fma(scale, q, minimum) in fp32, as ggml
+ * decodes it, rounded once. An id outside 0 ... rows-1 gives a row of NaN. */
+typedef struct mk_cpu_dequantize_params {
+    const void* ids; /* [tokens]; NULL: 0, 1, ..., tokens-1 */
+    const void* w;   /* [rows] of GGUF blocks */
+    void* out;       /* [tokens, k] */
+    int64_t w_row_bytes;
+    int64_t out_stride; /* between rows, in elements */
+    int32_t tokens;
+    int32_t rows;
+    int32_t k;           /* as for mk_cpu_linear_quant */
+    int32_t type;        /* mk_quant_type */
+    int32_t ids_dtype;   /* MK_I32, MK_I64 */
+    int32_t dtype;       /* MK_BF16, MK_F16, MK_F32: of out */
+    int32_t num_threads; /* 1 ... 256, the caller's among them */
+    int32_t isa;         /* mk_cpu_isa */
+} mk_cpu_dequantize_params;
+
+MK_API mk_status mk_cpu_dequantize(const mk_cpu_dequantize_params* params);
+
 #ifdef __cplusplus
 } /* extern "C" */
 #endif

@@ -9,6 +9,7 @@ Raises ValueError (NULL, shape, stride, alignment, value), TypeError (dtype), No
 mk_last_error().
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 ABI_VERSION: int
@@ -797,6 +798,52 @@ def cpu_linear(
     w_up_stride: int = 0,
     isa: int = ...,
     out_dtype: int = 0,
+) -> None: ...
+
+class CpuQuantProduct:
+    """mk_cpu_quant_product: a matrix of GGUF blocks, and where its product goes."""
+
+    def __init__(
+        self,
+        w: int,
+        w_row_bytes: int,
+        n: int,
+        type: int,
+        out: int,
+        out_stride: int,
+        epilogue: int = ...,
+        other: int = 0,
+        other_stride: int = 0,
+        w_up: int = 0,
+        w_up_row_bytes: int = 0,
+        up_type: int = 0,
+        out_dtype: int = 0,
+    ) -> None: ...
+
+def cpu_linear_quant(
+    x: int,
+    x_stride: int,
+    m: int,
+    k: int,
+    dtype: int,
+    products: Sequence[CpuQuantProduct],
+    num_threads: int,
+    isa: int = ...,
+) -> None: ...
+def cpu_dequantize(
+    w: int,
+    w_row_bytes: int,
+    rows: int,
+    k: int,
+    type: int,
+    out: int,
+    out_stride: int,
+    tokens: int,
+    dtype: int,
+    num_threads: int,
+    ids: int = 0,
+    ids_dtype: int = ...,
+    isa: int = ...,
 ) -> None: ...
 def quant_packed_bytes(
     type: int,

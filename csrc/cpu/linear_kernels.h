@@ -16,9 +16,9 @@
 // T is float, Bf16 or F16.
 #pragma once
 
+#include "cpu/epilogue.h"
 #include "cpu/linear.h"
 #include "cpu/tile.h"
-#include "cpu/vec_math.h"
 
 namespace mk::cpu {
 namespace {
@@ -76,26 +76,6 @@ void pack_x_rows(const LinearTask& task, int64_t m, int64_t m_end) {
 }
 
 // ---- the epilogue ----
-
-// out = epilogue(sums), for `count` outputs of one row.
-template <class T, class Out>
-void finish_row(int32_t epilogue, const float* sums, const float* sums_up, const T* other, Out* out,
-                int64_t count) {
-    for (int64_t i = 0; i < count; i += kLanes) {
-        const int left = static_cast<int>(count - i < kLanes ? count - i : kLanes);
-        Vec y = Vec::load(sums + i, left);
-        if (epilogue == MK_EPILOGUE_SILU) {
-            y = silu(y);
-        } else if (epilogue == MK_EPILOGUE_SWIGLU) {
-            y = silu(y) * Vec::load(sums_up + i, left);
-        } else if (epilogue == MK_EPILOGUE_MUL) {
-            y = y * Vec::load(other + i, left);
-        } else if (epilogue == MK_EPILOGUE_ADD) {
-            y = y + Vec::load(other + i, left);
-        }
-        y.store(out + i, left);
-    }
-}
 
 // Outputs [m ... m_end-1, n ... n_end-1] from scratch.sums, whose rows are `stride` apart.
 template <class T, class Out>

@@ -10,6 +10,7 @@
 
 #include "minitron_kernels.h"
 #include "python/cpu_linear.h"
+#include "python/cpu_linear_quant.h"
 #include "python/quant_pack.h"
 
 namespace py = pybind11;
@@ -318,5 +319,6 @@ PYBIND11_MODULE(_native, m) {
 #undef MK_FIELD
 #undef MK_MEMBER
     def_cpu_linear(m, &check);
+    def_cpu_linear_quant(m, &check);
     def_quant_pack(m, &check);
 }

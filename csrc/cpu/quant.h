@@ -1,0 +1,67 @@
+// mk_cpu_linear_quant and mk_cpu_dequantize, between the part that knows the problem
+// (linear_quant.cpp) and the part that is compiled once per instruction set (quant_kernels.h).
+//
+// This header and quant_kernels.h include no C++ library header (see vec.h).
+#pragma once
+
+#include <stdint.h>
+
+#include "cpu/vec.h"
+#include "minitron_kernels.h"
+
+namespace mk::cpu {
+
+constexpr int kGroup = 256;      // columns that share a unit of x, and that are unpacked at a time
+constexpr int kTileRows = 32;    // rows of w that are unpacked together: two vectors of lanes
+constexpr int kBlockRows = 192;  // rows of integers that pass by an unpacked tile
+
+// A group of a row of x as integers. The products of two 16-bit integers each that an instruction
+// adds up are of columns (0, 2) and (1, 3) of four: the fields of the even and of the odd bytes of
+// a 32-bit word of any type of blocks.
+struct alignas(64) XGroup {
+    int16_t q[kGroup];            // of each four columns, in the order 0 2 1 3; zeros past k
+    int32_t sums16[kGroup / 16];  // of 16 columns each,
+    int32_t sums32[kGroup / 32];  // of 32
+    float unit;
+};
+static_assert(sizeof(XGroup) == 640);
+
+// A group of 32 rows of w, unpacked: 20 KiB, meant for the L1 cache.
+struct alignas(64) QuantPanel {
+    uint32_t q[kGroup / 2][kTileRows];  // two columns of each row, in the order of XGroup::q
+    float scale[kGroup / 16][kTileRows];
+    float minimum[kGroup / 16][kTileRows];
+};
+
+// What a thread works in.
+struct alignas(64) QuantScratch {
+    QuantPanel panel;
+    float sums[2][kBlockRows * kTileRows];  // of w, and of w_up
+};
+
+// A problem whose x has been rounded. A row of x gives `limbs` rows of integers, one after the
+// other: one of bf16, two of f16 and fp32. Group g of row of integers r is x[g * x_rows + r].
+struct QuantTask {
+    mk_cpu_linear_quant_params p;
+    XGroup* x;
+    int64_t x_rows;
+    int limbs;
+};
+
+// The kernels of an instruction set. Rows m are rows of x, not of integers.
+struct QuantKernels {
+    // Round rows m ... m_end-1 of x.
+    void (*round_x)(const QuantTask& task, int64_t m, int64_t m_end);
+    // Outputs [m ... m_end-1, n ... n_end-1]: at most kBlockRows of integers, and kTileRows.
+    void (*product)(const QuantTask& task, const mk_cpu_quant_product& product, int64_t m,
+                    int64_t m_end, int64_t n, int64_t n_end, QuantScratch& scratch);
+    // Rows t ... t_end-1 of out.
+    void (*dequantize)(const mk_cpu_dequantize_params& p, int64_t t, int64_t t_end,
+                       QuantPanel& panel);
+};
+
+extern const QuantKernels kQuantBaseline;
+extern const QuantKernels kQuantAvx2;
+extern const QuantKernels kQuantAvx512;
+
+}  // namespace mk::cpu

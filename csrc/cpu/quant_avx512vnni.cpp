@@ -1,0 +1,64 @@
+// mk_cpu_linear_quant for AVX-512 (F, BW, VL, VNNI).
+#if defined(__x86_64__)
+#include "cpu/vec_avx512.h"
+
+namespace mk::cpu {
+namespace {
+
+// 16 x 32 bits: one register.
+struct Ints {
+    static constexpr int kTileM = 6, kTileN = 2;  // 12 sums, 12 accumulators, 2 + 1 factors of 32
+
+    __m512i v;
+
+    static __m512i all(uint32_t a) { return _mm512_set1_epi32(static_cast<int>(a)); }
+    static Ints set(int32_t a) { return {_mm512_set1_epi32(a)}; }
+    static Ints load(const uint32_t* p) { return {_mm512_loadu_si512(p)}; }
+    void store(uint32_t* p) const { _mm512_storeu_si512(p, v); }
+
+    friend Ints operator&(Ints a, uint32_t b) { return {_mm512_and_si512(a.v, all(b))}; }
+    friend Ints operator^(Ints a, uint32_t b) { return {_mm512_xor_si512(a.v, all(b))}; }
+    friend Ints operator|(Ints a, Ints b) { return {_mm512_or_si512(a.v, b.v)}; }
+    friend Ints operator<<(Ints a, int n) {
+        return {_mm512_slli_epi32(a.v, static_cast<unsigned>(n))};
+    }
+    friend Ints operator>>(Ints a, int n) {
+        return {_mm512_srli_epi32(a.v, static_cast<unsigned>(n))};
+    }
+    static Ints and_or(Ints a, uint32_t mask, Ints b) {
+        return {_mm512_ternarylogic_epi32(a.v, all(mask), b.v, 0xea)};
+    }
+
+    static Ints dot(Ints acc, Ints w, Ints x) { return {_mm512_dpwssd_epi32(acc.v, w.v, x.v)}; }
+    Vec to_float() const { return {_mm512_cvtepi32_ps(v)}; }
+
+    // Lane i of four[p] is 16 bytes of row 4 i + p.
+    MK_INLINE static void columns(const uint8_t* const* rows, int64_t offset, Ints (&out)[4]) {
+        const auto at = [&](int r) {
+            return _mm_loadu_si128(reinterpret_cast<const __m128i*>(rows[r] + offset));
+        };
+        __m512i four[4];
+        for (int p = 0; p < 4; ++p) {
+            four[p] = _mm512_inserti32x4(_mm512_castsi128_si512(at(p)), at(4 + p), 1);
+            four[p] = _mm512_inserti32x4(four[p], at(8 + p), 2);
+            four[p] = _mm512_inserti32x4(four[p], at(12 + p), 3);
+        }
+        const __m512i lo01 = _mm512_unpacklo_epi32(four[0], four[1]);
+        const __m512i lo23 = _mm512_unpacklo_epi32(four[2], four[3]);
+        const __m512i hi01 = _mm512_unpackhi_epi32(four[0], four[1]);
+        const __m512i hi23 = _mm512_unpackhi_epi32(four[2], four[3]);
+        out[0] = {_mm512_unpacklo_epi64(lo01, lo23)};
+        out[1] = {_mm512_unpackhi_epi64(lo01, lo23)};
+        out[2] = {_mm512_unpacklo_epi64(hi01, hi23)};
+        out[3] = {_mm512_unpackhi_epi64(hi01, hi23)};
+    }
+};
+
+}  // namespace
+}  // namespace mk::cpu
+
+#include "cpu/quant_kernels.h"
+
+const mk::cpu::QuantKernels mk::cpu::kQuantAvx512 = mk::cpu::kQuantKernels;
+
+#endif

@@ -1,0 +1,340 @@
+// The kernels of mk_cpu_linear_quant over Vec and Ints, vectors of 16 floats and of 16 x 32 bits
+// that the including file defines. A lane is a row of w:
+//
+//   unpack    32 rows x 256 columns of w -> QuantPanel, in L1: integers of 16 bits, fp32 scales
+//   multiply  for each 16 rows of w and each row of integers of x, one vector of sums; x is
+//             broadcast, two columns at a time, and no sum crosses lanes
+//
+// One row of x or two hundred, the same code: unpacking 32 x 256 weights takes about as long as 2
+// to 4 rows of x do. As sums of integers are exact, any order of them within a block gives the
+// same bits; the fp32 sums over blocks and groups are in the order that the header tells.
+//
+// On a Sapphire Rapids core an instruction of 32 16-bit products takes half a clock, one of 32
+// bf16 products 2 clocks, one of 16 fp32 products half a clock: hence integers.
+//
+// Ints: load, store, set, &, |, ^, <<, >>, and_or(a, mask, b) = (a & mask) | b, to_float, and
+//   dot(acc, w, x)               acc + the two products of signed 16-bit halves of w and x
+//   columns(rows, offset, out)   out[j] = words j of the 16 bytes at rows[0 ... 15] + offset
+#pragma once
+
+#include "cpu/epilogue.h"
+#include "cpu/quant.h"
+#include "cpu/quant_formats.h"
+#include "cpu/tile.h"
+
+namespace mk::cpu {
+namespace {
+
+// ---- x as integers ----
+
+MK_INLINE uint32_t bits_of(float a) {
+    uint32_t bits;
+    __builtin_memcpy(&bits, &a, 4);
+    return bits;
+}
+
+MK_INLINE float from_bits(uint32_t bits) {
+    float a;
+    __builtin_memcpy(&a, &bits, 4);
+    return a;
+}
+
+// Rounds |a| < 2^22 to an integer, halves to even: the sum's last bit is worth 1.
+MK_INLINE int32_t round_to_int(float a) {
+    return static_cast<int32_t>(bits_of(a + 0x1.8p23f) - bits_of(0x1.8p23f));
+}
+
+void set_group(XGroup& group, const int32_t* q, float unit) {
+    for (int i = 0; i < kGroup; i += 4) {
+        for (int j = 0; j < 4; ++j) {
+            group.q[i + j] = static_cast<int16_t>(q[i + (j & 1) * 2 + j / 2]);
+        }
+    }
+    for (int b = 0; b < kGroup / 16; ++b) {
+        int32_t sum = 0;
+        for (int i = 0; i < 16; ++i) sum += q[16 * b + i];
+        group.sums16[b] = sum;
+    }
+    for (int b = 0; b < kGroup / 32; ++b) {
+        group.sums32[b] = group.sums16[2 * b] + group.sums16[2 * b + 1];
+    }
+    group.unit = unit;
+}
+
+// One group of a row, `count` columns, as kLimbs groups of integers.
+template <int kLimbs, class T>
+void round_group(const T* x, int count, XGroup* groups) {
+    constexpr uint32_t kTop = kLimbs == 1 ? 14 : 13;  // the largest is at least 2^kTop
+    alignas(64) float values[kGroup];
+    for (int i = 0; i < kGroup; i += kLanes) {
+        const int left = count - i < kLanes ? (count > i ? count - i : 0) : kLanes;
+        Vec::load(x + (left ? i : 0), left).store(values + i);
+    }
+    uint32_t largest = 0;
+    for (int i = 0; i < kGroup; ++i) {
+        const uint32_t bits = bits_of(values[i]) & 0x7fffffff;
+        largest = bits > largest ? bits : largest;
+    }
+    if (largest >= 0x7f800000) {  // the row becomes NaN
+        for (float& a : values) a = 0;
+    }
+    const uint32_t exponent = largest >> 23 < 15 ? 15 : largest >> 23;  // biased by 127
+    const float factor = from_bits((127 + 127 + kTop - exponent) << 23);
+    const float unit =
+        largest >= 0x7f800000 ? __builtin_nanf("") : from_bits((exponent - kTop) << 23);
+    int32_t q[kGroup];
+    for (int i = 0; i < kGroup; ++i) {
+        values[i] *= factor;
+        q[i] = round_to_int(values[i]);
+    }
+    set_group(groups[0], q, unit);
+    if constexpr (kLimbs == 2) {
+        for (int i = 0; i < kGroup; ++i) {
+            q[i] = round_to_int((values[i] - static_cast<float>(q[i])) * 0x1p15f);
+        }
+        set_group(groups[1], q, unit * 0x1p-15f);
+    }
+}
+
+template <int kLimbs, class T>
+void round_rows(const QuantTask& task, int64_t m, int64_t m_end) {
+    for (; m < m_end; ++m) {
+        const T* x = row<T>(task.p.x, task.p.x_stride, m);
+        XGroup* groups = task.x + m * kLimbs;
+        for (int64_t k = 0; k < task.p.k; k += kGroup, groups += task.x_rows) {
+            const int64_t left = task.p.k - k;
+            round_group<kLimbs>(x + k, static_cast<int>(left < kGroup ? left : kGroup), groups);
+        }
+    }
+}
+
+// ---- products ----
+
+// sums[i][j] += unit[i] * (the group's sum), for kM rows of integers of x, the rows of w of kN
+// vectors from v.
+template <int kBlock, bool kHasMin, int kM>
+MK_INLINE void multiply(const XGroup* x, const QuantPanel& panel, int blocks, int offset, int v,
+                        float* sums) {
+    constexpr int kN = Ints::kTileN, kPairs = kBlock / 2;
+    const uint32_t* w = panel.q[0] + v * kLanes;
+    Vec s[kM][kN];
+    unroll<kM>([&](auto i) { unroll<kN>([&](auto j) { s[i.value][j.value] = Vec::set(0.f); }); });
+    const auto x_sum = [&](int i, int b) { return kBlock == 16 ? x[i].sums16[b] : x[i].sums32[b]; };
+    for (int b = 0; b < blocks; ++b) {
+        Ints acc[kM][kN];
+        unroll<kM>([&](auto i) {
+            const Ints start = Ints::set(-offset * x_sum(i.value, b));
+            unroll<kN>([&](auto j) { acc[i.value][j.value] = start; });
+        });
+        for (int pair = 0; pair < kPairs; ++pair, w += kTileRows) {
+            Ints w_frag[kN];
+            unroll<kN>([&](auto j) { w_frag[j.value] = Ints::load(w + j.value * kLanes); });
+            unroll<kM>([&](auto i) {
+                int32_t two;
+                __builtin_memcpy(&two, x[i.value].q + 2 * (b * kPairs + pair), 4);
+                const Ints x_frag = Ints::set(two);
+                unroll<kN>([&](auto j) {
+                    Ints& a = acc[i.value][j.value];
+                    a = Ints::dot(a, w_frag[j.value], x_frag);
+                });
+            });
+        }
+        unroll<kN>([&](auto j) {
+            const Vec scale = Vec::load(panel.scale[b] + (v + j.value) * kLanes);
+            unroll<kM>([&](auto i) {
+                Vec& a = s[i.value][j.value];
+                a = Vec::fma(acc[i.value][j.value].to_float(), scale, a);
+            });
+        });
+        if constexpr (kHasMin) {
+            unroll<kN>([&](auto j) {
+                const Vec minimum = Vec::load(panel.minimum[b] + (v + j.value) * kLanes);
+                unroll<kM>([&](auto i) {
+                    Vec& a = s[i.value][j.value];
+                    a = Vec::fma(Vec::set(static_cast<float>(x_sum(i.value, b))), minimum, a);
+                });
+            });
+        }
+    }
+    unroll<kM>([&](auto i) {
+        const Vec unit = Vec::set(x[i.value].unit);
+        unroll<kN>([&](auto j) {
+            float* total = sums + i.value * kTileRows + (v + j.value) * kLanes;
+            Vec::fma(s[i.value][j.value], unit, Vec::load(total)).store(total);
+        });
+    });
+}
+
+// sums[i] += this group's part, for `rows` rows of integers.
+template <int kBlock, bool kHasMin>
+void multiply_rows(const XGroup* x, int64_t rows, const QuantPanel& panel, int blocks, int offset,
+                   float* sums) {
+    for (int v = 0; v < kTileRows / kLanes; v += Ints::kTileN) {
+        int64_t i = 0;
+        const auto rest = [&](auto count) {
+            constexpr int kM = decltype(count)::value;
+            if constexpr (kM <= Ints::kTileM) {
+                for (; i + kM <= rows; i += kM) {
+                    multiply<kBlock, kHasMin, kM>(x + i, panel, blocks, offset, v,
+                                                  sums + i * kTileRows);
+                }
+            }
+        };
+        rest(Int<6>{});
+        rest(Int<4>{});
+        rest(Int<2>{});
+        rest(Int<1>{});
+    }
+}
+
+// Bytes of a row that are fetched ahead of those which are unpacked; after its last the rows of
+// the next tile follow.
+constexpr int64_t kAhead = 512;
+
+template <class Type>
+void tile_sums(const QuantTask& task, const void* w, int64_t row_bytes, int64_t m, int64_t m_end,
+               int64_t n, int64_t n_end, QuantScratch& scratch, float* sums) {
+    const int64_t k = task.p.k, rows = (m_end - m) * task.limbs;
+    const int64_t used_bytes = k / Type::kColumns * Type::kBytes;
+    const uint8_t* w_rows[kTileRows];  // past the end the last one again, whose sums nobody reads
+    for (int r = 0; r < kTileRows; ++r) {
+        w_rows[r] = row<uint8_t>(w, row_bytes, n + r < n_end ? n + r : n_end - 1);
+    }
+    for (int64_t i = 0; i < rows * kTileRows; ++i) sums[i] = 0;
+    const XGroup* x = task.x + m * task.limbs;
+    for (int64_t at = 0, column = 0; column < k; column += kGroup, x += task.x_rows) {
+        const int columns = static_cast<int>(k - column < kGroup ? k - column : kGroup);
+        const int bytes = columns / Type::kColumns * Type::kBytes;
+        const int64_t ahead = at + kAhead;
+        const int64_t fetch =
+            ahead < used_bytes ? ahead : ahead - used_bytes + kTileRows * row_bytes;
+        for (int r = 0; r < kTileRows; ++r) {
+            for (int b = 0; b < bytes; b += 64) {
+                __builtin_prefetch(w_rows[r] + fetch + b);  // may lie outside w
+            }
+        }
+        const uint8_t* group_rows[kTileRows];
+        for (int r = 0; r < kTileRows; ++r) group_rows[r] = w_rows[r] + at;
+        for (int r = 0; r < kTileRows; r += kLanes) {
+            Type::unpack(group_rows + r, columns, Target{scratch.panel, r});
+        }
+        multiply_rows<Type::kBlock, Type::kHasMin>(x, rows, scratch.panel, columns / Type::kBlock,
+                                                   Type::kOffset, sums);
+        at += bytes;
+    }
+    if (task.limbs == 2) {
+        for (int64_t i = 0; i < m_end - m; ++i) {
+            for (int r = 0; r < kTileRows; ++r) {
+                const float* both = sums + 2 * i * kTileRows + r;
+                sums[i * kTileRows + r] = both[0] + both[kTileRows];
+            }
+        }
+    }
+}
+
+template <class T, class Out>
+void finish(const mk_cpu_quant_product& p, int64_t m, int64_t m_end, int64_t n, int64_t n_end,
+            const QuantScratch& scratch) {
+    for (int64_t i = 0; m + i < m_end; ++i) {
+        finish_row<T>(p.epilogue, scratch.sums[0] + i * kTileRows, scratch.sums[1] + i * kTileRows,
+                      p.other ? row<T>(p.other, p.other_stride, m + i) + n : nullptr,
+                      static_cast<Out*>(p.out) + p.out_stride * (m + i) + n, n_end - n);
+    }
+}
+
+void product(const QuantTask& task, const mk_cpu_quant_product& p, int64_t m, int64_t m_end,
+             int64_t n, int64_t n_end, QuantScratch& scratch) {
+    const auto sums_of = [&](int32_t type, const void* w, int64_t row_bytes, float* sums) {
+        with_quant_type(type, [&](auto t) {
+            tile_sums<decltype(t)>(task, w, row_bytes, m, m_end, n, n_end, scratch, sums);
+        });
+    };
+    sums_of(p.type, p.w, p.w_row_bytes, scratch.sums[0]);
+    if (p.epilogue == MK_EPILOGUE_SWIGLU) {
+        sums_of(p.up_type, p.w_up, p.w_up_row_bytes, scratch.sums[1]);
+    }
+    with_dtype(task.p.dtype, [&](auto t) {
+        using T = decltype(t);
+        if (p.out_dtype == MK_F32) {
+            finish<T, float>(p, m, m_end, n, n_end, scratch);
+        } else {
+            finish<T, T>(p, m, m_end, n, n_end, scratch);
+        }
+    });
+}
+
+// ---- rows of w ----
+
+// Row index t of a gather; -1 when it is out of range.
+int64_t gathered_row(const mk_cpu_dequantize_params& p, int64_t t) {
+    const int64_t id = !p.ids                  ? t
+                       : p.ids_dtype == MK_I64 ? static_cast<const int64_t*>(p.ids)[t]
+                                               : static_cast<const int32_t*>(p.ids)[t];
+    return 0 <= id && id < p.rows ? id : -1;
+}
+
+template <class Type, class T>
+void dequantize_rows(const mk_cpu_dequantize_params& p, int64_t t, int64_t t_end,
+                     QuantPanel& panel) {
+    for (; t < t_end; t += kLanes) {
+        const int count = static_cast<int>(t_end - t < kLanes ? t_end - t : kLanes);
+        const uint8_t* rows[kLanes];
+        bool valid[kLanes];
+        for (int r = 0; r < kLanes; ++r) {
+            const int64_t id = gathered_row(p, r < count ? t + r : t);
+            valid[r] = id >= 0;
+            rows[r] = row<uint8_t>(p.w, p.w_row_bytes, id >= 0 ? id : 0);
+        }
+        for (int64_t column = 0; column < p.k; column += kGroup) {
+            const int columns = static_cast<int>(p.k - column < kGroup ? p.k - column : kGroup);
+            Type::unpack(rows, columns, Target{panel, 0});
+            for (int r = 0; r < count; ++r) {
+                T* out = static_cast<T*>(p.out) + p.out_stride * (t + r) + column;
+                alignas(64) float values[kGroup];
+                for (int i = 0; i < columns; ++i) {
+                    // Columns 0, 2 of four are the halves of one word, 1, 3 of the next.
+                    const uint32_t two = panel.q[i / 4 * 2 + (i & 1)][r];
+                    const int32_t q = static_cast<int32_t>(i & 2 ? two >> 16 : two & 0xffff);
+                    values[i] = static_cast<float>(q - Type::kOffset);
+                }
+                for (int i = 0; i < columns; i += kLanes) {
+                    const int b = i / Type::kBlock;
+                    const Vec scale = Vec::set(panel.scale[b][r]);
+                    Vec w = Vec::load(values + i);
+                    if constexpr (Type::kHasMin) {
+                        w = Vec::fma(w, scale, Vec::set(panel.minimum[b][r]));
+                    } else {
+                        w = w * scale;
+                    }
+                    if (!valid[r]) w = Vec::set(__builtin_nanf(""));
+                    w.store(out + i, kLanes);
+                }
+            }
+            for (int r = 0; r < kLanes; ++r) rows[r] += columns / Type::kColumns * Type::kBytes;
+        }
+    }
+}
+
+constexpr QuantKernels kQuantKernels = {
+    [](const QuantTask& task, int64_t m, int64_t m_end) {
+        switch (task.p.dtype) {
+            case MK_BF16:
+                return round_rows<1, Bf16>(task, m, m_end);
+            case MK_F16:
+                return round_rows<2, F16>(task, m, m_end);
+            default:
+                return round_rows<2, float>(task, m, m_end);
+        }
+    },
+    product,
+    [](const mk_cpu_dequantize_params& p, int64_t t, int64_t t_end, QuantPanel& panel) {
+        with_quant_type(p.type, [&](auto type) {
+            with_dtype(p.dtype, [&](auto out) {
+                dequantize_rows<decltype(type), decltype(out)>(p, t, t_end, panel);
+            });
+        });
+    },
+};
+
+}  // namespace
+}  // namespace mk::cpu
