@@ -90,10 +90,10 @@ def serves_within(x: Tensor, limits: Sequence[tuple[bool, str]]) -> bool:
     return True
 
 
-def serves_qkv(x: Tensor, w_qkv: Tensor, k_cache: Tensor) -> bool:
-    """As `serves`, for qkv_rope_append with packed weights."""
+def serves_qkv(x: Tensor, rows: int, k_cache: Tensor) -> bool:
+    """As `serves`, for qkv_rope_append with packed weights of so many rows."""
     head_dim = k_cache.shape[3]
-    heads = w_qkv.shape[0] // head_dim
+    heads = rows // head_dim
     good = head_dim % 16 == 0 and head_dim <= 256
     limits = [
         (good, f"qkv_rope_append takes head_dim 16, 32, ... 256, it is {head_dim}"),

@@ -14,10 +14,13 @@ import torch
 from minitron_kernels import _native
 from minitron_kernels.cuda_ops import (
     DTYPES,
+    apply_rope,
     call,
     contiguous_rope,
     native_rope,
     pointer,
+    rms_norm,
+    rope_append,
     rows_of,
     silu_and_mul,
 )
@@ -27,6 +30,7 @@ if TYPE_CHECKING:
     from minitron_kernels.library import Rope
 
 Tensor = torch.Tensor
+MAX_NORM_K = 1 << 14
 
 
 class Tiles(NamedTuple):
@@ -51,6 +55,13 @@ def _workspace(x: Tensor) -> Tensor | None:
 
 def _scratch(workspace: Tensor | None) -> tuple[int, int]:
     return pointer(workspace), 0 if workspace is None else workspace.numel()
+
+
+def normed(x: Tensor, norm_weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor | None]:
+    """x [..., K] and the norm that is left to the product: all but that of very long rows."""
+    if norm_weight is not None and x.shape[-1] > MAX_NORM_K:
+        return rms_norm(x, norm_weight, eps), None
+    return x, None if norm_weight is None else norm_weight.contiguous()
 
 
 def _product(
@@ -94,7 +105,6 @@ def linear(
     """norm(x [..., K]) @ w [N, K]^T + residual: one launch up to 16 rows, else two."""
     out = torch.empty((*x.shape[:-1], w.rows), dtype=out_dtype, device=x.device)
     rows = rows_of(x)
-    norm_weight = None if norm_weight is None else norm_weight.contiguous()
     added = None if residual is None else rows_of(residual)
     _product(rows, w, out.view(rows.shape[0], w.rows), added, norm_weight, eps)
     return out
@@ -103,7 +113,6 @@ def linear(
 def linear_swiglu(x: Tensor, w: Tiles, norm_weight: Tensor | None, eps: float) -> Tensor:
     """silu(gate) * up [T, I] of norm(x [T, H]); the rows of w are gate 0, up 0, gate 1, ..."""
     rows, size = rows_of(x), w.rows // 2
-    norm_weight = None if norm_weight is None else norm_weight.contiguous()
     out = torch.empty((x.shape[0], size), dtype=x.dtype, device=x.device)
     workspace = _workspace(rows)
     call(
@@ -130,7 +139,6 @@ def gate_up_silu(
 ) -> Tensor:
     """As `linear_swiglu`, of two matrices: two products, rounded, and silu_and_mul."""
     rows, size = rows_of(x), gate.rows
-    norm_weight = None if norm_weight is None else norm_weight.contiguous()
     gate_up = torch.empty((x.shape[0], 2 * size), dtype=x.dtype, device=x.device)
     for w, out in ((gate, gate_up[:, :size]), (up, gate_up[:, size:])):
         _product(rows, w, out, None, norm_weight, eps)
@@ -149,7 +157,6 @@ def qkv_rope_append(
 ) -> Tensor:
     """Q [T, Hq, D] of norm(x [T, H]); K and V go to the cache. Q's and K's rows in pair order."""
     rows, slots, rope = rows_of(x), slots.contiguous(), contiguous_rope(rope)
-    norm_weight = None if norm_weight is None else norm_weight.contiguous()
     num_pages, page, kv_heads, head_dim = k_cache.shape
     q_heads = matrices[0].rows // head_dim
     q = torch.empty((x.shape[0], q_heads, head_dim), dtype=x.dtype, device=x.device)
@@ -178,6 +185,30 @@ def qkv_rope_append(
         native_rope(*rope),
     )
     return q
+
+
+def qkv_then_rope(
+    x: Tensor,
+    norm_weight: Tensor | None,
+    eps: float,
+    matrices: Sequence[Tiles],
+    rope: Rope,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slots: Tensor,
+) -> Tensor:
+    """As `qkv_rope_append`, of rows in another order: three products, rope_append, apply_rope."""
+    rows, head_dim = rows_of(x), k_cache.shape[3]
+    projected = []
+    for w in matrices:
+        y = torch.empty((x.shape[0], w.rows), dtype=x.dtype, device=x.device)
+        _product(rows, w, y, None, norm_weight, eps)
+        projected.append(y.view(x.shape[0], w.rows // head_dim, head_dim))
+    q, k, v = projected
+    cos, sin, positions, interleaved = rope
+    assert positions is not None
+    rope_append(k, v, cos, sin, positions, interleaved, k_cache, v_cache, slots)
+    return apply_rope(q, k[:, :0], cos, sin, positions, interleaved)[0]
 
 
 def embedding(ids: Tensor, table: Tiles, cols: int, dtype: torch.dtype) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 
 from minitron_kernels.loaders.checkpoint import Weights, dtype_name, open_checkpoint
 from minitron_kernels.native import build_info
-from minitron_kernels.quantized import QuantizedTensor
+from minitron_kernels.quantized_ops import is_quantized
 
 
 def versions() -> dict[str, str | None]:
@@ -132,9 +132,7 @@ def weights_info(model: torch.nn.Module) -> dict[str, dict[str, int]]:
     """Number and bytes of a model's weights by type: a dtype, or that of quantised blocks."""
     types: dict[str, dict[str, int]] = {}
     for weight in model.parameters():
-        kind = (
-            weight.quant_type if isinstance(weight, QuantizedTensor) else dtype_name(weight.dtype)
-        )
+        kind = weight.quant_type if is_quantized(weight) else dtype_name(weight.dtype)
         _count(types, kind, weight.nbytes)
     return dict(sorted(types.items()))
 

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from minitron_kernels import ops
+from minitron_kernels.quant_packing import PackedQuantizedTensor, pack, unpack, unpack_pair
 from minitron_kernels.quantized import QuantizedTensor
 
 Tensor = torch.Tensor
@@ -29,15 +30,45 @@ class RMSNorm(nn.Module):
         return ops.rms_norm(x, self.weight, self.variance_epsilon)
 
 
-class Linear(nn.Module):
-    """A bias-free matrix [out, in]; x [..., in] (+ residual [..., out]) -> [..., out].
+class MatrixModule(nn.Module):
+    """A module with a matrix ``weight`` [N, K], which may be a QuantizedTensor.
 
-    The weight may be a QuantizedTensor, here and in the other layers with matrices.
+    For the CUDA kernels ``pack`` turns that into a PackedQuantizedTensor. state_dict() has the
+    blocks nevertheless, and load_state_dict() takes them.
     """
 
-    def __init__(self, in_features: int, out_features: int) -> None:
+    def __init__(self, rows: int, cols: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.weight = nn.Parameter(torch.empty(rows, cols))
+
+    def pack(self, device: torch.device | None = None) -> None:
+        """Pack a quantised weight, and move it. Without effect on other weights."""
+        if isinstance(self.weight, QuantizedTensor):
+            self.weight = _parameter(pack(self.weight, device=device))
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if isinstance(self.weight, PackedQuantizedTensor):
+            destination[f"{prefix}weight"] = unpack(self.weight)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        weight = state_dict.get(f"{prefix}weight")
+        if isinstance(self.weight, PackedQuantizedTensor) and isinstance(weight, QuantizedTensor):
+            state_dict = {**state_dict, f"{prefix}weight": pack(weight, device=self.weight.device)}
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _parameter(weight: Tensor) -> nn.Parameter:
+    return nn.Parameter(weight, requires_grad=False)
+
+
+class Linear(MatrixModule):
+    """A bias-free matrix [out, in]; x [..., in] (+ residual [..., out]) -> [..., out]."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(out_features, in_features)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         return ops.linear(x, self.weight, residual)
@@ -49,6 +80,7 @@ class Packable(nn.Module):
     The fused kernels read packed weights. ``pack`` replaces the children by the parameter
     ``packed_weight``; state_dict() has the matrices by their own names nevertheless (as views of
     the packed rows where possible, else as copies), and load_state_dict() takes them.
+    Quantised matrices are packed each on its own, unless the subclass can join them.
     """
 
     matrices: tuple[str, ...]
@@ -63,26 +95,36 @@ class Packable(nn.Module):
     def _unpack(self) -> tuple[Tensor, ...]:
         raise NotImplementedError
 
+    def _can_join(self, *weights: Tensor) -> bool:
+        """Whether _pack takes these weights."""
+        return not any(map(ops.is_quantized, weights))
+
     def weights(self) -> tuple[Tensor, ...]:
-        """Those of ``matrices``, while they are not packed."""
+        """Those of ``matrices``; none when they are packed."""
+        if self.packed_weight is not None:
+            return ()
         return tuple(getattr(self, name).weight for name in self.matrices)
 
     @property
     def is_partly_on_meta(self) -> bool:
         """Whether some of ``matrices`` have not been loaded."""
-        return self.packed_weight is None and any(w.is_meta for w in self.weights())
+        return any(w.is_meta for w in self.weights())
 
-    def pack(self) -> None:
+    def pack(self, device: torch.device | None = None) -> None:
         """Pack the matrices; both forms exist for a moment. Without effect when they are packed.
 
-        Quantised ones stay as they are.
+        ``device``: where quantised ones go (None: they stay where they are).
         """
         if self.packed_weight is not None:
             return
-        if not any(isinstance(w, QuantizedTensor) for w in self.weights()):
-            self.packed_weight = nn.Parameter(self._pack(*self.weights()), requires_grad=False)
+        if self._can_join(*self.weights()):
+            joined = self._pack(*self.weights())
+            self.packed_weight = _parameter(joined if device is None else joined.to(device))
             for name in self.matrices:
                 setattr(self, name, None)
+            return
+        for name in self.matrices:
+            getattr(self, name).pack(device)
 
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
@@ -136,10 +178,21 @@ class SwiGLUMLP(Packable):
         self.up_proj = Linear(hidden_size, intermediate_size)
         self.down_proj = Linear(intermediate_size, hidden_size)
 
+    def _can_join(self, *weights: Tensor) -> bool:
+        gate, up = weights
+        if isinstance(gate, QuantizedTensor) and isinstance(up, QuantizedTensor):
+            return gate.quant_type == up.quant_type
+        return super()._can_join(gate, up)
+
     def _pack(self, *weights: Tensor) -> Tensor:
-        return ops.pack_gate_up(*weights).weight
+        gate, up = weights
+        if isinstance(gate, QuantizedTensor) and isinstance(up, QuantizedTensor):
+            return pack(gate, up)
+        return ops.pack_gate_up(gate, up).weight
 
     def _unpack(self) -> tuple[Tensor, ...]:
+        if isinstance(self.packed_weight, PackedQuantizedTensor):
+            return unpack_pair(self.packed_weight)
         assert self.packed_weight is not None
         return ops.unpack_gate_up(ops.PackedGateUp(self.packed_weight))
 
@@ -156,12 +209,8 @@ class SwiGLUMLP(Packable):
         return ops.swiglu_mlp(rows, gate_up, self.down_proj.weight, norm, added).view(x.shape)
 
 
-class Embedding(nn.Module):
+class Embedding(MatrixModule):
     """Rows of a table [V, H]; ids [...] -> [..., H], of ``dtype`` if the table is quantised."""
-
-    def __init__(self, num_embeddings: int, embedding_dim: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(num_embeddings, embedding_dim))
 
     def forward(self, ids: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         return ops.embedding(ids, self.weight, dtype)

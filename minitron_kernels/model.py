@@ -24,7 +24,15 @@ from torch import nn
 from minitron_kernels import cuda_ops, devices, ops
 from minitron_kernels.cache import PAGE_SIZES, PagedKVCache
 from minitron_kernels.config import DTYPES, ModelConfig
-from minitron_kernels.layers import Embedding, Linear, Packable, RMSNorm, SwiGLUMLP
+from minitron_kernels.layers import (
+    Embedding,
+    Linear,
+    MatrixModule,
+    Packable,
+    RMSNorm,
+    SwiGLUMLP,
+)
+from minitron_kernels.quantized import QuantizedTensor
 
 if TYPE_CHECKING:
     from minitron_kernels.loaders.checkpoint import Checkpoint, Weights
@@ -123,6 +131,18 @@ class Attention(Packable):
         self.k_proj = Linear(hidden, config.num_key_value_heads * d)
         self.v_proj = Linear(hidden, config.num_key_value_heads * d)
         self.o_proj = Linear(config.num_attention_heads * d, hidden)
+
+    def pack(self, device: torch.device | None = None) -> None:
+        """As Packable.pack; quantised matrices are interleaved then, as their kernel takes them."""
+        apart = self.packed_weight is None
+        if apart and not self.interleaved and all(map(ops.is_quantized, self.weights())):
+            state = {f"{name}.weight": getattr(self, name).weight for name in self.matrices}
+            _reorder(state, "", self.shape[2], to_interleaved=True)
+            for name in ("q_proj", "k_proj"):
+                weight = nn.Parameter(state[f"{name}.weight"], requires_grad=False)
+                getattr(self, name).weight = weight
+            self.interleaved = True
+        super().pack(device)
 
     def _pack(self, *weights: Tensor) -> Tensor:
         wq, wk, wv = weights
@@ -274,7 +294,7 @@ class MinitronForCausalLM(nn.Module):
         wanted_dtype = _one_of("dtype", dtype, "torch_dtype", torch_dtype)
         checkpoint = open_checkpoint(resolve(source, revision))
         torch_type = _dtype(wanted_dtype, checkpoint.config)
-        expand = expand or devices.has_graphs(device)  # GPUs have no kernels for blocks yet
+        expand = expand or devices.has_graphs(device)  # until the kernels of tiles are there
         weights = Weights(checkpoint, torch_type, expand, allow_nonfinite)
         weights.check_memory(device)
         with torch.device("meta"):
@@ -306,25 +326,41 @@ class MinitronForCausalLM(nn.Module):
             leave=False,
         ) as bar:
             for name in shapes:
-                owner, _, leaf = name.rpartition(".")
-                weight = nn.Parameter(weights.load(name).to(device), requires_grad=False)
-                setattr(self.get_submodule(owner), leaf, weight)
-                packs = cuda_ops.serves(weight)
-                del weight  # so that packing is what holds it last
-                parent = self.get_submodule(owner.rpartition(".")[0])
-                if packs and isinstance(parent, Packable) and not parent.is_partly_on_meta:
-                    parent.pack()
+                self._set(name, weights.load(name), weights.dtype, device)
                 bar.update(tensors[name].nbytes)
+
+    def _set(self, name: str, weight: Tensor, dtype: torch.dtype, device: torch.device) -> None:
+        """Put a weight in its place on the device, packed with the others of its module."""
+        has_kernels = cuda_ops.serves(torch.empty(0, dtype=dtype, device=device))
+        if not (has_kernels and isinstance(weight, QuantizedTensor)):  # it is packed on the host
+            weight = weight.to(device)
+        owner, _, leaf = name.rpartition(".")
+        parent, _, child = owner.rpartition(".")
+        module, packable = self.get_submodule(owner), self.get_submodule(parent)
+        setattr(module, leaf, nn.Parameter(weight, requires_grad=False))
+        del weight  # so that packing is what holds it last
+        if not has_kernels:
+            return
+        if isinstance(packable, Packable) and child in packable.matrices:
+            if not packable.is_partly_on_meta:
+                packable.pack(device)
+        elif isinstance(module, MatrixModule):
+            module.pack(device)
 
     def pack(self) -> None:
         """Pack the weights for the fused kernels, one layer after the other.
 
         from_pretrained has done so where kernels compute; it is for a model that came to a GPU by
         ``to``. A packed model computes on the CPU as well, and its state_dict() has the names and
-        shapes of an unpacked one (Q and K are copies there, gate and up strided views).
+        shapes of an unpacked one (Q and K are copies there, gate and up strided views). Quantised
+        matrices are packed where kernels compute only, and are copies in the state_dict().
         """
+        has_kernels = cuda_ops.serves(self.model.norm.weight)
         for module in self.modules():
             if isinstance(module, Packable):
+                if has_kernels or not any(map(ops.is_quantized, module.weights())):
+                    module.pack()
+            elif has_kernels and isinstance(module, MatrixModule):
                 module.pack()
 
     @property

@@ -46,7 +46,7 @@ from minitron_kernels.packing import (
     unpack_gate_up,
     unpack_qkv,
 )
-from minitron_kernels.quantized import QuantizedTensor
+from minitron_kernels.quantized_ops import is_quantized
 
 Tensor = torch.Tensor
 
@@ -60,6 +60,7 @@ __all__ = [
     "attention",
     "attention_kvcache",
     "embedding",
+    "is_quantized",
     "linear",
     "pack_gate_up",
     "pack_qkv",
@@ -174,7 +175,7 @@ def linear(
     w is dense, of x's dtype, or a QuantizedTensor. ``out_dtype``: x's (None), or float32 for sums
     that are not rounded, as logits want them; this one takes no residual.
     """
-    if isinstance(w, QuantizedTensor):
+    if is_quantized(w):
         return quantized_ops.linear(x, w, residual, norm, out_dtype)
     weight, eps = norm if norm is not None else (None, 0.0)
     return _linear(x, w, residual, weight, eps, out_dtype)
@@ -254,7 +255,7 @@ def swiglu_mlp(
     and up rounded in between.
     """
     gate, up = _gate_up(w_gate_up)
-    if any(isinstance(w, QuantizedTensor) for w in (gate, up, w_down)):
+    if is_quantized(gate) or is_quantized(up) or is_quantized(w_down):
         return linear(_quantized_swiglu(x, gate, up, norm), w_down, residual)
     weight, eps = norm if norm is not None else (None, 0.0)
     return _swiglu_mlp(x, gate, up, w_down, weight, eps, residual)
@@ -270,12 +271,12 @@ def _gate_up(w: PackedGateUp | Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, 
 
 def _quantized_swiglu(x: Tensor, gate: Tensor, up: Tensor | None, norm: Norm | None) -> Tensor:
     """silu(gate(x)) * up(x), where one of them, or the matrix after them, is quantised."""
+    if is_quantized(gate) and (up is None or is_quantized(up)):
+        return quantized_ops.linear_swiglu(x, gate, up, norm)
     if up is None:
         gate, up = unpack_gate_up(PackedGateUp(gate))
     if gate.shape != up.shape:
         raise ValueError(f"gate {shape_of(gate)} and up {shape_of(up)} must both be [I, H]")
-    if isinstance(gate, QuantizedTensor) and isinstance(up, QuantizedTensor):
-        return quantized_ops.linear_swiglu(x, gate, up, norm)
     both = [linear(x, w, norm=norm) for w in (gate, up)]
     return silu_and_mul(torch.cat(both, dim=-1))
 
@@ -405,7 +406,7 @@ def qkv_rope_append(
         wq, wk, wv = w_qkv.weight, None, None
     else:
         wq, wk, wv = w_qkv
-        if any(isinstance(w, QuantizedTensor) for w in w_qkv):
+        if any(map(is_quantized, w_qkv)):
             return _quantized_qkv(x, norm, w_qkv, rope, cache, slots)
     return _qkv_rope_append(
         x,
@@ -433,11 +434,7 @@ def _quantized_qkv(
 ) -> Tensor:
     """qkv_rope_append, where one of the matrices is quantised."""
     wq, wk, wv = w_qkv
-    if (
-        isinstance(wq, QuantizedTensor)
-        and isinstance(wk, QuantizedTensor)
-        and isinstance(wv, QuantizedTensor)
-    ):
+    if is_quantized(wq) and is_quantized(wk) and is_quantized(wv):
         return quantized_ops.qkv_rope_append(x, norm, (wq, wk, wv), rope, cache, slots)
     d = cache[0].shape[3]
     q, k, v = (linear(x, w, norm=norm).unflatten(-1, (-1, d)) for w in w_qkv)
@@ -505,7 +502,7 @@ def _qkv_rope_append(
         check_norm(x, norm_weight)
     norm = None if norm_weight is None else Norm(norm_weight, eps)
     if wk is None or wv is None:
-        if cuda_ops.serves_qkv(x, wq, k_cache):
+        if cuda_ops.serves_qkv(x, wq.shape[0], k_cache):
             return cuda_ops.qkv_rope_append(x, norm, wq, rope, k_cache, v_cache, slots)
     elif cuda_ops.serves(x):
         return cuda_ops.qkv_then_rope(x, norm, (wq, wk, wv), rope, k_cache, v_cache, slots)
@@ -768,7 +765,7 @@ def embedding(ids: Tensor, table: Tensor, dtype: torch.dtype | None = None) -> T
 
     The rows of a QuantizedTensor are decoded in fp32 and rounded to ``dtype``, which others have.
     """
-    if isinstance(table, QuantizedTensor):
+    if is_quantized(table):
         return quantized_ops.embedding(ids, table, dtype)
     if dtype is not None and dtype != table.dtype:
         raise TypeError(f"dtype is {dtype} but table is {table.dtype}")

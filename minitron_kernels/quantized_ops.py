@@ -1,16 +1,22 @@
 """The ops of `ops.py` on quantised weights, which are never expanded in memory.
 
-A matrix comes as a QuantizedTensor; torch.compile sees its bytes, its type and its rows, as the ops
-registered here take them. What mixes quantised and dense matrices is composed in `ops.py`.
+A matrix comes as a QuantizedTensor, or as a PackedQuantizedTensor, which CUDA kernels read; blocks
+on a GPU are packed at first use. The ops registered here take a matrix as torch.compile sees it:
+its bytes (blocks are two-dimensional, tiles are not), its type and its number of rows. What mixes
+quantised and dense matrices is composed in `ops.py`.
 """
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Sequence
+from typing import TypeGuard
 
 import torch
+from torch.utils.weak import WeakTensorKeyDictionary
 
-from minitron_kernels import torch_ops
+from minitron_kernels import cuda_ops, cuda_quantized, torch_ops
 from minitron_kernels.checks import (
     check_cache,
     check_float,
@@ -21,26 +27,83 @@ from minitron_kernels.checks import (
     check_rope,
     shape_of,
 )
+from minitron_kernels.cuda_quantized import Tiles
 from minitron_kernels.library import Norm, Rope, op
+from minitron_kernels.quant_packing import (
+    PackedQuantizedTensor,
+    pack,
+    packed_bytes,
+    unpack,
+    unpack_pair,
+)
 from minitron_kernels.quantized import QuantizedTensor, block_type
 
 Tensor = torch.Tensor
+Matrix = QuantizedTensor | PackedQuantizedTensor
+
+_log = logging.getLogger(__name__)
+
+
+def is_quantized(w: object) -> TypeGuard[Matrix]:
+    return isinstance(w, QuantizedTensor | PackedQuantizedTensor)
+
+
+def _stored(w: Matrix) -> tuple[Tensor, str, int]:
+    """Bytes, type and rows."""
+    return w.blocks if isinstance(w, QuantizedTensor) else w.tiles, w.quant_type, w.shape[0]
 
 
 def _check_matrix(name: str, x: Tensor, w: Tensor, kind: str, rows: int) -> None:
     """That ``w``, the stored bytes of a matrix [rows, K], can be multiplied with x [..., K]."""
     block = block_type(kind)
     if w.dtype != torch.uint8:
-        raise TypeError(f"the blocks of {name} must be uint8, got {w.dtype}")
+        raise TypeError(f"the bytes of {name} must be uint8, got {w.dtype}")
     if w.device != x.device:
         raise ValueError(f"{name} is on {w.device} but x is on {x.device}")
-    if w.ndim != 2 or w.shape[0] != rows or not w.is_contiguous():
+    if not w.is_contiguous() or (w.ndim != 1 and (w.ndim != 2 or w.shape[0] != rows)):
         raise ValueError(f"the blocks of {name} must be [{rows}, row bytes], got {shape_of(w)}")
+    if x.ndim < 1:
+        raise ValueError("x must have at least one dimension")
+    if w.ndim == 1:
+        if w.numel() != packed_bytes(kind, (rows, x.shape[-1])):
+            raise ValueError(
+                f"{name}, {w.numel()} bytes of {kind} tiles, is no matrix of {rows} rows of the "
+                f"last dimension of x ({shape_of(x)})"
+            )
+        return
     cols = w.shape[1] // block.nbytes * block.elements
-    if x.ndim < 1 or x.shape[-1] != cols or w.shape[1] % block.nbytes:
+    if x.shape[-1] != cols or w.shape[1] % block.nbytes:
         raise ValueError(
             f"the last dimension of x ({shape_of(x)}) must be {name}'s K = {cols} ({kind})"
         )
+
+
+_tiles_of_blocks = WeakTensorKeyDictionary()
+
+
+@functools.cache
+def _log_packing() -> None:
+    _log.warning(
+        "quantised weights on a GPU are packed at first use, and both forms are kept: "
+        "model.pack() packs a model without"
+    )
+
+
+def _tiles(w: Tensor, kind: str, rows: int, cols: int) -> Tiles:
+    """The matrix as the kernels read it; what is packed here lives as long as the blocks."""
+    if w.ndim == 1:
+        return Tiles(w, kind, rows)
+    version, packed = _tiles_of_blocks.get(w, (None, None))
+    if packed is None or version != w._version:
+        _log_packing()
+        packed = pack(QuantizedTensor(w, kind, (rows, cols)))
+        _tiles_of_blocks[w] = w._version, packed
+    return Tiles(packed.tiles, kind, rows)
+
+
+def _blocks(w: Tensor, kind: str, rows: int, cols: int) -> Tensor:
+    """The matrix as PyTorch decodes it."""
+    return w if w.ndim == 2 else unpack(PackedQuantizedTensor(w, kind, (rows, cols))).blocks
 
 
 def _check_products(
@@ -67,14 +130,14 @@ def _check_products(
 
 def linear(
     x: Tensor,
-    w: QuantizedTensor,
+    w: Matrix,
     residual: Tensor | None,
     norm: Norm | None,
     out_dtype: torch.dtype | None,
 ) -> Tensor:
     """See ops.linear."""
     weight, eps = norm if norm is not None else (None, 0.0)
-    return _linear(x, w.blocks, w.quant_type, w.shape[0], residual, weight, eps, out_dtype)
+    return _linear(x, *_stored(w), residual, weight, eps, out_dtype)
 
 
 def _fake_linear(
@@ -114,30 +177,39 @@ def _linear(
         raise ValueError(
             f"out_dtype must be x's {x.dtype}, or float32 without residual, got {out_dtype}"
         )
-    x = x.reshape(-1, x.shape[-1])
+    cols = x.shape[-1]
+    if cuda_ops.serves(x):
+        tiles = _tiles(w, kind, rows, cols)
+        x, norm_weight = cuda_quantized.normed(x, norm_weight, eps)
+        return cuda_quantized.linear(x, tiles, residual, norm_weight, eps, out_dtype)
+    x = x.reshape(-1, cols)
     if norm_weight is not None:
         x = torch_ops.rms_norm(x, norm_weight, eps)
     add = None if residual is None else residual.reshape(-1, rows)
+    w = _blocks(w, kind, rows, cols)
     return torch_ops.matmul_quant(x, w, kind, add=add, out_dtype=out_dtype).view(shape)
 
 
 # ----------------------------------------------------------------------------------------- swiglu
 
 
-def linear_swiglu(
-    x: Tensor, gate: QuantizedTensor, up: QuantizedTensor, norm: Norm | None
-) -> Tensor:
-    """silu(gate(x)) * up(x) of x [T, H], normalised first where asked, rounded once -> [T, I]."""
+def linear_swiglu(x: Tensor, gate: Matrix, up: Matrix | None, norm: Norm | None) -> Tensor:
+    """silu(gate(x)) * up(x) of x [T, H], normalised first where asked -> [T, I].
+
+    ``up`` None: gate is packed with it (`quant_packing.pack`). The result is rounded once, but on
+    a GPU, when up is a matrix of its own, gate and up are rounded before it.
+    """
+    weight, eps = norm if norm is not None else (None, 0.0)
+    w, kind, rows = _stored(gate)
+    if up is None:
+        return _linear_swiglu(x, w, kind, None, kind, rows // 2, weight, eps)
     if gate.shape != up.shape:
         raise ValueError(f"gate {shape_of(gate)} and up {shape_of(up)} must both be [I, H]")
-    weight, eps = norm if norm is not None else (None, 0.0)
-    return _linear_swiglu(
-        x, gate.blocks, gate.quant_type, up.blocks, up.quant_type, gate.shape[0], weight, eps
-    )
+    return _linear_swiglu(x, w, kind, *_stored(up), weight, eps)
 
 
 @op(
-    "linear_swiglu_quant(Tensor x, Tensor gate, str gate_kind, Tensor up, str up_kind, "
+    "linear_swiglu_quant(Tensor x, Tensor gate, str gate_kind, Tensor? up, str up_kind, "
     "SymInt rows, Tensor? norm_weight, float eps) -> Tensor",
     lambda x, gate, gate_kind, up, up_kind, rows, norm_weight, eps: x.new_empty((x.shape[0], rows)),
 )
@@ -145,18 +217,35 @@ def _linear_swiglu(
     x: Tensor,
     gate: Tensor,
     gate_kind: str,
-    up: Tensor,
+    up: Tensor | None,
     up_kind: str,
     rows: int,
     norm_weight: Tensor | None,
     eps: float,
 ) -> Tensor:
+    """``up`` None: gate is the tiles of both."""
     if x.ndim != 2:
         raise ValueError(f"x must be [T, H], got {shape_of(x)}")
-    matrices = [("gate", gate, gate_kind, rows), ("up", up, up_kind, rows)]
+    matrices = [("gate", gate, gate_kind, rows)]
+    if up is None:
+        matrices = [("gate_up", gate, gate_kind, 2 * rows)]
+    else:
+        matrices.append(("up", up, up_kind, rows))
     _check_products(x, norm_weight, None, matrices)
+    cols = x.shape[1]
+    if cuda_ops.serves(x):
+        x, norm_weight = cuda_quantized.normed(x, norm_weight, eps)
+        if up is None:
+            tiles = Tiles(gate, gate_kind, 2 * rows)
+            return cuda_quantized.linear_swiglu(x, tiles, norm_weight, eps)
+        both = _tiles(gate, gate_kind, rows, cols), _tiles(up, up_kind, rows, cols)
+        return cuda_quantized.gate_up_silu(x, *both, norm_weight, eps)
     if norm_weight is not None:
         x = torch_ops.rms_norm(x, norm_weight, eps)
+    if up is None:
+        pair = PackedQuantizedTensor(gate, gate_kind, (2 * rows, cols))
+        gate, up = (each.blocks for each in unpack_pair(pair))
+    gate, up = _blocks(gate, gate_kind, rows, cols), _blocks(up, up_kind, rows, cols)
     return torch_ops.matmul_quant(x, gate, gate_kind, swiglu_up=(up, up_kind))
 
 
@@ -166,22 +255,23 @@ def _linear_swiglu(
 def qkv_rope_append(
     x: Tensor,
     norm: Norm | None,
-    w_qkv: tuple[QuantizedTensor, QuantizedTensor, QuantizedTensor],
+    w_qkv: tuple[Matrix, Matrix, Matrix],
     rope: Rope,
     cache: tuple[Tensor, Tensor],
     slots: Tensor,
 ) -> Tensor:
-    """See ops.qkv_rope_append."""
+    """See ops.qkv_rope_append. The kernel takes pairs that are interleaved."""
     if rope.positions is None:
         raise ValueError("rope.positions is required here")
     weight, eps = norm if norm is not None else (None, 0.0)
+    data, kinds, rows = (list(each) for each in zip(*map(_stored, w_qkv), strict=True))
     return _qkv_rope_append(
         x,
         weight,
         eps,
-        [w.blocks for w in w_qkv],
-        [w.quant_type for w in w_qkv],
-        [w.shape[0] for w in w_qkv],
+        data,
+        kinds,
+        rows,
         rope.cos,
         rope.sin,
         rope.positions,
@@ -242,11 +332,19 @@ def _qkv_rope_append(
     check_positions(rope, x.shape[0], x.device)
     check_index("slots", slots, (x.shape[0],), x.device)
     check_range("slots", slots, -(1 << 62), num_pages * page)
+    stored = [(*each, x.shape[1]) for each in zip(w, kinds, rows, strict=True)]
+    if cuda_ops.serves_qkv(x, sum(rows), k_cache):
+        tiles = [_tiles(*each) for each in stored]
+        x, norm_weight = cuda_quantized.normed(x, norm_weight, eps)
+        args = x, norm_weight, eps, tiles, rope, k_cache, v_cache, slots
+        if interleaved:  # the rows are in pair order as they are
+            return cuda_quantized.qkv_rope_append(*args)
+        return cuda_quantized.qkv_then_rope(*args)
     if norm_weight is not None:
         x = torch_ops.rms_norm(x, norm_weight, eps)
     q, k, v = (
-        torch_ops.matmul_quant(x, blocks, kind).view(x.shape[0], -1, d)
-        for blocks, kind in zip(w, kinds, strict=True)
+        torch_ops.matmul_quant(x, _blocks(*each), each[1]).view(x.shape[0], -1, d)
+        for each in stored
     )
     c, s = cos[positions][:, None], sin[positions][:, None]
     torch_ops.append(torch_ops.rotate(k, c, s, interleaved), v, k_cache, v_cache, slots)
@@ -256,12 +354,11 @@ def _qkv_rope_append(
 # -------------------------------------------------------------------------------------- embedding
 
 
-def embedding(ids: Tensor, table: QuantizedTensor, dtype: torch.dtype | None) -> Tensor:
+def embedding(ids: Tensor, table: Matrix, dtype: torch.dtype | None) -> Tensor:
     """See ops.embedding."""
     if dtype is None:
         raise ValueError(f"dtype is required: the rows of a {table.quant_type} table have none")
-    rows, cols = table.shape
-    return _embedding(ids, table.blocks, table.quant_type, rows, cols, dtype)
+    return _embedding(ids, *_stored(table), table.shape[1], dtype)
 
 
 @op(
@@ -277,4 +374,7 @@ def _embedding(
     _check_matrix("table", like, table, kind, rows)
     check_index("ids", ids, tuple(ids.shape), table.device)
     check_range("ids", ids, 0, rows)
+    if cuda_ops.serves(like):
+        return cuda_quantized.embedding(ids, _tiles(table, kind, rows, cols), cols, dtype)
+    table = _blocks(table, kind, rows, cols)
     return torch_ops.embedding_quant(ids, table, kind, dtype).view(*ids.shape, cols)
