@@ -139,7 +139,8 @@ mk_status check_dtype(int32_t dtype) {
 
 mk_status check_blocks(const std::string& name, const void* w, int64_t row_bytes, int32_t rows,
                        int32_t type, int32_t k) {
-    const int64_t least = int64_t{k} / quant_block(type) * quant_block_bytes(type);
+    const QuantFormat format = quant_format(type);
+    const int64_t least = int64_t{k} / format.block_k * format.block_bytes;
     MK_REQUIRE(w || least == 0, MK_ERR_NULL, "%s is NULL", name.c_str());
     MK_REQUIRE(rows <= 1 || row_bytes >= least, MK_ERR_STRIDE,
                "%s_row_bytes must be at least the %lld bytes of a row, got %lld", name.c_str(),
