@@ -342,10 +342,8 @@ def _qkv_rope_append(
         return cuda_quantized.qkv_then_rope(*args)
     if norm_weight is not None:
         x = torch_ops.rms_norm(x, norm_weight, eps)
-    q, k, v = (
-        torch_ops.matmul_quant(x, _blocks(*each), each[1]).view(x.shape[0], -1, d)
-        for each in stored
-    )
+    products = torch_ops.matmuls_quant(x, [(_blocks(*each), each[1]) for each in stored])
+    q, k, v = (y.view(x.shape[0], -1, d) for y in products)
     c, s = cos[positions][:, None], sin[positions][:, None]
     torch_ops.append(torch_ops.rotate(k, c, s, interleaved), v, k_cache, v_cache, slots)
     return torch_ops.rotate(q, c, s, interleaved)

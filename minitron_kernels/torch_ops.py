@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from minitron_kernels import _native
 from minitron_kernels.checks import lengths_of, starts_of
-from minitron_kernels.quantized import decode
+from minitron_kernels.quantized import GGML_NUMBERS, QUANT_TYPES, decode
 
 if TYPE_CHECKING:
     from minitron_kernels.ops import Rope
@@ -131,21 +131,93 @@ def matmul_quant(
     swiglu_up: tuple[Tensor, str] | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """As `matmul`, of a quantised matrix: its blocks, uint8 [N, row bytes], and their type."""
-    cols = x.shape[1]
-    up = None if swiglu_up is None else decode(*swiglu_up, torch.float32).view(-1, cols)
-    y = matmul(
-        x.float(),
-        decode(w, kind, torch.float32).view(-1, cols),
-        add=None if add is None else add.float(),
-        swiglu_up=up,
+    """As `matmul`, of a quantised matrix: its blocks, uint8 [N, row bytes], and their type.
+
+    CPU tensors go to mk_cpu_linear_quant, which reads the blocks as stored. Others are decoded in
+    every call: the CUDA kernels take all but what they do not serve.
+    """
+    out_dtype = x.dtype if out_dtype is None else out_dtype
+    if x.device.type != "cpu":
+        dense = decode(w, kind, torch.float32).view(-1, x.shape[1])
+        y = F.linear(x.float(), dense)
+        if swiglu_up is not None:
+            dense = decode(*swiglu_up, torch.float32).view(-1, x.shape[1])
+            y = F.silu(y, inplace=True).mul_(F.linear(x.float(), dense))
+        return (y if add is None else y.add_(add)).to(out_dtype)
+    out = torch.empty((x.shape[0], w.shape[0]), dtype=out_dtype)
+    epilogue, up, up_kind = _native.EPILOGUE_NONE, None, kind
+    if swiglu_up is not None:
+        epilogue, (up, up_kind) = _native.EPILOGUE_SWIGLU, swiglu_up
+    elif add is not None:
+        epilogue, add = _native.EPILOGUE_ADD, _rows(add)
+    product = _native.CpuQuantProduct(
+        w.data_ptr(),
+        w.shape[1],
+        w.shape[0],
+        GGML_NUMBERS[kind],
+        out.data_ptr(),
+        out.stride(0),
+        epilogue,
+        0 if add is None else add.data_ptr(),
+        0 if add is None else add.stride(0),
+        0 if up is None else up.data_ptr(),
+        0 if up is None else up.shape[1],
+        GGML_NUMBERS[up_kind],
+        _DTYPES[out_dtype],
     )
-    return y.to(out_dtype or x.dtype)
+    _cpu_products(x, [product])
+    return out
+
+
+def matmuls_quant(x: Tensor, matrices: Sequence[tuple[Tensor, str]]) -> list[Tensor]:
+    """x [M, K] @ w^T for several quantised matrices, with x read once."""
+    if x.device.type != "cpu":
+        return [matmul_quant(x, w, kind) for w, kind in matrices]
+    outs = [torch.empty((x.shape[0], w.shape[0]), dtype=x.dtype) for w, _ in matrices]
+    products = [
+        _native.CpuQuantProduct(
+            w.data_ptr(),
+            w.shape[1],
+            w.shape[0],
+            GGML_NUMBERS[kind],
+            out.data_ptr(),
+            out.stride(0),
+        )
+        for (w, kind), out in zip(matrices, outs, strict=True)
+    ]
+    _cpu_products(x, products)
+    return outs
+
+
+def _cpu_products(x: Tensor, products: list[_native.CpuQuantProduct]) -> None:
+    x = _rows(x)
+    m, k = x.shape
+    threads = torch.get_num_threads()
+    _native.cpu_linear_quant(x.data_ptr(), x.stride(0), m, k, _DTYPES[x.dtype], products, threads)
 
 
 def embedding_quant(ids: Tensor, table: Tensor, kind: str, dtype: torch.dtype) -> Tensor:
-    """Rows ``ids`` of a table's blocks, uint8 [V, row bytes], decoded: a vector of ``dtype``."""
-    return decode(table.index_select(0, ids.reshape(-1)), kind, dtype)
+    """Rows ``ids`` of a table's blocks, uint8 [V, row bytes], decoded: [ids, H] of ``dtype``."""
+    ids = ids.reshape(-1).contiguous()
+    if table.device.type != "cpu":
+        return decode(table.index_select(0, ids), kind, dtype).view(len(ids), -1)
+    block = QUANT_TYPES[kind]
+    out = torch.empty((len(ids), table.shape[1] // block.nbytes * block.elements), dtype=dtype)
+    _native.cpu_dequantize(
+        table.data_ptr(),
+        table.shape[1],
+        table.shape[0],
+        out.shape[1],
+        GGML_NUMBERS[kind],
+        out.data_ptr(),
+        out.stride(0),
+        len(ids),
+        _DTYPES[dtype],
+        torch.get_num_threads(),
+        ids.data_ptr(),
+        _native.I32 if ids.dtype == torch.int32 else _native.I64,
+    )
+    return out
 
 
 def attend(
