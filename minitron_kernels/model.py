@@ -31,6 +31,7 @@ from minitron_kernels.layers import (
     Packable,
     RMSNorm,
     SwiGLUMLP,
+    as_parameter,
 )
 from minitron_kernels.quantized import QuantizedTensor
 
@@ -139,8 +140,7 @@ class Attention(Packable):
             state = {f"{name}.weight": getattr(self, name).weight for name in self.matrices}
             _reorder(state, "", self.shape[2], to_interleaved=True)
             for name in ("q_proj", "k_proj"):
-                weight = nn.Parameter(state[f"{name}.weight"], requires_grad=False)
-                getattr(self, name).weight = weight
+                getattr(self, name).weight = as_parameter(state[f"{name}.weight"])
             self.interleaved = True
         super().pack(device)
 
@@ -337,7 +337,7 @@ class MinitronForCausalLM(nn.Module):
         owner, _, leaf = name.rpartition(".")
         parent, _, child = owner.rpartition(".")
         module, packable = self.get_submodule(owner), self.get_submodule(parent)
-        setattr(module, leaf, nn.Parameter(weight, requires_grad=False))
+        setattr(module, leaf, as_parameter(weight))
         del weight  # so that packing is what holds it last
         if not has_kernels:
             return
