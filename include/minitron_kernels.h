@@ -714,6 +714,65 @@ typedef struct mk_cpu_dequantize_params {
 
 MK_API mk_status mk_cpu_dequantize(const mk_cpu_dequantize_params* params);
 
+/* ---- Row-wise ops and attention on the CPU -------------------------------------------------------
+ * The ops of the GPU on tensors in host memory, with the same structs; dtype may be MK_F32 as well.
+ * They return when they are done. Indices are looked at, and nothing is written if one is bad. As
+ * for mk_cpu_linear, the bits do not depend on num_threads, the processor or the rest of the batch,
+ * and NaNs are stored as the positive quiet one.
+ */
+typedef struct mk_cpu_options {
+    int32_t num_threads; /* 1 ... 256, the caller's among them */
+    int32_t isa;         /* mk_cpu_isa */
+} mk_cpu_options;
+
+/* As mk_rms_norm; residual, where given, is added as by mk_add_rms_norm. The mean is summed in
+ * double, and 1 / sqrt(mean + eps) rounded once to fp32. hidden: 1 ... 2^20. */
+MK_API mk_status mk_cpu_rms_norm(const mk_rms_norm_params* params, const mk_cpu_options* options);
+
+/* As mk_silu_and_mul. */
+MK_API mk_status mk_cpu_silu_and_mul(const mk_silu_and_mul_params* params,
+                                     const mk_cpu_options* options);
+
+/* q_out = rotated q; k_cache[slot] = rotated k and v_cache[slot] = v for the slot of each token, a
+ * negative one being skipped. Either half is left out when its number of heads is 0. */
+typedef struct mk_cpu_rope_append_params {
+    const void* q;     /* [tokens, num_q_heads, head_dim] */
+    void* q_out;       /* as q; may be q */
+    const void* k;     /* [tokens, num_kv_heads, head_dim] */
+    const void* v;     /* as k */
+    void* k_cache;     /* [num_pages, page_size, num_kv_heads, head_dim] */
+    void* v_cache;     /* as k_cache */
+    const void* slots; /* [tokens] */
+    int64_t q_stride, q_head_stride;
+    int64_t q_out_stride, q_out_head_stride;
+    int64_t k_stride, k_head_stride;
+    int64_t v_stride, v_head_stride;
+    int64_t cache_page_stride, cache_stride, cache_head_stride; /* of both caches */
+    int32_t tokens;
+    int32_t num_q_heads;  /* 0 ... 1024 */
+    int32_t num_kv_heads; /* 0 ... 1024 */
+    int32_t head_dim;     /* 1 ... 1024 */
+    int32_t num_pages;
+    int32_t page_size;
+    int32_t slots_dtype; /* MK_I32, MK_I64 */
+    int32_t dtype;       /* MK_BF16, MK_F16, MK_F32 */
+    int32_t pair_order;  /* 1: q and k come in the pair order of mk_qkv_rope_append's rows */
+    mk_rope rope;        /* by tables only */
+} mk_cpu_rope_append_params;
+
+MK_API mk_status mk_cpu_rope_append(const mk_cpu_rope_append_params* params,
+                                    const mk_cpu_options* options);
+
+/* As mk_attention, for prompts and single tokens alike; any page_size, head_dim 1 ... 1024, no
+ * alignment, and rope.cos is NULL. For a block of 128 keys (0 ... 127, 128 ... 255, ...): the logits
+ * as mk_cpu_linear sums them, times softmax_scale; their maximum; weights relative to it, which are
+ * not rounded below fp32; and sum and product with v over the block's keys ascending. Blocks are
+ * joined in ascending order. So a row has the same bits in a prompt, cut anywhere, and as a single
+ * token. Keys that a query does not see are not multiplied with anything: a NaN there is not met.
+ * Sequences with at most skip_seqlen_q or more than max_seqlen_q rows are an error. */
+MK_API mk_status mk_cpu_attention(const mk_attention_params* params,
+                                  const mk_cpu_options* options);
+
 #ifdef __cplusplus
 } /* extern "C" */
 #endif
