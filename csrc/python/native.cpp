@@ -5,20 +5,19 @@
 #include <pybind11/pybind11.h>
 
 #include <string>
-#include <type_traits>
 #include <utility>
 
 #include "minitron_kernels.h"
 #include "python/cpu_linear.h"
 #include "python/cpu_linear_quant.h"
+#include "python/cpu_ops.h"
+#include "python/fields.h"
 #include "python/quant_pack.h"
 
 namespace py = pybind11;
 using namespace py::literals;
 
 namespace {
-
-using Pointer = uintptr_t;
 
 template <class T = const void>
 T* pointer(Pointer address) {
@@ -51,26 +50,6 @@ py::dict to_dict(const mk_plan& plan) {
                     "block"_a = dim3(plan.block), "cluster"_a = dim3(plan.cluster),
                     "smem_bytes"_a = plan.smem_bytes, "pdl"_a = plan.pdl != 0);
 }
-
-// A field of an op's struct as Python passes it: pointers are plain ints.
-template <class T>
-using Argument = std::conditional_t<std::is_pointer_v<T>, Pointer, T>;
-
-template <class T>
-T convert(const Argument<T>& value) {
-    if constexpr (std::is_pointer_v<T>) {
-        return reinterpret_cast<T>(value);
-    } else {
-        return value;
-    }
-}
-
-// `at` finds it in the struct, or in a struct inside it.
-template <class Params, class T>
-struct Field {
-    const char* name;
-    T& (*at)(Params&);
-};
 
 // Defines <name> and <name>_plan, whose arguments are these fields; the others stay 0.
 template <class Params, class... T>
@@ -320,5 +299,6 @@ PYBIND11_MODULE(_native, m) {
 #undef MK_MEMBER
     def_cpu_linear(m, &check);
     def_cpu_linear_quant(m, &check);
+    def_cpu_ops(m, &check);
     def_quant_pack(m, &check);
 }
