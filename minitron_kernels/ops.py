@@ -109,8 +109,7 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Ten
     check_norm(x, weight)
     if cuda_ops.serves(x):
         return cuda_ops.add_rms_norm(x, residual, weight, eps)
-    residual += x
-    return torch_ops.rms_norm(residual, weight, eps)
+    return torch_ops.add_rms_norm(x, residual, weight, eps)
 
 
 @op(
@@ -140,8 +139,8 @@ def apply_rope(
     check_positions(rope, q.shape[0], q.device)
     if cuda_ops.serves(q):
         return cuda_ops.apply_rope(q, k, cos, sin, positions, interleaved)
-    c, s = cos[positions][:, None], sin[positions][:, None]
-    return torch_ops.rotate(q, c, s, interleaved), torch_ops.rotate(k, c, s, interleaved)
+    rotated_q, rotated_k = (torch_ops.rotated(t, cos, sin, positions, interleaved) for t in (q, k))
+    return rotated_q, rotated_k
 
 
 @op(
@@ -155,8 +154,7 @@ def silu_and_mul(gate_up: Tensor) -> Tensor:
         raise ValueError(f"gate_up must have an even last dimension, got {shape_of(gate_up)}")
     if cuda_ops.serves(gate_up):
         return cuda_ops.silu_and_mul(gate_up)
-    gate, up = gate_up.chunk(2, dim=-1)
-    return F.silu(gate) * up
+    return torch_ops.silu_and_mul(gate_up)
 
 
 # ----------------------------------------------------------------------------------------- linear
@@ -365,7 +363,7 @@ def _rope_append(
 ) -> None:
     check_float(k=k, v=v, k_cache=k_cache, v_cache=v_cache)
     check_cache(k_cache, v_cache)
-    num_pages, page, hk, d = k_cache.shape
+    hk, d = k_cache.shape[2:]
     for name, t in (("k", k), ("v", v)):
         if t.ndim != 3 or t.shape[1:] != (hk, d) or t.shape[0] != k.shape[0]:
             raise ValueError(f"{name} must be {k.shape[0]}x{hk}x{d}, got {shape_of(t)}")
@@ -373,12 +371,10 @@ def _rope_append(
     check_rope(rope, d)
     check_positions(rope, k.shape[0], k.device)
     check_index("slots", slots, (k.shape[0],), k.device)
-    check_range("slots", slots, -(1 << 62), num_pages * page)
     if cuda_ops.serves(k):
         cuda_ops.rope_append(k, v, cos, sin, positions, interleaved, k_cache, v_cache, slots)
         return
-    rotated = torch_ops.rotate(k, cos[positions][:, None], sin[positions][:, None], interleaved)
-    torch_ops.append(rotated, v, k_cache, v_cache, slots)
+    torch_ops.rope_append(k, v, rope, (k_cache, v_cache), slots)
 
 
 def qkv_rope_append(
@@ -482,7 +478,7 @@ def _qkv_rope_append(
     check_cache(k_cache, v_cache)
     if x.ndim != 2:
         raise ValueError(f"x must be [T, H], got {shape_of(x)}")
-    num_pages, page, hk, d = k_cache.shape
+    hk, d = k_cache.shape[2:]
     for name, w in tensors.items():
         if name[0] == "w" and (w.ndim != 2 or w.shape[1] != x.shape[1]):
             raise ValueError(f"{name} must be [heads * {d}, {x.shape[1]}], got {shape_of(w)}")
@@ -497,7 +493,6 @@ def _qkv_rope_append(
     check_rope(rope, d)
     check_positions(rope, x.shape[0], x.device)
     check_index("slots", slots, (x.shape[0],), x.device)
-    check_range("slots", slots, -(1 << 62), num_pages * page)
     if norm_weight is not None:
         check_norm(x, norm_weight)
     norm = None if norm_weight is None else Norm(norm_weight, eps)
@@ -511,12 +506,9 @@ def _qkv_rope_append(
     if wk is None or wv is None:
         y = torch_ops.matmul(x, wq).view(x.shape[0], -1, d)
         q, k, v = y.split((rows_q // d, hk, hk), dim=1)
-        q, k = (torch_ops.from_pairs(t, 2 * cos.shape[1], interleaved) for t in (q, k))
     else:
         q, k, v = (torch_ops.matmul(x, w).view(x.shape[0], -1, d) for w in (wq, wk, wv))
-    c, s = cos[positions][:, None], sin[positions][:, None]
-    torch_ops.append(torch_ops.rotate(k, c, s, interleaved), v, k_cache, v_cache, slots)
-    return torch_ops.rotate(q, c, s, interleaved)
+    return torch_ops.qkv_rope_append((q, k, v), rope, (k_cache, v_cache), slots, wk is None)
 
 
 # -------------------------------------------------------------------------------------- attention

@@ -321,7 +321,7 @@ def _qkv_rope_append(
     _check_products(x, norm_weight, None, list(zip(names, w, kinds, rows, strict=True)))
     check_float(x=x, k_cache=k_cache, v_cache=v_cache)
     check_cache(k_cache, v_cache)
-    num_pages, page, hk, d = k_cache.shape
+    hk, d = k_cache.shape[2:]
     for name, count in zip(names[1:], rows[1:], strict=True):
         if count != hk * d:
             raise ValueError(f"{name} must have Hk*D = {hk * d} rows, got {count}")
@@ -331,7 +331,6 @@ def _qkv_rope_append(
     check_rope(rope, d)
     check_positions(rope, x.shape[0], x.device)
     check_index("slots", slots, (x.shape[0],), x.device)
-    check_range("slots", slots, -(1 << 62), num_pages * page)
     stored = [(*each, x.shape[1]) for each in zip(w, kinds, rows, strict=True)]
     if cuda_ops.serves_qkv(x, sum(rows), k_cache):
         tiles = [_tiles(*each) for each in stored]
@@ -344,9 +343,7 @@ def _qkv_rope_append(
         x = torch_ops.rms_norm(x, norm_weight, eps)
     products = torch_ops.matmuls_quant(x, [(_blocks(*each), each[1]) for each in stored])
     q, k, v = (y.view(x.shape[0], -1, d) for y in products)
-    c, s = cos[positions][:, None], sin[positions][:, None]
-    torch_ops.append(torch_ops.rotate(k, c, s, interleaved), v, k_cache, v_cache, slots)
-    return torch_ops.rotate(q, c, s, interleaved)
+    return torch_ops.qkv_rope_append((q, k, v), rope, (k_cache, v_cache), slots)
 
 
 # -------------------------------------------------------------------------------------- embedding

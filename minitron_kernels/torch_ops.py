@@ -1,4 +1,5 @@
-"""The ops' computations in PyTorch: of CPU tensors, and of CUDA tensors that no kernel serves.
+"""The ops' computations where the CUDA kernels do not serve: of CPU tensors by the CPU kernels, of
+CUDA tensors in PyTorch.
 
 Arguments have been checked by `ops.py`, but for what only a look into index tensors tells, which is
 checked here, before anything is written. A row of a CPU result does not depend on the rest of the
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 
-from minitron_kernels import _native
+from minitron_kernels import _native, cpu_ops
 from minitron_kernels.checks import lengths_of, starts_of
 from minitron_kernels.quantized import GGML_NUMBERS, QUANT_TYPES, decode
 
@@ -27,10 +28,72 @@ Tensor = torch.Tensor
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Normalise in fp32, round to x's dtype, multiply (transformers' order)."""
+    if x.is_cpu:
+        return cpu_ops.rms_norm(x, weight, eps)
     x32 = x.float()
     squares = x32.square()  # its memory is used again: this is memory-bound
     scale = squares.mean(-1, keepdim=True).add_(eps).rsqrt_()
     return torch.mul(x32, scale, out=squares).to(x.dtype).mul_(weight)
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """residual += x; rms_norm of it."""
+    if x.is_cpu and residual.is_contiguous():
+        return cpu_ops.rms_norm(x, weight, eps, residual)
+    residual += x
+    return rms_norm(residual, weight, eps)
+
+
+def silu_and_mul(gate_up: Tensor) -> Tensor:
+    if gate_up.is_cpu:
+        return cpu_ops.silu_and_mul(gate_up)
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def rotated(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, interleaved: bool) -> Tensor:
+    """x [T, H, D] rotated by the tables' rows ``positions``: a new tensor."""
+    if x.is_cpu:
+        return cpu_ops.rotated(x, cos, sin, positions, interleaved)
+    return rotate(x, cos[positions][:, None], sin[positions][:, None], interleaved)
+
+
+def rope_append(
+    k: Tensor, v: Tensor, rope: Rope, cache: tuple[Tensor, Tensor], slots: Tensor
+) -> None:
+    """Write k, rotated, and v [T, Hk, D] to the slots of the cache; a negative slot is skipped."""
+    cos, sin, positions, interleaved = rope
+    assert positions is not None
+    if k.is_cpu:
+        cpu_ops.rope_append(None, None, (k, v), cos, sin, positions, interleaved, cache, slots)
+    else:
+        append(rotated(k, cos, sin, positions, interleaved), v, *cache, slots)
+
+
+def qkv_rope_append(
+    qkv: tuple[Tensor, Tensor, Tensor],
+    rope: Rope,
+    cache: tuple[Tensor, Tensor],
+    slots: Tensor,
+    pair_order: bool = False,
+) -> Tensor:
+    """rope_append of k and v; q, rotated, perhaps in its own memory.
+
+    ``pair_order``: q and k come in the order of a PackedQKV's rows.
+    """
+    q, k, v = qkv
+    cos, sin, positions, interleaved = rope
+    assert positions is not None
+    if q.is_cpu:
+        out = q if q.is_contiguous() else torch.empty(q.shape, dtype=q.dtype)
+        cpu_ops.rope_append(
+            q, out, (k, v), cos, sin, positions, interleaved, cache, slots, pair_order
+        )
+        return out
+    if pair_order:
+        q, k = (from_pairs(t, 2 * cos.shape[1], interleaved) for t in (q, k))
+    rope_append(k, v, rope, cache, slots)
+    return rotated(q, cos, sin, positions, interleaved)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
@@ -58,13 +121,6 @@ def from_pairs(x: Tensor, rotary_dim: int, interleaved: bool) -> Tensor:
         return x
     first, second = x[..., :rotary_dim:2], x[..., 1:rotary_dim:2]
     return torch.cat((first, second, x[..., rotary_dim:]), dim=-1)
-
-
-_DTYPES = {
-    torch.bfloat16: _native.BF16,
-    torch.float16: _native.F16,
-    torch.float32: _native.F32,
-}
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -110,14 +166,14 @@ def matmul(
         x.shape[0],
         w.shape[0],
         w.shape[1],
-        _DTYPES[x.dtype],
+        cpu_ops.DTYPES[x.dtype],
         torch.get_num_threads(),
         epilogue,
         0 if other is out else other.data_ptr(),
         0 if other is out else other.stride(0),
         0 if up is w else up.data_ptr(),
         0 if up is w else up.stride(0),
-        out_dtype=_DTYPES[out_dtype],
+        out_dtype=cpu_ops.DTYPES[out_dtype],
     )
     return out
 
@@ -163,7 +219,7 @@ def matmul_quant(
         0 if up is None else up.data_ptr(),
         0 if up is None else up.shape[1],
         GGML_NUMBERS[up_kind],
-        _DTYPES[out_dtype],
+        cpu_ops.DTYPES[out_dtype],
     )
     _cpu_products(x, [product])
     return out
@@ -193,7 +249,9 @@ def _cpu_products(x: Tensor, products: list[_native.CpuQuantProduct]) -> None:
     x = _rows(x)
     m, k = x.shape
     threads = torch.get_num_threads()
-    _native.cpu_linear_quant(x.data_ptr(), x.stride(0), m, k, _DTYPES[x.dtype], products, threads)
+    _native.cpu_linear_quant(
+        x.data_ptr(), x.stride(0), m, k, cpu_ops.DTYPES[x.dtype], products, threads
+    )
 
 
 def embedding_quant(ids: Tensor, table: Tensor, kind: str, dtype: torch.dtype) -> Tensor:
@@ -212,7 +270,7 @@ def embedding_quant(ids: Tensor, table: Tensor, kind: str, dtype: torch.dtype) -
         out.data_ptr(),
         out.stride(0),
         len(ids),
-        _DTYPES[dtype],
+        cpu_ops.DTYPES[dtype],
         torch.get_num_threads(),
         ids.data_ptr(),
         _native.I32 if ids.dtype == torch.int32 else _native.I64,
@@ -340,10 +398,11 @@ def packed_attention(
     return_lse: bool,
 ) -> tuple[Tensor, Tensor]:
     """ops.attention: out, lse."""
-    starts_q = starts_of("cu_seqlens_q", cu_seqlens[0], q.shape[0], "q")
-    starts_k = starts_of("cu_seqlens_k", cu_seqlens[1], k.shape[0], "k")
-    lengths = list(zip(lengths_of(starts_q), lengths_of(starts_k), strict=True))
-    _check_counts([lq for lq, _ in lengths], (0, max_seqlen_q))
+    if rope is not None or not q.is_cpu:  # else the kernel looks
+        starts_q = starts_of("cu_seqlens_q", cu_seqlens[0], q.shape[0], "q")
+        starts_k = starts_of("cu_seqlens_k", cu_seqlens[1], k.shape[0], "k")
+        lengths = list(zip(lengths_of(starts_q), lengths_of(starts_k), strict=True))
+        _check_counts([lq for lq, _ in lengths], (0, max_seqlen_q))
     if rope is not None:
         cos, sin, _, interleaved = rope
         if not all(lq <= lk <= cos.shape[0] for lq, lk in lengths):
@@ -352,8 +411,21 @@ def packed_attention(
             )
         for_q = [p for lq, lk in lengths for p in range(lk - lq, lk)]
         for_k = [p for _, lk in lengths for p in range(lk)]
-        q = rotate(q, cos[for_q][:, None], sin[for_q][:, None], interleaved)
-        k = rotate(k, cos[for_k][:, None], sin[for_k][:, None], interleaved)
+        q = rotated(q, cos, sin, torch.tensor(for_q, device=q.device), interleaved)
+        k = rotated(k, cos, sin, torch.tensor(for_k, device=q.device), interleaved)
+    if q.is_cpu:
+        return cpu_ops.attention(
+            q,
+            k,
+            v,
+            cu_seqlens[0],
+            (0, max_seqlen_q),
+            causal,
+            scale,
+            window,
+            return_lse,
+            cu_seqlens_k=cu_seqlens[1],
+        )
     out, lse = _new_attention(q, return_lse)
     for i in range(len(lengths)):
         rows_q = slice(starts_q[i], starts_q[i + 1])
@@ -379,6 +451,20 @@ def paged_attention(
     return_lse: bool,
 ) -> tuple[Tensor, Tensor]:
     """ops.attention_kvcache: out, lse. ``bounds`` are its min_seqlen_q and max_seqlen_q."""
+    if q.is_cpu and new is None and rope is None:  # the kernel looks at all that follows
+        return cpu_ops.attention(
+            q,
+            k_cache,
+            v_cache,
+            cu_seqlens_q,
+            bounds,
+            causal,
+            scale,
+            window,
+            return_lse,
+            block_table=block_table,
+            seqlens_k=cache_seqlens,
+        )
     num_pages, page = k_cache.shape[:2]
     batch, max_pages = block_table.shape
     starts = list(range(batch + 1))
@@ -407,16 +493,37 @@ def paged_attention(
                     f"positions 0..{cos.shape[0] - 1}"
                 )
             positions = torch.tensor(places, dtype=torch.int64, device=q.device)
-        turn = cos[positions][:, None], sin[positions][:, None], interleaved
-        q = rotate(q, *turn)
+        q = rotated(q, cos, sin, positions, interleaved)
     if new is not None:
-        slots = [
-            tables[i][p // page] * page + p % page
-            for i in range(batch)
-            for p in range(before[i], total[i])
-        ]
-        k_new = new[0] if rope is None else rotate(new[0], *turn)
-        append(k_new, new[1], k_cache, v_cache, torch.tensor(slots, device=q.device))
+        slots = torch.tensor(
+            [
+                tables[i][p // page] * page + p % page
+                for i in range(batch)
+                for p in range(before[i], total[i])
+            ],
+            dtype=torch.int64,
+            device=q.device,
+        )
+        if rope is None:
+            append(*new, k_cache, v_cache, slots)
+        else:
+            turn = rope._replace(positions=positions)
+            rope_append(*new, turn, (k_cache, v_cache), slots)
+    if q.is_cpu:
+        return cpu_ops.attention(
+            q,
+            k_cache,
+            v_cache,
+            cu_seqlens_q,
+            bounds,
+            causal,
+            scale,
+            window,
+            return_lse,
+            block_table=block_table,
+            seqlens_k=cache_seqlens,
+            is_appended=new is not None,
+        )
     if batch == 1 and not return_lse and 0 < q.shape[0] <= total[0]:
         k, v = (cached_rows(c, tables[0], total[0]) for c in (k_cache, v_cache))
         out = attend(q, k, v, causal, scale, window)  # as it is, with no copy

@@ -31,10 +31,12 @@ void def_cpu_op(pybind11::module_& m, const char* name, void (*check)(mk_status)
 }
 
 inline void def_cpu_ops(pybind11::module_& m, void (*check)(mk_status)) {
-#define MK_FIELD(op, field)                                                                \
-    Field<mk_##op##_params, std::remove_reference_t<decltype(mk_##op##_params{}.field)>> { \
-        #field, [](mk_##op##_params& p) -> auto& { return p.field; }                       \
+#define MK_MEMBER(op, name, member)                                                         \
+    Field<mk_##op##_params, std::remove_reference_t<decltype(mk_##op##_params{}.member)>> { \
+        name, [](mk_##op##_params& p) -> auto& { return p.member; }                         \
     }
+#define MK_FIELD(op, field) MK_MEMBER(op, #field, field)
+#define MK_ROPE(field) MK_MEMBER(cpu_rope_append, #field, rope.field)
     def_cpu_op(m, "cpu_rms_norm", check, &mk_cpu_rms_norm, MK_FIELD(rms_norm, x),
                MK_FIELD(rms_norm, residual), MK_FIELD(rms_norm, weight), MK_FIELD(rms_norm, out),
                MK_FIELD(rms_norm, x_stride), MK_FIELD(rms_norm, residual_stride),
@@ -58,8 +60,9 @@ inline void def_cpu_ops(pybind11::module_& m, void (*check)(mk_status)) {
         MK_FIELD(cpu_rope_append, num_q_heads), MK_FIELD(cpu_rope_append, num_kv_heads),
         MK_FIELD(cpu_rope_append, head_dim), MK_FIELD(cpu_rope_append, num_pages),
         MK_FIELD(cpu_rope_append, page_size), MK_FIELD(cpu_rope_append, slots_dtype),
-        MK_FIELD(cpu_rope_append, dtype), MK_FIELD(cpu_rope_append, pair_order),
-        MK_FIELD(cpu_rope_append, rope));
+        MK_FIELD(cpu_rope_append, dtype), MK_FIELD(cpu_rope_append, pair_order), MK_ROPE(cos),
+        MK_ROPE(sin), MK_ROPE(table_stride), MK_ROPE(positions), MK_ROPE(positions_dtype),
+        MK_ROPE(max_position), MK_ROPE(rotary_dim), MK_ROPE(interleaved));
     def_cpu_op(m, "cpu_attention", check, &mk_cpu_attention, MK_FIELD(attention, q),
                MK_FIELD(attention, k), MK_FIELD(attention, v), MK_FIELD(attention, out),
                MK_FIELD(attention, lse), MK_FIELD(attention, cu_seqlens_q),
@@ -79,5 +82,7 @@ inline void def_cpu_ops(pybind11::module_& m, void (*check)(mk_status)) {
                MK_FIELD(attention, seqlens_k_add), MK_FIELD(attention, causal),
                MK_FIELD(attention, window), MK_FIELD(attention, softmax_scale),
                MK_FIELD(attention, dtype));
+#undef MK_ROPE
 #undef MK_FIELD
+#undef MK_MEMBER
 }
