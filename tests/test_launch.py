@@ -527,6 +527,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"head_dim": d, "max_seqlen_q": n, "rope.rotary_dim": 64} for d in (64, 128) for n in (2, 3)
     ],
     "attention": [{"head_dim": d, "rope.rotary_dim": 64} for d in (64, 128)],
+    "embedding_quant": [{}],
 }
 PLANNED: dict[str, set[str]] = {arch: set() for arch in ARCHS}
 

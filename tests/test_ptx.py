@@ -40,6 +40,7 @@ CLAIMS = {
     "silu_and_mul_unaligned": (64, 0),
     "embedding": (40, 0),
     "embedding_unaligned": (40, 0),
+    "embedding_quant": (64, 0),
     "argmax": (64, 256),
     "argmax_unaligned": (64, 256),
     "sample": (64, 25 << 10),
@@ -60,9 +61,11 @@ CLAIMS = {
     "attention_decode_hd128_rows32": (255, 40 << 10),
 }
 LINEAR = ("linear", "linear_swiglu", "qkv_rope_append")
-# Widths of stores next to 16 bytes: a token, an index; attention's out (8 bytes a lane, a row a
-# warp), statistics of partial results, lse and the counter.
+# Widths of stores next to 16 bytes: a token, an index; a lane's four weights, or one where rows are
+# not aligned; attention's out (8 bytes a lane, a row a warp), statistics of partial results, lse
+# and the counter.
 NARROW_STORES = {
+    "embedding_quant": {".64", ""},
     "argmax": {".64"},
     "sample": {".64"},
     "attention_decode": {".64", ""},

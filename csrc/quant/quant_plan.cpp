@@ -2,6 +2,8 @@
 // mk_qkv_rope_append_quant, mk_quant_prepare_x and mk_embedding_quant.
 #include "quant/quant_plan.h"
 
+#include <algorithm>
+
 #include "common/rows_plan.h"
 #include "linear/linear_plan.h"
 
@@ -159,6 +161,24 @@ struct EmbeddingQuant {
         MK_TRY(check_matrix("table", p.table, a.vocab, "hidden", a.hidden, a.tokens > 0));
         return check_rows("out", a.out, a.out_stride, a.tokens, a.hidden, a.dtype);
     }
+
+    static mk_plan plan(const Params& p, const mk_device& device) {
+        mk_plan plan = make_plan("embedding_quant", device, dtype_name(p.embedding.dtype));
+        const int32_t threads = 4 * quant_row_tiles(p.embedding.hidden);
+        plan.grid[0] = p.embedding.tokens;
+        plan.grid[1] = ceil_div(threads, kRowMaxThreads);
+        plan.block[0] = std::min(32 * ceil_div(threads, 32), kRowMaxThreads);
+        return plan;
+    }
+
+    static const Params& args(const Params& p) { return p; }
+
+    static std::string shape(const Params& p) {
+        const mk_embedding_params& a = p.embedding;
+        return std::string("embedding_quant ") + quant_type_name(p.table.type) + " " +
+               dtype_name(a.dtype) + " tokens " + std::to_string(a.tokens) + " hidden " +
+               std::to_string(a.hidden);
+    }
 };
 
 // Ops whose kernels are not written yet: a valid call is refused.
@@ -229,13 +249,13 @@ mk_status mk_quant_prepare_x_plan(const mk_quant_prepare_x_params* params, const
     return mk::refuse<mk::QuantPrepareX>(params);
 }
 
-mk_status mk_embedding_quant(const mk_embedding_quant_params* params, void*) {
-    return mk::refuse<mk::EmbeddingQuant>(params);
+mk_status mk_embedding_quant(const mk_embedding_quant_params* params, void* stream) {
+    return mk::run<mk::EmbeddingQuant>(params, stream);
 }
 
-mk_status mk_embedding_quant_plan(const mk_embedding_quant_params* params, const mk_device*,
-                                  mk_plan*) {
-    return mk::refuse<mk::EmbeddingQuant>(params);
+mk_status mk_embedding_quant_plan(const mk_embedding_quant_params* params, const mk_device* device,
+                                  mk_plan* plan) {
+    return mk::plan<mk::EmbeddingQuant>(params, device, plan);
 }
 
 }  // extern "C"
