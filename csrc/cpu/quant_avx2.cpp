@@ -23,6 +23,9 @@ struct Ints {
         _mm256_storeu_si256(q + 1, hi);
     }
 
+    friend Ints operator+(Ints a, Ints b) {
+        return {_mm256_add_epi32(a.lo, b.lo), _mm256_add_epi32(a.hi, b.hi)};
+    }
     friend Ints operator&(Ints a, uint32_t b) {
         return {_mm256_and_si256(a.lo, all(b)), _mm256_and_si256(a.hi, all(b))};
     }
@@ -45,6 +48,18 @@ struct Ints {
                 _mm256_add_epi32(acc.hi, _mm256_madd_epi16(w.hi, x.hi))};
     }
     Vec to_float() const { return {_mm256_cvtepi32_ps(lo), _mm256_cvtepi32_ps(hi)}; }
+    Vec half() const { return {half(lo), half(hi)}; }
+    static __m256 half(__m256i a) {
+        const __m256i low = _mm256_and_si256(a, all(0xffff));
+        return _mm256_cvtph_ps(
+            _mm_packus_epi32(_mm256_castsi256_si128(low), _mm256_extracti128_si256(low, 1)));
+    }
+
+    MK_INLINE static Ints gather(const uint8_t* const* rows, int64_t offset) {
+        uint32_t words[kLanes];
+        for (int r = 0; r < kLanes; ++r) __builtin_memcpy(words + r, rows[r] + offset, 4);
+        return load(words);
+    }
 
     MK_INLINE static void columns(const uint8_t* const* rows, int64_t offset, Ints (&out)[4]) {
         __m256i lo[4], hi[4];

@@ -16,6 +16,7 @@ struct Ints {
     static Ints load(const uint32_t* p) { return {_mm512_loadu_si512(p)}; }
     void store(uint32_t* p) const { _mm512_storeu_si512(p, v); }
 
+    friend Ints operator+(Ints a, Ints b) { return {_mm512_add_epi32(a.v, b.v)}; }
     friend Ints operator&(Ints a, uint32_t b) { return {_mm512_and_si512(a.v, all(b))}; }
     friend Ints operator^(Ints a, uint32_t b) { return {_mm512_xor_si512(a.v, all(b))}; }
     friend Ints operator|(Ints a, Ints b) { return {_mm512_or_si512(a.v, b.v)}; }
@@ -31,6 +32,16 @@ struct Ints {
 
     static Ints dot(Ints acc, Ints w, Ints x) { return {_mm512_dpwssd_epi32(acc.v, w.v, x.v)}; }
     Vec to_float() const { return {_mm512_cvtepi32_ps(v)}; }
+    Vec half() const { return {_mm512_cvtph_ps(_mm512_cvtepi32_epi16(v))}; }
+
+    MK_INLINE static Ints gather(const uint8_t* const* rows, int64_t offset) {
+        const auto half = [&](int r) {
+            const __m512i at =
+                _mm512_add_epi64(_mm512_loadu_si512(rows + r), _mm512_set1_epi64(offset));
+            return _mm512_i64gather_epi32(at, nullptr, 1);
+        };
+        return {_mm512_inserti64x4(_mm512_castsi256_si512(half(0)), half(8), 1)};
+    }
 
     // Lane i of four[p] is 16 bytes of row 4 i + p.
     MK_INLINE static void columns(const uint8_t* const* rows, int64_t offset, Ints (&out)[4]) {

@@ -25,6 +25,9 @@ struct Ints {
     }
     void store(uint32_t* p) const { __builtin_memcpy(p, v, sizeof v); }
 
+    friend Ints operator+(const Ints& a, const Ints& b) {
+        return each([&](int l) { return a.v[l] + b.v[l]; });
+    }
     friend Ints operator&(const Ints& a, uint32_t b) {
         return each([&](int l) { return a.v[l] & b; });
     }
@@ -52,6 +55,14 @@ struct Ints {
     }
     Vec to_float() const {
         return Vec::each([&](int l) { return static_cast<float>(static_cast<int32_t>(v[l])); });
+    }
+    Vec half() const {
+        return Vec::each([&](int l) { return widen(F16{static_cast<uint16_t>(v[l])}); });
+    }
+    static Ints gather(const uint8_t* const* rows, int64_t offset) {
+        Ints a;
+        for (int r = 0; r < kLanes; ++r) __builtin_memcpy(a.v + r, rows[r] + offset, 4);
+        return a;
     }
     static void columns(const uint8_t* const* rows, int64_t offset, Ints (&out)[4]) {
         for (int r = 0; r < kLanes; ++r) {

@@ -29,18 +29,10 @@ MK_INLINE Words words_at(Rows rows, int64_t offset) {
     return w;
 }
 
-// A word of each row.
-MK_INLINE Ints word_at(Rows rows, int64_t offset) {
-    uint32_t words[kLanes];
-    for (int r = 0; r < kLanes; ++r) __builtin_memcpy(words + r, rows[r] + offset, 4);
-    return Ints::load(words);
-}
-
-// A half-precision number of each row.
-MK_INLINE Vec half_at(Rows rows, int64_t offset) {
-    F16 halves[kLanes];
-    for (int r = 0; r < kLanes; ++r) __builtin_memcpy(halves + r, rows[r] + offset, 2);
-    return Vec::load(halves);
+// A half-precision number of each row, which is not the last one of its block; one that is.
+MK_INLINE Vec half_at(Rows rows, int64_t offset) { return Ints::gather(rows, offset).half(); }
+MK_INLINE Vec last_half_at(Rows rows, int64_t offset) {
+    return (Ints::gather(rows, offset - 2) >> 16).half();
 }
 
 // Where the unpacked numbers of 16 rows go.
@@ -48,11 +40,7 @@ struct Target {
     QuantPanel& panel;
     int first;  // row
 
-    // Columns 4 quad ... 4 quad + 3.
-    MK_INLINE void put(int quad, Ints even, Ints odd) const {
-        even.store(panel.q[2 * quad] + first);
-        odd.store(panel.q[2 * quad + 1] + first);
-    }
+    MK_INLINE uint32_t* columns(int column) const { return panel.q[column / 2] + first; }
     MK_INLINE void put_scale(int block, Vec scale) const {
         scale.store(panel.scale[block] + first);
     }
@@ -61,10 +49,16 @@ struct Target {
     }
 };
 
+// Four columns from `column` of those that begin at `to`.
+MK_INLINE void put(uint32_t* to, int column, Ints even, Ints odd) {
+    even.store(to + column / 2 * kTileRows);
+    odd.store(to + (column / 2 + 1) * kTileRows);
+}
+
 // The fields of the even and of the odd bytes, at `shift` of a byte.
 template <uint32_t kMask>
-MK_INLINE void put_bytes(const Target& to, int quad, Ints w, int shift) {
-    to.put(quad, (w >> shift) & (kMask * 0x10001), (w >> (shift + 8)) & (kMask * 0x10001));
+MK_INLINE void put_bytes(uint32_t* to, int column, Ints w, int shift) {
+    put(to, column, (w >> shift) & (kMask * 0x10001), (w >> (shift + 8)) & (kMask * 0x10001));
 }
 
 // ---- 32 columns: scale, perhaps minimum, perhaps fifth bits, low bits ----
@@ -79,30 +73,32 @@ struct Simple {
     static void unpack(Rows rows, int columns, const Target& to) {
         for (int b = 0; b < columns / 32; ++b) {
             const int at = b * kBytes;
-            to.put_scale(b, half_at(rows, at));
-            if constexpr (kHasMin) to.put_minimum(b, half_at(rows, at + 2));
+            const Ints header = Ints::gather(rows, at);
+            to.put_scale(b, header.half());
+            if constexpr (kHasMin) to.put_minimum(b, (header >> 16).half());
             const Words low = words_at(rows, at + kLow);
+            uint32_t* const q = to.columns(32 * b);
             if constexpr (!kHasFifth) {
                 unroll<4>([&](auto j) {
-                    put_bytes<15>(to, 8 * b + j.value, low.word[j.value], 0);
-                    put_bytes<15>(to, 8 * b + 4 + j.value, low.word[j.value], 4);
+                    put_bytes<15>(q, 4 * j.value, low.word[j.value], 0);
+                    put_bytes<15>(q, 16 + 4 * j.value, low.word[j.value], 4);
                 });
             } else {
-                const Ints fifth = word_at(rows, at + kHeader);
+                const Ints fifth = Ints::gather(rows, at + kHeader);
                 unroll<4>([&](auto j) {
                     const Ints w = low.word[j.value], bits = fifth >> (4 * j.value);
-                    put5(to, 8 * b + j.value, w, bits & 15);
-                    put5(to, 8 * b + 4 + j.value, w >> 4, (bits >> 16) & 15);
+                    put5(q, 4 * j.value, w, bits & 15);
+                    put5(q, 16 + 4 * j.value, w >> 4, (bits >> 16) & 15);
                 });
             }
         }
     }
 
     // Bits 0 ... 3 of `fifth` are those of 4 columns.
-    static MK_INLINE void put5(const Target& to, int quad, Ints w, Ints fifth) {
+    static MK_INLINE void put5(uint32_t* to, int column, Ints w, Ints fifth) {
         const Ints spread = fifth | fifth << 14;  // bit 0 and, at 16, 2; bit 1 and, at 17, 3
-        to.put(quad, Ints::and_or(spread << 4, 0x00100010, w & 0x000f000f),
-               Ints::and_or(spread << 3, 0x00100010, (w >> 8) & 0x000f000f));
+        put(to, column, Ints::and_or(spread << 4, 0x00100010, w & 0x000f000f),
+            Ints::and_or(spread << 3, 0x00100010, (w >> 8) & 0x000f000f));
     }
 };
 
@@ -119,13 +115,14 @@ struct Q8_0 {
         for (int b = 0; b < columns / 32; ++b) {
             const int at = b * kBytes;
             to.put_scale(b, half_at(rows, at));
-            for (int h = 0; h < 2; ++h) {
-                const Words all = words_at(rows, at + 2 + 16 * h);
+            uint32_t* const q = to.columns(32 * b);
+            unroll<2>([&](auto c) {
+                const Words all = words_at(rows, at + 2 + 16 * c.value);
                 unroll<4>([&](auto j) {
                     const Ints biased = all.word[j.value] ^ 0x80808080;
-                    put_bytes<255>(to, 8 * b + 4 * h + j.value, biased, 0);
+                    put_bytes<255>(q, 16 * c.value + 4 * j.value, biased, 0);
                 });
-            }
+            });
         }
     }
 };
@@ -142,7 +139,7 @@ struct Q2_K : KType {
     static constexpr bool kHasMin = true;
 
     static void unpack(Rows rows, int, const Target& to) {
-        const Vec d = half_at(rows, 80), minus_dmin = half_at(rows, 82) * Vec::set(-1.f);
+        const Vec d = half_at(rows, 80), minus_dmin = last_half_at(rows, 82) * Vec::set(-1.f);
         const Words both = words_at(rows, 0);
         unroll<16>([&](auto b) {
             const Ints word = both.word[b.value / 4] >> (8 * (b.value % 4));
@@ -150,15 +147,16 @@ struct Q2_K : KType {
             to.put_minimum(b.value, minus_dmin * ((word >> 4) & 15).to_float());
         });
         for (int half = 0; half < 2; ++half) {
-            for (int c = 0; c < 2; ++c) {
-                const Words all = words_at(rows, 16 + 32 * half + 16 * c);
+            uint32_t* const q = to.columns(128 * half);
+            unroll<2>([&](auto c) {
+                const Words all = words_at(rows, 16 + 32 * half + 16 * c.value);
                 unroll<4>([&](auto j) {
                     unroll<4>([&](auto f) {
-                        put_bytes<3>(to, 32 * half + 8 * f.value + 4 * c + j.value,
+                        put_bytes<3>(q, 32 * f.value + 16 * c.value + 4 * j.value,
                                      all.word[j.value], 2 * f.value);
                     });
                 });
-            }
+            });
         }
     }
 };
@@ -169,8 +167,9 @@ struct Q3_K : KType {
     static constexpr bool kHasMin = false;
 
     static void unpack(Rows rows, int, const Target& to) {
-        const Vec d = half_at(rows, 108), bias = Vec::set(32.f);
-        const Ints low[2] = {word_at(rows, 96), word_at(rows, 100)}, high = word_at(rows, 104);
+        const Vec d = last_half_at(rows, 108), bias = Vec::set(32.f);
+        const Ints low[2] = {Ints::gather(rows, 96), Ints::gather(rows, 100)};
+        const Ints high = Ints::gather(rows, 104);
         unroll<16>([&](auto b) {
             constexpr int kByte = 8 * (b.value % 4);
             const Ints four = (low[b.value / 4 % 2] >> (kByte + 4 * (b.value / 8))) & 15;
@@ -179,18 +178,19 @@ struct Q3_K : KType {
         });
         for (int c = 0; c < 2; ++c) {
             const Words third = words_at(rows, 16 * c);
-            for (int half = 0; half < 2; ++half) {
-                const Words all = words_at(rows, 32 + 32 * half + 16 * c);
+            unroll<2>([&](auto half) {
+                const Words all = words_at(rows, 32 + 32 * half.value + 16 * c);
+                uint32_t* const q = to.columns(128 * half.value + 16 * c);
                 unroll<4>([&](auto j) {
-                    const Ints t = third.word[j.value] >> (4 * half);
                     unroll<4>([&](auto f) {
-                        const Ints two = all.word[j.value] >> (2 * f.value), one = t >> f.value;
-                        to.put(32 * half + 8 * f.value + 4 * c + j.value,
-                               Ints::and_or(one << 2, 0x00040004, two & 0x00030003),
-                               Ints::and_or(one >> 6, 0x00040004, (two >> 8) & 0x00030003));
+                        const Ints two = all.word[j.value] >> (2 * f.value);
+                        const Ints one = third.word[j.value] >> (4 * half.value + f.value);
+                        put(q, 32 * f.value + 4 * j.value,
+                            Ints::and_or(one << 2, 0x00040004, two & 0x00030003),
+                            Ints::and_or(one >> 6, 0x00040004, (two >> 8) & 0x00030003));
                     });
                 });
-            }
+            });
         }
     }
 };
@@ -198,8 +198,9 @@ struct Q3_K : KType {
 // Bytes 4-15: 8 scales and minima. Words: (2 bits of scale 4-7, scale 0-3), (2 bits of minimum 4-7,
 // minimum 0-3), (low bits of minimum 4-7, low bits of scale 4-7), the first field the higher bits.
 MK_INLINE void put_scales_and_minima(Rows rows, const Target& to) {
-    const Vec d = half_at(rows, 0), minus_dmin = half_at(rows, 2) * Vec::set(-1.f);
     const Words header = words_at(rows, 0);
+    const Vec d = header.word[0].half(),
+              minus_dmin = (header.word[0] >> 16).half() * Vec::set(-1.f);
     const Ints scales = header.word[1], minima = header.word[2], low = header.word[3];
     unroll<4>([&](auto b) {
         constexpr int kByte = 8 * b.value;
@@ -220,14 +221,14 @@ struct Q4_K : KType {
 
     static void unpack(Rows rows, int, const Target& to) {
         put_scales_and_minima(rows, to);
-        for (int c = 0; c < 8; ++c) {
-            const Words all = words_at(rows, 16 + 16 * c);
-            const int quad = c / 2 * 16 + c % 2 * 4;
+        unroll<8>([&](auto c) {
+            const Words all = words_at(rows, 16 + 16 * c.value);
+            uint32_t* const q = to.columns(c.value / 2 * 64 + c.value % 2 * 16);
             unroll<4>([&](auto j) {
-                put_bytes<15>(to, quad + j.value, all.word[j.value], 0);
-                put_bytes<15>(to, quad + 8 + j.value, all.word[j.value], 4);
+                put_bytes<15>(q, 4 * j.value, all.word[j.value], 0);
+                put_bytes<15>(q, 32 + 4 * j.value, all.word[j.value], 4);
             });
-        }
+        });
     }
 };
 
@@ -242,20 +243,20 @@ struct Q5_K : KType {
             const Words fifth = words_at(rows, 16 + 16 * c);
             unroll<4>([&](auto i) {
                 const Words all = words_at(rows, 48 + 32 * i.value + 16 * c);
+                uint32_t* const q = to.columns(64 * i.value + 16 * c);
                 unroll<4>([&](auto j) {
                     const Ints w = all.word[j.value], bits = fifth.word[j.value] >> (2 * i.value);
-                    const int quad = 16 * i.value + 4 * c + j.value;
-                    put5(to, quad, w, bits);
-                    put5(to, quad + 8, w >> 4, bits >> 1);
+                    put5(q, 4 * j.value, w, bits);
+                    put5(q, 32 + 4 * j.value, w >> 4, bits >> 1);
                 });
             });
         }
     }
 
     // The fifth bits are bit 0 of the bytes of `fifth`.
-    static MK_INLINE void put5(const Target& to, int quad, Ints w, Ints fifth) {
-        to.put(quad, Ints::and_or(fifth << 4, 0x00100010, w & 0x000f000f),
-               Ints::and_or(fifth >> 4, 0x00100010, (w >> 8) & 0x000f000f));
+    static MK_INLINE void put5(uint32_t* to, int column, Ints w, Ints fifth) {
+        put(to, column, Ints::and_or(fifth << 4, 0x00100010, w & 0x000f000f),
+            Ints::and_or(fifth >> 4, 0x00100010, (w >> 8) & 0x000f000f));
     }
 };
 
@@ -266,7 +267,7 @@ struct Q6_K : KType {
     static constexpr bool kHasMin = false;
 
     static void unpack(Rows rows, int, const Target& to) {
-        const Vec d = half_at(rows, 208), bias = Vec::set(128.f);
+        const Vec d = last_half_at(rows, 208), bias = Vec::set(128.f);
         const Words scales = words_at(rows, 192);
         unroll<16>([&](auto b) {
             const Ints biased = scales.word[b.value / 4] ^ 0x80808080;
@@ -277,13 +278,13 @@ struct Q6_K : KType {
                 const Words first = words_at(rows, 64 * half + 16 * c);
                 const Words second = words_at(rows, 64 * half + 32 + 16 * c);
                 const Words high = words_at(rows, 128 + 32 * half + 16 * c);
+                uint32_t* const q = to.columns(128 * half + 16 * c);
                 unroll<4>([&](auto j) {
                     const Ints h = high.word[j.value];
-                    const int quad = 32 * half + 4 * c + j.value;
-                    put6(to, quad, first.word[j.value], h << 4);
-                    put6(to, quad + 8, second.word[j.value], h << 2);
-                    put6(to, quad + 16, first.word[j.value] >> 4, h);
-                    put6(to, quad + 24, second.word[j.value] >> 4, h >> 2);
+                    put6(q, 4 * j.value, first.word[j.value], h << 4);
+                    put6(q, 32 + 4 * j.value, second.word[j.value], h << 2);
+                    put6(q, 64 + 4 * j.value, first.word[j.value] >> 4, h);
+                    put6(q, 96 + 4 * j.value, second.word[j.value] >> 4, h >> 2);
                 });
             }
         }
@@ -291,9 +292,9 @@ struct Q6_K : KType {
 
     // The high bits are bits 4 and 5 of the bytes of `high`; bits that a shift brought from the
     // next byte are masked.
-    static MK_INLINE void put6(const Target& to, int quad, Ints low, Ints high) {
-        to.put(quad, Ints::and_or(high, 0x00300030, low & 0x000f000f),
-               Ints::and_or(high >> 8, 0x00300030, (low >> 8) & 0x000f000f));
+    static MK_INLINE void put6(uint32_t* to, int column, Ints low, Ints high) {
+        put(to, column, Ints::and_or(high, 0x00300030, low & 0x000f000f),
+            Ints::and_or(high >> 8, 0x00300030, (low >> 8) & 0x000f000f));
     }
 };
 

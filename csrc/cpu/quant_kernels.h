@@ -12,7 +12,9 @@
 // On a Sapphire Rapids core an instruction of 32 16-bit products takes half a clock, one of 32
 // bf16 products 2 clocks, one of 16 fp32 products half a clock: hence integers.
 //
-// Ints: load, store, set, &, |, ^, <<, >>, and_or(a, mask, b) = (a & mask) | b, to_float, and
+// Ints: load, store, set, +, &, |, ^, <<, >>, and_or(a, mask, b) = (a & mask) | b, to_float,
+//   half()                       the half-precision number in the low 16 bits of each lane
+//   gather(rows, offset)         the word at rows[0 ... 15] + offset
 //   dot(acc, w, x)               acc + the two products of signed 16-bit halves of w and x
 //   columns(rows, offset, out)   out[j] = words j of the 16 bytes at rows[0 ... 15] + offset
 #pragma once
@@ -115,35 +117,51 @@ void round_rows(const QuantTask& task, int64_t m, int64_t m_end) {
 template <int kBlock, bool kHasMin, int kM>
 MK_INLINE void multiply(const XGroup* x, const QuantPanel& panel, int blocks, int offset, int v,
                         float* sums) {
-    constexpr int kN = Ints::kTileN, kPairs = kBlock / 2;
+    constexpr int kN = Ints::kTileN, kPairs = kBlock / 2, kUnroll = 8;
+    // Accumulators that take turns: a dot product takes 5 clocks, two begin in each.
+    constexpr int kTurns = kM * kN >= 8 ? 1 : kM * kN >= 4 ? 2 : 4;
     const uint32_t* w = panel.q[0] + v * kLanes;
     Vec s[kM][kN];
     unroll<kM>([&](auto i) { unroll<kN>([&](auto j) { s[i.value][j.value] = Vec::set(0.f); }); });
     const auto x_sum = [&](int i, int b) { return kBlock == 16 ? x[i].sums16[b] : x[i].sums32[b]; };
     for (int b = 0; b < blocks; ++b) {
-        Ints acc[kM][kN];
+        Ints acc[kTurns][kM][kN];
         unroll<kM>([&](auto i) {
-            const Ints start = Ints::set(-offset * x_sum(i.value, b));
-            unroll<kN>([&](auto j) { acc[i.value][j.value] = start; });
-        });
-        for (int pair = 0; pair < kPairs; ++pair, w += kTileRows) {
-            Ints w_frag[kN];
-            unroll<kN>([&](auto j) { w_frag[j.value] = Ints::load(w + j.value * kLanes); });
-            unroll<kM>([&](auto i) {
-                int32_t two;
-                __builtin_memcpy(&two, x[i.value].q + 2 * (b * kPairs + pair), 4);
-                const Ints x_frag = Ints::set(two);
-                unroll<kN>([&](auto j) {
-                    Ints& a = acc[i.value][j.value];
-                    a = Ints::dot(a, w_frag[j.value], x_frag);
+            const Ints start = Ints::set(kHasMin ? 0 : -offset * x_sum(i.value, b));
+            unroll<kN>([&](auto j) {
+                unroll<kTurns>([&](auto turn) {
+                    acc[turn.value][i.value][j.value] = turn.value == 0 ? start : Ints::set(0);
                 });
             });
+        });
+        const int16_t* q = x->q + b * kBlock;
+        for (int pair = 0; pair < kPairs; pair += kUnroll) {
+            unroll<kUnroll>([&](auto u) {
+                Ints w_frag[kN];
+                unroll<kN>([&](auto j) {
+                    w_frag[j.value] = Ints::load(w + u.value * kTileRows + j.value * kLanes);
+                });
+                unroll<kM>([&](auto i) {
+                    constexpr int64_t kRow = sizeof(XGroup) / sizeof(int16_t) * i.value;
+                    int32_t two;
+                    __builtin_memcpy(&two, q + kRow + 2 * u.value, 4);
+                    const Ints x_frag = Ints::set(two);
+                    unroll<kN>([&](auto j) {
+                        Ints& a = acc[u.value % kTurns][i.value][j.value];
+                        a = Ints::dot(a, w_frag[j.value], x_frag);
+                    });
+                });
+            });
+            w += kUnroll * kTileRows;
+            q += kUnroll * 2;
         }
         unroll<kN>([&](auto j) {
             const Vec scale = Vec::load(panel.scale[b] + (v + j.value) * kLanes);
             unroll<kM>([&](auto i) {
+                Ints p = acc[0][i.value][j.value];
+                unroll<kTurns - 1>([&](auto t) { p = p + acc[t.value + 1][i.value][j.value]; });
                 Vec& a = s[i.value][j.value];
-                a = Vec::fma(acc[i.value][j.value].to_float(), scale, a);
+                a = Vec::fma(p.to_float(), scale, a);
             });
         });
         if constexpr (kHasMin) {
@@ -151,7 +169,7 @@ MK_INLINE void multiply(const XGroup* x, const QuantPanel& panel, int blocks, in
                 const Vec minimum = Vec::load(panel.minimum[b] + (v + j.value) * kLanes);
                 unroll<kM>([&](auto i) {
                     Vec& a = s[i.value][j.value];
-                    a = Vec::fma(Vec::set(static_cast<float>(x_sum(i.value, b))), minimum, a);
+                    a = Vec::fma(Ints::set(x_sum(i.value, b)).to_float(), minimum, a);
                 });
             });
         }
