@@ -730,3 +730,48 @@ def test_info_of_a_gguf_file(minitron: Callable[..., Any], smollm2_gguf: Path) -
     out = minitron("info", smollm2_gguf)[1]
     assert f"count: {types['Q4_1']}\n" in out
     assert "dtype: bfloat16\n" in out
+
+
+@pytest.fixture
+def quantised(minitron: Callable[..., Any], tiny: Path, tmp_path: Path) -> Path:
+    """The tiny checkpoint as a Q8_0 file."""
+    code, _, err = minitron("quantize", tiny, tmp_path / "q.gguf", "--type", "Q8_0")
+    assert code == 0, err
+    return tmp_path / "q.gguf"
+
+
+def test_what_stays_quantised_is_told(minitron: Callable[..., Any], quantised: Path) -> None:
+    options = ("--model", quantised, "--device", "cpu", "--max-new-tokens", "4", "--ignore-eos")
+    code, out, err = minitron("generate", "Hello", *options, "--stats")
+    assert code == 0 and "Q8_0" not in out
+    for line in ("weights:\n  Q8_0:\n    count: 16\n", "decode_tokens_per_second: ", "peak_memory"):
+        assert line in err
+    kept = json.loads(minitron("generate", "Hello", *options, "--json")[1])
+    report = json.loads(minitron("info", quantised, "--json")[1])["model"]
+    assert kept["weights"]["Q8_0"] == report["kept_quantized"]["Q8_0"]
+    assert report["weights_bytes"] == sum(kind["bytes"] for kind in kept["weights"].values())
+    assert report["weights_allocated_bytes"] == kept["weights"]["bfloat16"]["bytes"]
+
+    expanded = json.loads(minitron("generate", "Hello", *options, "--expand", "--json")[1])
+    assert list(expanded["weights"]) == ["bfloat16"]
+    report = json.loads(minitron("info", quantised, "--expand", "--json")[1])["model"]
+    assert report["kept_quantized"] == {}
+    assert report["weights_bytes"] == expanded["weights"]["bfloat16"]["bytes"]
+    assert len(kept["token_ids"]) == len(expanded["token_ids"]) == 4
+
+
+def test_scales_that_are_not_finite_need_an_option(
+    minitron: Callable[..., Any], quantised: Path
+) -> None:
+    from minitron_kernels.loaders.gguf import GGUFFile
+
+    tensor = GGUFFile(quantised).tensors["blk.1.ffn_down.weight"]
+    with quantised.open("r+b") as file:
+        file.seek(tensor.offset)
+        file.write(b"\x00\x7c")  # an infinity
+    options = ("--model", quantised, "--device", "cpu", "--ids", "7,8")
+    code, out, err = minitron("score", *options)
+    assert (code, out) == (2, "")
+    assert "tensor 'model.layers.1.mlp.down_proj.weight' (Q8_0): stored row 0" in err
+    code, _, err = minitron("score", *options, "--allow-nonfinite")
+    assert "down_proj" not in err
