@@ -36,16 +36,17 @@ from minitron_kernels.quant_packing import (
     unpack,
     unpack_pair,
 )
-from minitron_kernels.quantized import QuantizedTensor, block_type
+from minitron_kernels.quantized import QUANT_TYPES, QuantizedTensor, block_type
 
 Tensor = torch.Tensor
 Matrix = QuantizedTensor | PackedQuantizedTensor
+_MATRICES = (QuantizedTensor, PackedQuantizedTensor)
 
 _log = logging.getLogger(__name__)
 
 
 def is_quantized(w: object) -> TypeGuard[Matrix]:
-    return isinstance(w, QuantizedTensor | PackedQuantizedTensor)
+    return isinstance(w, _MATRICES)
 
 
 def _stored(w: Matrix) -> tuple[Tensor, str, int]:
@@ -55,6 +56,17 @@ def _stored(w: Matrix) -> tuple[Tensor, str, int]:
 
 def _check_matrix(name: str, x: Tensor, w: Tensor, kind: str, rows: int) -> None:
     """That ``w``, the stored bytes of a matrix [rows, K], can be multiplied with x [..., K]."""
+    block = QUANT_TYPES.get(kind)
+    if (  # part of every call: blocks that fit are found good first
+        block is not None
+        and x.ndim
+        and w.shape == (rows, x.shape[-1] * block.nbytes // block.elements)
+        and not x.shape[-1] % block.elements
+        and w.dtype is torch.uint8
+        and w.is_contiguous()
+        and w.device == x.device
+    ):
+        return
     block = block_type(kind)
     if w.dtype != torch.uint8:
         raise TypeError(f"the bytes of {name} must be uint8, got {w.dtype}")

@@ -71,6 +71,7 @@ class EmulatedGPU(TorchDispatchMode):
     # ---- memory
 
     def is_on_device(self, tensor: Tensor) -> bool:
+        tensor = getattr(tensor, "blocks", getattr(tensor, "tiles", tensor))  # of quantised ones
         found = self._storages.get(tensor.untyped_storage()._cdata)
         return found is not None and not found[0].expired()
 
@@ -107,6 +108,8 @@ class EmulatedGPU(TorchDispatchMode):
     def __torch_dispatch__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
+        if any(kind not in (torch.Tensor, torch.nn.Parameter) for kind in types):
+            return NotImplemented  # a wrapper: what it does with its bytes comes back here
         kwargs = kwargs or {}
         name = function._schema.name + "." + function._schema.overload_name
         inputs = [a for a in tree_flatten((args, kwargs))[0] if isinstance(a, Tensor)]
