@@ -733,6 +733,9 @@ MK_API mk_status mk_cpu_rms_norm(const mk_rms_norm_params* params, const mk_cpu_
 MK_API mk_status mk_cpu_silu_and_mul(const mk_silu_and_mul_params* params,
                                      const mk_cpu_options* options);
 
+/* As mk_embedding, but an id outside 0 ... vocab-1 is an error. */
+MK_API mk_status mk_cpu_embedding(const mk_embedding_params* params, const mk_cpu_options* options);
+
 /* q_out = rotated q; k_cache[slot] = rotated k and v_cache[slot] = v for the slot of each token, a
  * negative one being skipped. Either half is left out when its number of heads is 0. */
 typedef struct mk_cpu_rope_append_params {

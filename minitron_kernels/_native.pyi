@@ -984,3 +984,32 @@ def cpu_attention(
     num_threads: int,
     isa: int = 0,
 ) -> None: ...
+def cpu_embedding(
+    ids: int,
+    table: int,
+    out: int,
+    table_stride: int,
+    out_stride: int,
+    tokens: int,
+    vocab: int,
+    hidden: int,
+    ids_dtype: int,
+    dtype: int,
+    num_threads: int,
+    isa: int = 0,
+) -> None: ...
+
+class CpuRecording:
+    """Calls of cpu_* functions, recorded while they are made and played back in one call.
+
+    It keeps no memory alive that the calls point to.
+    """
+
+    def start(self) -> None:
+        """Record this thread's calls from now on; RuntimeError if it records already."""
+
+    def stop(self) -> None: ...
+    def replay(self) -> None:
+        """Make the calls again; raises what the first one that fails would raise."""
+
+    def __len__(self) -> int: ...

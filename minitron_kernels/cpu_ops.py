@@ -33,6 +33,11 @@ def _rows(x: Tensor) -> Tensor:
     return _adjoining(x if x.ndim == 2 else x.reshape(-1, x.shape[-1]))
 
 
+def _strides(t: Tensor) -> tuple[int, int]:
+    """Between tokens, between heads."""
+    return t.stride(0), t.stride(1)
+
+
 def _int32(t: Tensor) -> Tensor:
     return t if t.dtype is torch.int32 and t.is_contiguous() else t.int().contiguous()
 
@@ -84,6 +89,27 @@ def silu_and_mul(gate_up: Tensor) -> Tensor:
     return out
 
 
+def embedding(ids: Tensor, table: Tensor) -> Tensor:
+    """ops.embedding; raises ValueError for an id out of range."""
+    vocab, hidden = table.shape
+    table, ids = _adjoining(table), ids.contiguous()
+    out = torch.empty((*ids.shape, hidden), dtype=table.dtype)
+    _native.cpu_embedding(
+        ids.data_ptr(),
+        table.data_ptr(),
+        out.data_ptr(),
+        table.stride(0),
+        hidden,
+        ids.numel(),
+        vocab,
+        hidden,
+        DTYPES[ids.dtype],
+        DTYPES[table.dtype],
+        torch.get_num_threads(),
+    )
+    return out
+
+
 # --------------------------------------------------------------------------------------------- rope
 
 
@@ -119,7 +145,7 @@ def rope_append(
         _, heads, head_dim = q.shape
         dtype = q.dtype
         q_at, q_out_at = q.data_ptr(), q_out.data_ptr()
-        q_strides, q_out_strides = q.stride()[:2], q_out.stride()[:2]
+        q_strides, q_out_strides = _strides(q), _strides(q_out)
     if kv is not None and cache is not None and slots is not None:
         k, v = _adjoining(kv[0]), _adjoining(kv[1])
         k_cache, v_cache = cache
@@ -128,8 +154,8 @@ def rope_append(
         dtype, slots_dtype = k.dtype, DTYPES[slots.dtype]
         k_at, v_at, slots_at = k.data_ptr(), v.data_ptr(), slots.data_ptr()
         k_cache_at, v_cache_at = k_cache.data_ptr(), v_cache.data_ptr()
-        k_strides, v_strides = k.stride()[:2], v.stride()[:2]
-        cache_strides = k_cache.stride()[:3]
+        k_strides, v_strides = _strides(k), _strides(v)
+        cache_strides = k_cache.stride(0), k_cache.stride(1), k_cache.stride(2)
     _native.cpu_rope_append(
         q_at,
         q_out_at,
@@ -207,15 +233,14 @@ def attention(
         assert cu_seqlens_k is not None
         k, v, cu_seqlens_k = _adjoining(k), _adjoining(v), _int32(cu_seqlens_k)
         tokens_k, kv_heads, batch = k.shape[0], k.shape[1], len(cu_seqlens_k) - 1
-        k_strides, v_strides = k.stride()[:2], v.stride()[:2]
+        k_strides, v_strides = _strides(k), _strides(v)
         cu_k_at = cu_seqlens_k.data_ptr()
     else:
         block_table, seqlens_k = _int32(block_table), _int32(seqlens_k)
         batch, pages = block_table.shape
         num_pages, page, kv_heads, _ = k.shape
-        k_page, *k_strides = k.stride()[:3]
-        v_page, *v_strides = v.stride()[:3]
-        page_strides = k_page, v_page
+        page_strides = k.stride(0), v.stride(0)
+        k_strides, v_strides = (k.stride(1), k.stride(2)), (v.stride(1), v.stride(2))
         table_stride = pages
         seqlens_at, table_at = seqlens_k.data_ptr(), block_table.data_ptr()
     _native.cpu_attention(
@@ -228,7 +253,7 @@ def attention(
         cu_k_at,
         seqlens_at,
         table_at,
-        *q.stride()[:2],
+        *_strides(q),
         page_strides[0],
         *k_strides,
         page_strides[1],

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from minitron_kernels import devices
+from minitron_kernels import cpu_graphs, devices
+from minitron_kernels.cpu_graphs import DecodeRecordings
 from minitron_kernels.graphs import DecodeGraphs, DecodeRow, why_not
 from minitron_kernels.model import Batch, MinitronForCausalLM
 from minitron_kernels.sampling import (
@@ -141,7 +142,8 @@ class Engine:
     ``num_tokens`` sizes the cache; ``max_batch_size`` bounds the requests in it at a time,
     ``prefill_chunk`` the tokens of one prompt in a step, ``max_step_tokens`` all prompts' tokens in
     a step. ``cuda_graphs`` captures the steps that only decode in CUDA graphs (None: where that is
-    possible; True: a reason why it is not is logged as a warning). The tokens are the same.
+    possible; True: a reason why it is not is logged as a warning; on a CPU, False also leaves
+    recording such steps). The tokens are the same.
     """
 
     def __init__(
@@ -173,6 +175,7 @@ class Engine:
         self._running: list[_Request] = []
         self._added = 0
         self._graphs: DecodeGraphs | None = None
+        self._recordings: DecodeRecordings | None = None
         if cuda_graphs is not False:
             reason = why_not(model)
             if reason is None:
@@ -180,6 +183,8 @@ class Engine:
             else:
                 level = logging.WARNING if cuda_graphs else logging.DEBUG
                 _log.log(level, "decoding without CUDA graphs: %s", reason)
+                if cpu_graphs.records(model):
+                    self._recordings = DecodeRecordings(model, self.cache)
 
     def add(self, prompt_ids: Sequence[int], params: SamplingParams) -> GenerationResult:
         """Queue a prompt of token ids; the returned result fills as steps are run."""
@@ -249,6 +254,8 @@ class Engine:
         decodes = all(r.num_cached + 1 == len(r.tokens) for r, _ in rows)
         if decodes and self._graphs is not None:
             sampled = self._decode(self._graphs, [r for r, _ in rows])
+        elif decodes and self._recordings is not None and len(rows) <= cpu_graphs.MAX_ROWS:
+            sampled = self._decode_recorded(self._recordings, [r for r, _ in rows])
         else:
             sampled = self._forward(rows)
         ready = [r for r, count in rows if r.num_cached == len(r.tokens)]
@@ -295,6 +302,17 @@ class Engine:
         if all(takes_logits_as_they_are(state) for state in states):
             return settle(tokens, logits, states)
         return sample(logits, states)
+
+    def _decode_recorded(
+        self, recordings: DecodeRecordings, requests: list[_Request]
+    ) -> list[Sampled]:
+        """_decode, by recorded calls on the CPU."""
+        logits = recordings.run(
+            [DecodeRow(r.tokens[-1], r.num_cached, r.pages, r.state) for r in requests]
+        )
+        for request in requests:
+            request.num_cached += 1
+        return sample(logits, [r.state for r in requests])
 
     def _accept(self, request: _Request, sampled: Sampled) -> TokenEvent:
         result, token = request.result, sampled.token_id

@@ -19,7 +19,6 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 
 from minitron_kernels import cuda_attention, cuda_ops, quantized_ops, torch_ops
 from minitron_kernels.checks import (
@@ -32,7 +31,6 @@ from minitron_kernels.checks import (
     check_norm,
     check_packed_qkv,
     check_positions,
-    check_range,
     check_rope,
     check_window,
     shape_of,
@@ -771,7 +769,6 @@ def embedding(ids: Tensor, table: Tensor, dtype: torch.dtype | None = None) -> T
 def _embedding(ids: Tensor, table: Tensor) -> Tensor:
     check_float(table=table)
     check_index("ids", ids, tuple(ids.shape), table.device)
-    check_range("ids", ids, 0, table.shape[0])
     if cuda_ops.serves(table):
         return cuda_ops.embedding(ids, table)
-    return F.embedding(ids, table)
+    return torch_ops.embedding(ids, table)

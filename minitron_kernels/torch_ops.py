@@ -51,6 +51,10 @@ def silu_and_mul(gate_up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
+def embedding(ids: Tensor, table: Tensor) -> Tensor:
+    return cpu_ops.embedding(ids, table) if table.is_cpu else F.embedding(ids, table)
+
+
 def rotated(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, interleaved: bool) -> Tensor:
     """x [T, H, D] rotated by the tables' rows ``positions``: a new tensor."""
     if x.is_cpu:

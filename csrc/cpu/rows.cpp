@@ -1,7 +1,9 @@
-// mk_cpu_rms_norm, mk_cpu_silu_and_mul, mk_cpu_rope_append: checks, and rows handed out to threads.
+// mk_cpu_rms_norm, mk_cpu_silu_and_mul, mk_cpu_embedding, mk_cpu_rope_append: checks, and rows
+// handed out to threads.
 #include "cpu/rows.h"
 
 #include <algorithm>
+#include <cstring>
 #include <string>
 #include <utility>
 
@@ -69,6 +71,18 @@ mk_status check_range(const char* name, const void* indices, int32_t dtype, int6
     return MK_OK;
 }
 
+mk_status check(const mk_embedding_params& p) {
+    MK_TRY(check_cpu_dtype(p.dtype));
+    MK_TRY(check_size("tokens", p.tokens, 0, INT32_MAX));
+    MK_TRY(check_size("vocab", p.vocab, 0, INT32_MAX));
+    MK_TRY(check_size("hidden", p.hidden, 0, INT32_MAX));
+    MK_TRY(check_indices("ids", p.ids, p.tokens, p.ids_dtype));
+    MK_TRY(check_range("ids", p.ids, p.ids_dtype, p.tokens, 0, p.vocab));
+    if (p.hidden == 0) return MK_OK;
+    MK_TRY(check_rows("table", p.table, p.table_stride, p.vocab, p.hidden, p.dtype));
+    return check_rows("out", p.out, p.out_stride, p.tokens, p.hidden, p.dtype);
+}
+
 // A tensor [count, heads, head_dim].
 mk_status check_heads(const char* name, const void* pointer, int64_t stride, int64_t head_stride,
                       int32_t count, int32_t heads, const mk_cpu_rope_append_params& p) {
@@ -132,6 +146,22 @@ extern "C" mk_status mk_cpu_silu_and_mul(const mk_silu_and_mul_params* params,
     MK_TRY(cpu::check(*params));
     return cpu::run_rows(&RowKernels::silu_and_mul, *params, *options, params->rows,
                          4 * int64_t{params->size});
+}
+
+extern "C" mk_status mk_cpu_embedding(const mk_embedding_params* params,
+                                      const mk_cpu_options* options) {
+    MK_REQUIRE(params, MK_ERR_NULL, "params is NULL");
+    MK_TRY(cpu::check_options(options));
+    MK_TRY(cpu::check(*params));
+    const mk_embedding_params& p = *params;
+    const int64_t bytes = dtype_bytes(p.dtype);
+    for (int64_t t = 0; t < p.tokens; ++t) {
+        const int64_t row = cpu::index_at(p.ids, p.ids_dtype, t);
+        std::memcpy(static_cast<char*>(p.out) + t * p.out_stride * bytes,
+                    static_cast<const char*>(p.table) + row * p.table_stride * bytes,
+                    p.hidden * bytes);
+    }
+    return MK_OK;
 }
 
 extern "C" mk_status mk_cpu_rope_append(const mk_cpu_rope_append_params* params,

@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "minitron_kernels.h"
+#include "python/recording.h"
 
 // `check` raises the exception that stands for a status.
 inline void def_cpu_linear(pybind11::module_& m, void (*check)(mk_status)) {
@@ -40,12 +41,7 @@ inline void def_cpu_linear(pybind11::module_& m, void (*check)(mk_status)) {
                 at(x),    at(w),       at(w_up),     at(other),   at(out), x_stride,
                 w_stride, w_up_stride, other_stride, out_stride,  rows,    n,
                 k,        dtype,       epilogue,     num_threads, isa,     out_dtype};
-            mk_status status;
-            {
-                const py::gil_scoped_release release;
-                status = mk_cpu_linear(&params);
-            }
-            check(status);
+            check(CpuRecording::run([params] { return mk_cpu_linear(&params); }));
         },
         "x"_a, "w"_a, "out"_a, "x_stride"_a, "w_stride"_a, "out_stride"_a, "m"_a, "n"_a, "k"_a,
         "dtype"_a, "num_threads"_a, "epilogue"_a = +MK_EPILOGUE_NONE, "other"_a = 0,

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "minitron_kernels.h"
+#include "python/recording.h"
 
 // `check` raises the exception that stands for a status.
 inline void def_cpu_linear_quant(pybind11::module_& m, void (*check)(mk_status)) {
@@ -32,15 +33,13 @@ inline void def_cpu_linear_quant(pybind11::module_& m, void (*check)(mk_status))
         [check, at](Pointer x, int64_t x_stride, int32_t rows, int32_t k, int32_t dtype,
                     const std::vector<mk_cpu_quant_product>& products, int32_t num_threads,
                     int32_t isa) {
-            const mk_cpu_linear_quant_params params{
-                at(x), products.data(), x_stride, static_cast<int32_t>(products.size()), rows, k,
-                dtype, num_threads,     isa};
-            mk_status status;
-            {
-                const py::gil_scoped_release release;
-                status = mk_cpu_linear_quant(&params);
-            }
-            check(status);
+            mk_cpu_linear_quant_params params{
+                at(x), nullptr,     x_stride, static_cast<int32_t>(products.size()), rows, k,
+                dtype, num_threads, isa};
+            check(CpuRecording::run([params, products]() mutable {
+                params.products = products.data();
+                return mk_cpu_linear_quant(&params);
+            }));
         },
         "x"_a, "x_stride"_a, "m"_a, "k"_a, "dtype"_a, "products"_a, "num_threads"_a,
         "isa"_a = +MK_CPU_AUTO);
@@ -52,12 +51,7 @@ inline void def_cpu_linear_quant(pybind11::module_& m, void (*check)(mk_status))
             const mk_cpu_dequantize_params params{
                 at(ids), at(w), at(out),   w_row_bytes, out_stride,  tokens, rows,
                 k,       type,  ids_dtype, dtype,       num_threads, isa};
-            mk_status status;
-            {
-                const py::gil_scoped_release release;
-                status = mk_cpu_dequantize(&params);
-            }
-            check(status);
+            check(CpuRecording::run([params] { return mk_cpu_dequantize(&params); }));
         },
         "w"_a, "w_row_bytes"_a, "rows"_a, "k"_a, "type"_a, "out"_a, "out_stride"_a, "tokens"_a,
         "dtype"_a, "num_threads"_a, "ids"_a = 0, "ids_dtype"_a = +MK_I64, "isa"_a = +MK_CPU_AUTO);

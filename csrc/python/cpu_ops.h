@@ -5,6 +5,7 @@
 
 #include "minitron_kernels.h"
 #include "python/fields.h"
+#include "python/recording.h"
 
 // Defines `name`, whose arguments are these fields (the others stay 0) and those of the options.
 // `check` raises the exception that stands for a status.
@@ -20,12 +21,7 @@ void def_cpu_op(pybind11::module_& m, const char* name, void (*check)(mk_status)
             Params params{};
             ((fields.at(params) = convert<T>(values)), ...);
             const mk_cpu_options options{num_threads, isa};
-            mk_status status;
-            {
-                const py::gil_scoped_release release;
-                status = run(&params, &options);
-            }
-            check(status);
+            check(CpuRecording::run([=] { return run(&params, &options); }));
         },
         py::arg(fields.name)..., "num_threads"_a, "isa"_a = +MK_CPU_AUTO);
 }
@@ -82,6 +78,11 @@ inline void def_cpu_ops(pybind11::module_& m, void (*check)(mk_status)) {
                MK_FIELD(attention, seqlens_k_add), MK_FIELD(attention, causal),
                MK_FIELD(attention, window), MK_FIELD(attention, softmax_scale),
                MK_FIELD(attention, dtype));
+    def_cpu_op(m, "cpu_embedding", check, &mk_cpu_embedding, MK_FIELD(embedding, ids),
+               MK_FIELD(embedding, table), MK_FIELD(embedding, out),
+               MK_FIELD(embedding, table_stride), MK_FIELD(embedding, out_stride),
+               MK_FIELD(embedding, tokens), MK_FIELD(embedding, vocab), MK_FIELD(embedding, hidden),
+               MK_FIELD(embedding, ids_dtype), MK_FIELD(embedding, dtype));
 #undef MK_ROPE
 #undef MK_FIELD
 #undef MK_MEMBER

@@ -13,6 +13,7 @@
 #include "python/cpu_ops.h"
 #include "python/fields.h"
 #include "python/quant_pack.h"
+#include "python/recording.h"
 
 namespace py = pybind11;
 using namespace py::literals;
@@ -300,5 +301,6 @@ PYBIND11_MODULE(_native, m) {
     def_cpu_linear(m, &check);
     def_cpu_linear_quant(m, &check);
     def_cpu_ops(m, &check);
+    def_recording(m, &check);
     def_quant_pack(m, &check);
 }
