@@ -4,72 +4,91 @@
 namespace mk::cpu {
 namespace {
 
-// 16 x 32 bits.
+// 16 x 32 bits: four of the 16-byte vectors that GCC and Clang have for every processor.
 struct Ints {
     static constexpr int kTileM = 2, kTileN = 1;
 
-    uint32_t v[kLanes];
+    typedef uint32_t Unsigned __attribute__((vector_size(16)));
+    typedef int32_t Signed __attribute__((vector_size(16)));
+    typedef float Floats __attribute__((vector_size(16)));
 
-    // f(0) ... f(15)
+    Unsigned v[4];
+
+    // f(0) ... f(3)
     template <class F>
     static MK_INLINE Ints each(const F& f) {
+        return {{f(0), f(1), f(2), f(3)}};
+    }
+    static MK_INLINE Ints set(int32_t a) {
+        const Unsigned all = Unsigned{} + static_cast<uint32_t>(a);
+        return {{all, all, all, all}};
+    }
+    static MK_INLINE Ints load(const uint32_t* p) {
         Ints a;
-        for (int l = 0; l < kLanes; ++l) a.v[l] = f(l);
+        __builtin_memcpy(a.v, p, sizeof a.v);
         return a;
     }
-    static Ints set(int32_t a) {
-        return each([&](int) { return static_cast<uint32_t>(a); });
-    }
-    static Ints load(const uint32_t* p) {
-        return each([&](int l) { return p[l]; });
-    }
-    void store(uint32_t* p) const { __builtin_memcpy(p, v, sizeof v); }
+    MK_INLINE void store(uint32_t* p) const { __builtin_memcpy(p, v, sizeof v); }
 
-    friend Ints operator+(const Ints& a, const Ints& b) {
-        return each([&](int l) { return a.v[l] + b.v[l]; });
+    friend MK_INLINE Ints operator+(const Ints& a, const Ints& b) {
+        return each([&](int i) { return a.v[i] + b.v[i]; });
     }
-    friend Ints operator&(const Ints& a, uint32_t b) {
-        return each([&](int l) { return a.v[l] & b; });
+    friend MK_INLINE Ints operator|(const Ints& a, const Ints& b) {
+        return each([&](int i) { return a.v[i] | b.v[i]; });
     }
-    friend Ints operator^(const Ints& a, uint32_t b) {
-        return each([&](int l) { return a.v[l] ^ b; });
+    friend MK_INLINE Ints operator&(const Ints& a, uint32_t b) {
+        return each([&](int i) { return a.v[i] & b; });
     }
-    friend Ints operator|(const Ints& a, const Ints& b) {
-        return each([&](int l) { return a.v[l] | b.v[l]; });
+    friend MK_INLINE Ints operator^(const Ints& a, uint32_t b) {
+        return each([&](int i) { return a.v[i] ^ b; });
     }
-    friend Ints operator<<(const Ints& a, int n) {
-        return each([&](int l) { return a.v[l] << n; });
+    friend MK_INLINE Ints operator<<(const Ints& a, int n) {
+        return each([&](int i) { return a.v[i] << n; });
     }
-    friend Ints operator>>(const Ints& a, int n) {
-        return each([&](int l) { return a.v[l] >> n; });
+    friend MK_INLINE Ints operator>>(const Ints& a, int n) {
+        return each([&](int i) { return a.v[i] >> n; });
     }
-    static Ints and_or(const Ints& a, uint32_t mask, const Ints& b) { return (a & mask) | b; }
+    static MK_INLINE Ints and_or(const Ints& a, uint32_t mask, const Ints& b) {
+        return (a & mask) | b;
+    }
 
-    static Ints dot(const Ints& acc, const Ints& w, const Ints& x) {
-        return each([&](int l) {
-            const int32_t even = static_cast<int16_t>(w.v[l]) * static_cast<int16_t>(x.v[l]);
-            const int32_t odd =
-                static_cast<int16_t>(w.v[l] >> 16) * static_cast<int16_t>(x.v[l] >> 16);
-            return acc.v[l] + static_cast<uint32_t>(even) + static_cast<uint32_t>(odd);
+    static MK_INLINE Ints dot(const Ints& acc, const Ints& w, const Ints& x) {
+        return each([&](int i) {
+            return acc.v[i] + low(w.v[i]) * low(x.v[i]) + high(w.v[i]) * high(x.v[i]);
         });
     }
-    Vec to_float() const {
-        return Vec::each([&](int l) { return static_cast<float>(static_cast<int32_t>(v[l])); });
+    // The signed halves of each lane.
+    static MK_INLINE Unsigned low(Unsigned a) { return high(a << 16); }
+    static MK_INLINE Unsigned high(Unsigned a) {
+        return reinterpret_cast<Unsigned>(reinterpret_cast<Signed>(a) >> 16);
     }
-    Vec half() const {
-        return Vec::each([&](int l) { return widen(F16{static_cast<uint16_t>(v[l])}); });
-    }
-    static Ints gather(const uint8_t* const* rows, int64_t offset) {
-        Ints a;
-        for (int r = 0; r < kLanes; ++r) __builtin_memcpy(a.v + r, rows[r] + offset, 4);
+
+    MK_INLINE Vec to_float() const {
+        Vec a;
+        for (int i = 0; i < 4; ++i) {
+            const auto f = __builtin_convertvector(reinterpret_cast<Signed>(v[i]), Floats);
+            __builtin_memcpy(a.v + 4 * i, &f, sizeof f);
+        }
         return a;
     }
-    static void columns(const uint8_t* const* rows, int64_t offset, Ints (&out)[4]) {
+    MK_INLINE Vec half() const {
+        uint32_t words[kLanes];
+        store(words);
+        return Vec::each([&](int l) { return widen(F16{static_cast<uint16_t>(words[l])}); });
+    }
+    static MK_INLINE Ints gather(const uint8_t* const* rows, int64_t offset) {
+        uint32_t words[kLanes];
+        for (int r = 0; r < kLanes; ++r) __builtin_memcpy(words + r, rows[r] + offset, 4);
+        return load(words);
+    }
+    static MK_INLINE void columns(const uint8_t* const* rows, int64_t offset, Ints (&out)[4]) {
+        uint32_t words[4][kLanes];
         for (int r = 0; r < kLanes; ++r) {
-            uint32_t words[4];
-            __builtin_memcpy(words, rows[r] + offset, sizeof words);
-            for (int j = 0; j < 4; ++j) out[j].v[r] = words[j];
+            for (int j = 0; j < 4; ++j) {
+                __builtin_memcpy(&words[j][r], rows[r] + offset + 4 * j, 4);
+            }
         }
+        for (int j = 0; j < 4; ++j) out[j] = load(words[j]);
     }
 };
 

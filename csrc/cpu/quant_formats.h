@@ -15,6 +15,9 @@
 namespace mk::cpu {
 namespace {
 
+// One copy of each, for products and for decoding.
+#define MK_NOINLINE __attribute__((noinline))
+
 using Rows = const uint8_t* const*;
 
 // ---- pieces of blocks ----
@@ -70,7 +73,7 @@ struct Simple {
     static constexpr int kHeader = kHasMin ? 4 : 2, kLow = kHeader + (kHasFifth ? 4 : 0);
     static constexpr int kBytes = kLow + 16;
 
-    static void unpack(Rows rows, int columns, const Target& to) {
+    static MK_NOINLINE void unpack(Rows rows, int columns, const Target& to) {
         for (int b = 0; b < columns / 32; ++b) {
             const int at = b * kBytes;
             const Ints header = Ints::gather(rows, at);
@@ -111,7 +114,7 @@ struct Q8_0 {
     static constexpr int kBlock = 32, kColumns = 32, kBytes = 34, kOffset = 128;
     static constexpr bool kHasMin = false;
 
-    static void unpack(Rows rows, int columns, const Target& to) {
+    static MK_NOINLINE void unpack(Rows rows, int columns, const Target& to) {
         for (int b = 0; b < columns / 32; ++b) {
             const int at = b * kBytes;
             to.put_scale(b, half_at(rows, at));
@@ -138,7 +141,7 @@ struct Q2_K : KType {
     static constexpr int kBlock = 16, kBytes = 84, kOffset = 0;
     static constexpr bool kHasMin = true;
 
-    static void unpack(Rows rows, int, const Target& to) {
+    static MK_NOINLINE void unpack(Rows rows, int, const Target& to) {
         const Vec d = half_at(rows, 80), minus_dmin = last_half_at(rows, 82) * Vec::set(-1.f);
         const Words both = words_at(rows, 0);
         unroll<16>([&](auto b) {
@@ -166,7 +169,7 @@ struct Q3_K : KType {
     static constexpr int kBlock = 16, kBytes = 110, kOffset = 4;
     static constexpr bool kHasMin = false;
 
-    static void unpack(Rows rows, int, const Target& to) {
+    static MK_NOINLINE void unpack(Rows rows, int, const Target& to) {
         const Vec d = last_half_at(rows, 108), bias = Vec::set(32.f);
         const Ints low[2] = {Ints::gather(rows, 96), Ints::gather(rows, 100)};
         const Ints high = Ints::gather(rows, 104);
@@ -219,7 +222,7 @@ struct Q4_K : KType {
     static constexpr int kBlock = 32, kBytes = 144, kOffset = 0;
     static constexpr bool kHasMin = true;
 
-    static void unpack(Rows rows, int, const Target& to) {
+    static MK_NOINLINE void unpack(Rows rows, int, const Target& to) {
         put_scales_and_minima(rows, to);
         unroll<8>([&](auto c) {
             const Words all = words_at(rows, 16 + 16 * c.value);
@@ -237,7 +240,7 @@ struct Q5_K : KType {
     static constexpr int kBlock = 32, kBytes = 176, kOffset = 0;
     static constexpr bool kHasMin = true;
 
-    static void unpack(Rows rows, int, const Target& to) {
+    static MK_NOINLINE void unpack(Rows rows, int, const Target& to) {
         put_scales_and_minima(rows, to);
         for (int c = 0; c < 2; ++c) {
             const Words fifth = words_at(rows, 16 + 16 * c);
@@ -266,7 +269,7 @@ struct Q6_K : KType {
     static constexpr int kBlock = 16, kBytes = 210, kOffset = 32;
     static constexpr bool kHasMin = false;
 
-    static void unpack(Rows rows, int, const Target& to) {
+    static MK_NOINLINE void unpack(Rows rows, int, const Target& to) {
         const Vec d = last_half_at(rows, 208), bias = Vec::set(128.f);
         const Words scales = words_at(rows, 192);
         unroll<16>([&](auto b) {

@@ -291,12 +291,34 @@ int64_t gathered_row(const mk_cpu_dequantize_params& p, int64_t t) {
     return 0 <= id && id < p.rows ? id : -1;
 }
 
-template <class Type, class T>
-void dequantize_rows(const mk_cpu_dequantize_params& p, int64_t t, int64_t t_end,
-                     QuantPanel& panel) {
+// A group of rows[0 ... 15], `columns` columns, in fp32.
+template <class Type>
+void decode_group(const uint8_t* const* rows, int columns, QuantPanel& panel,
+                  float (&values)[kLanes][kGroup]) {
+    Type::unpack(rows, columns, Target{panel, 0});
+    for (int r = 0; r < kLanes; ++r) {
+        for (int i = 0; i < columns; ++i) {
+            // Columns 0, 2 of four are the halves of one word, 1, 3 of the next.
+            const uint32_t two = panel.q[i / 4 * 2 + (i & 1)][r];
+            const int32_t q = static_cast<int32_t>(i & 2 ? two >> 16 : two & 0xffff);
+            values[r][i] = static_cast<float>(q - Type::kOffset);
+        }
+        for (int i = 0; i < columns; i += kLanes) {
+            const int b = i / Type::kBlock;
+            const Vec q = Vec::load(values[r] + i), scale = Vec::set(panel.scale[b][r]);
+            if constexpr (Type::kHasMin) {
+                Vec::fma(q, scale, Vec::set(panel.minimum[b][r])).store(values[r] + i);
+            } else {
+                (q * scale).store(values[r] + i);
+            }
+        }
+    }
+}
+
+void dequantize(const mk_cpu_dequantize_params& p, int64_t t, int64_t t_end, QuantPanel& panel) {
     for (; t < t_end; t += kLanes) {
         const int count = static_cast<int>(t_end - t < kLanes ? t_end - t : kLanes);
-        const uint8_t* rows[kLanes];
+        const uint8_t* rows[kLanes];  // past the last the first one again
         bool valid[kLanes];
         for (int r = 0; r < kLanes; ++r) {
             const int64_t id = gathered_row(p, r < count ? t + r : t);
@@ -305,30 +327,21 @@ void dequantize_rows(const mk_cpu_dequantize_params& p, int64_t t, int64_t t_end
         }
         for (int64_t column = 0; column < p.k; column += kGroup) {
             const int columns = static_cast<int>(p.k - column < kGroup ? p.k - column : kGroup);
-            Type::unpack(rows, columns, Target{panel, 0});
-            for (int r = 0; r < count; ++r) {
-                T* out = static_cast<T*>(p.out) + p.out_stride * (t + r) + column;
-                alignas(64) float values[kGroup];
-                for (int i = 0; i < columns; ++i) {
-                    // Columns 0, 2 of four are the halves of one word, 1, 3 of the next.
-                    const uint32_t two = panel.q[i / 4 * 2 + (i & 1)][r];
-                    const int32_t q = static_cast<int32_t>(i & 2 ? two >> 16 : two & 0xffff);
-                    values[i] = static_cast<float>(q - Type::kOffset);
-                }
-                for (int i = 0; i < columns; i += kLanes) {
-                    const int b = i / Type::kBlock;
-                    const Vec scale = Vec::set(panel.scale[b][r]);
-                    Vec w = Vec::load(values + i);
-                    if constexpr (Type::kHasMin) {
-                        w = Vec::fma(w, scale, Vec::set(panel.minimum[b][r]));
-                    } else {
-                        w = w * scale;
+            alignas(64) float values[kLanes][kGroup];
+            with_quant_type(p.type, [&](auto type) {
+                using Type = decltype(type);
+                decode_group<Type>(rows, columns, panel, values);
+                for (const uint8_t*& at : rows) at += columns / Type::kColumns * Type::kBytes;
+            });
+            with_dtype(p.dtype, [&](auto out) {
+                for (int r = 0; r < count; ++r) {
+                    auto* to = static_cast<decltype(out)*>(p.out) + p.out_stride * (t + r) + column;
+                    for (int i = 0; i < columns; i += kLanes) {
+                        const Vec nan = Vec::set(__builtin_nanf(""));
+                        (valid[r] ? Vec::load(values[r] + i) : nan).store(to + i, kLanes);
                     }
-                    if (!valid[r]) w = Vec::set(__builtin_nanf(""));
-                    w.store(out + i, kLanes);
                 }
-            }
-            for (int r = 0; r < kLanes; ++r) rows[r] += columns / Type::kColumns * Type::kBytes;
+            });
         }
     }
 }
@@ -345,13 +358,7 @@ constexpr QuantKernels kQuantKernels = {
         }
     },
     product,
-    [](const mk_cpu_dequantize_params& p, int64_t t, int64_t t_end, QuantPanel& panel) {
-        with_quant_type(p.type, [&](auto type) {
-            with_dtype(p.dtype, [&](auto out) {
-                dequantize_rows<decltype(type), decltype(out)>(p, t, t_end, panel);
-            });
-        });
-    },
+    dequantize,
 };
 
 }  // namespace
