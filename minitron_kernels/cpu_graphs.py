@@ -43,6 +43,22 @@ def records(model: MinitronForCausalLM) -> bool:
     return model.device.type == "cpu" and not cuda_ops.emulate
 
 
+def _is_view(func: Any, args: tuple[Any, ...], result: Any) -> bool:
+    """Whether the tensors of a result lie in the memory of the first argument, left as it is.
+
+    The schema alone does not tell: that of contiguous() says so even where it copies.
+    """
+    results = result if isinstance(result, (list, tuple)) else [result]
+    if (
+        func._schema.is_mutable
+        or not args
+        or not all(isinstance(t, Tensor) for t in (args[0], *results))
+    ):
+        return False
+    start = args[0].untyped_storage().data_ptr()
+    return all(t.untyped_storage().data_ptr() == start for t in results)
+
+
 class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Keeps the memory that is allocated; names the first operation that replaying would miss."""
 
@@ -57,7 +73,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         result = func(*args, **(kwargs or {}))
         if func.name() in _EMPTY:
             self.kept.append(result)
-        elif not (func.is_view or func.name() in _CHECKS):
+        elif func.name() not in _CHECKS and not _is_view(func, args, result):
             self.missed = self.missed or func.name()
         return result
 
