@@ -73,6 +73,40 @@ inline void add_fields(const uint8_t* bytes, uint16_t* q) {
     }
 }
 
+// ---- one bit of each of 16 weights ----
+
+typedef uint16_t Eight __attribute__((vector_size(16)));
+constexpr Eight kOneBit[2] = {
+    {1 << 0, 1 << 1, 1 << 2, 1 << 3, 1 << 4, 1 << 5, 1 << 6, 1 << 7},
+    {1 << 8, 1 << 9, 1 << 10, 1 << 11, 1 << 12, 1 << 13, 1 << 14, 1 << 15}};
+
+// Bit j of `bits` becomes bit kShift, which is 0, of q[j].
+template <int kShift>
+inline void add_bits(uint16_t bits, uint16_t* q) {
+    for (int half = 0; half < 2; ++half) {
+        Eight v;
+        std::memcpy(&v, q + 8 * half, sizeof v);
+        const Eight found = (Eight)((bits & kOneBit[half]) != 0);  // all ones or 0
+        v |= found & static_cast<uint16_t>(1 << kShift);
+        std::memcpy(q + 8 * half, &v, sizeof v);
+    }
+}
+
+template <int kShift>
+inline uint16_t take_bits(const uint16_t* q) {
+    Eight sum{};
+    for (int half = 0; half < 2; ++half) {
+        Eight v;
+        std::memcpy(&v, q + 8 * half, sizeof v);
+        sum |= (v >> kShift & 1) * kOneBit[half];
+    }
+    uint64_t fold[2];
+    std::memcpy(fold, &sum, sizeof sum);
+    fold[0] |= fold[1];
+    fold[0] |= fold[0] >> 32;
+    return static_cast<uint16_t>(fold[0] | fold[0] >> 16);
+}
+
 // ---- scales of Q4_K and Q5_K, and of Q3_K, in 12 bytes ----
 
 inline void read_scales_mins(const uint8_t* b, uint8_t* scale, uint8_t* min) {
@@ -133,8 +167,7 @@ struct Blocks32 {
         }
         if constexpr (kIs5) {
             for (int half = 0; half < 2; ++half) {
-                const uint16_t bits = load_u16(b + kHigh + 2 * half);
-                for (int j = 0; j < 16; ++j) q[16 * half + j] |= bits & 1 << j ? 16 : 0;
+                add_bits<4>(load_u16(b + kHigh + 2 * half), q + 16 * half);
             }
         }
     }
@@ -150,9 +183,7 @@ struct Blocks32 {
         }
         if constexpr (kIs5) {
             for (int half = 0; half < 2; ++half) {
-                int bits = 0;
-                for (int j = 0; j < 16; ++j) bits |= (q[16 * half + j] >> 4 & 1) << j;
-                store_u16(b + kHigh + 2 * half, static_cast<uint16_t>(bits));
+                store_u16(b + kHigh + 2 * half, take_bits<4>(q + 16 * half));
             }
         }
     }
