@@ -186,46 +186,35 @@ void unpack_quants(const uint8_t* tile, int g, int quarters, Group (&rows)[2]) {
 
 // ---- scales of a row <-> tile ----
 
-// Where the integer scales and minima of a K type are, as quant_scale_field has it.
-template <int kType>
-struct ScalePlaces {
-    static constexpr QuantFormat kFormat = quant_format(kType);
-    static constexpr int kBlocks = kFormat.block_k == 256 ? 256 / kFormat.scale_k : 0;
-    static constexpr int kKinds = kFormat.has_min ? 2 : 1;  // scale, minimum
-    static constexpr int kParts = kType == MK_Q3_K ? 2 : 1;
+// The integer scale (kKind 0) or minimum (1) kBlock of a K type in the tile: quant_scale_field's
+// for slot 0, from where the places move by the same steps for all blocks.
+template <int kType, int kBlock, int kKind, class F>
+inline void for_parts(int slot, const F& f) {
+    constexpr QuantField field = quant_scale_field(kType, 0, kBlock, kKind);
+    unroll<field.count>([&](auto part) {
+        constexpr QuantBits b = field.bits[part];
+        constexpr QuantBits by_g = quant_scale_field(kType, 1, kBlock, kKind).bits[part];
+        constexpr QuantBits by_h = quant_scale_field(kType, 8, kBlock, kKind).bits[part];
+        const int g = slot % 8, h = slot / 8;
+        f(b.at + g * (by_g.at - b.at) + h * (by_h.at - b.at), b.bit + h * (by_h.bit - b.bit),
+          (1 << b.width) - 1, b.from);
+    });
+}
 
-    struct Place {
-        uint16_t at;
-        uint8_t bit;
-    };
-    Place place[kQuantTileRows][kBlocks ? kBlocks : 1][kKinds][kParts] = {};
-
-    constexpr ScalePlaces() {
-        for (int slot = 0; slot < kQuantTileRows; ++slot) {
-            for (int block = 0; block < kBlocks; ++block) {
-                for (int kind = 0; kind < kKinds; ++kind) {
-                    const QuantField field = quant_scale_field(kType, slot, block, kind);
-                    for (int part = 0; part < kParts; ++part) {
-                        place[slot][block][kind][part] = {
-                            static_cast<uint16_t>(field.bits[part].at),
-                            static_cast<uint8_t>(field.bits[part].bit)};
-                    }
-                }
-            }
-        }
-    }
-    // The bits of a part: the same everywhere.
-    static constexpr QuantBits bits(int part) {
-        return quant_scale_field(kType, 0, 0, false).bits[part];
-    }
-};
-template <int kType>
-constexpr ScalePlaces<kType> kScalePlaces{};
+// f(block, kind), both constants, for each of them.
+template <int kType, class F>
+inline void for_integers(const F& f) {
+    constexpr QuantFormat format = quant_format(kType);
+    constexpr int blocks = format.block_k == 256 ? 256 / format.scale_k : 0;
+    unroll<blocks>([&](auto block) {
+        f(block, std::integral_constant<int, 0>{});
+        if constexpr (format.has_min) f(block, std::integral_constant<int, 1>{});
+    });
+}
 
 // The scale section of the tile is 0 before.
 template <int kType>
 void pack_scales(const Group& row, int slot, int quarters, uint8_t* tile) {
-    using Places = ScalePlaces<kType>;
     constexpr QuantFormat f = quant_format(kType);
     const auto put = [&](int block, bool is_min, uint16_t half) {
         store_u16(tile + quant_half_offset(kType, quarters, slot, block, is_min), half);
@@ -234,22 +223,16 @@ void pack_scales(const Group& row, int slot, int quarters, uint8_t* tile) {
         put(b, false, row.d[b]);
         if (f.has_min) put(b, true, row.m[b]);
     }
-    for (int b = 0; b < Places::kBlocks; ++b) {
-        for (int kind = 0; kind < Places::kKinds; ++kind) {
-            const int value = kind ? row.min[b] : row.scale[b];
-            for (int part = 0; part < Places::kParts; ++part) {
-                const auto [at, bit] = kScalePlaces<kType>.place[slot][b][kind][part];
-                constexpr QuantBits bits[] = {Places::bits(0), Places::bits(1)};
-                const int mask = (1 << bits[part].width) - 1;
-                tile[at] |= (value >> bits[part].from & mask) << bit;
-            }
-        }
-    }
+    for_integers<kType>([&](auto block, auto kind) {
+        const int value = (kind ? row.min : row.scale)[block];
+        for_parts<kType, block, kind>(slot, [&](int at, int bit, int mask, int from) {
+            tile[at] |= (value >> from & mask) << bit;
+        });
+    });
 }
 
 template <int kType>
 void unpack_scales(const uint8_t* tile, int slot, int quarters, Group& row) {
-    using Places = ScalePlaces<kType>;
     constexpr QuantFormat f = quant_format(kType);
     const auto get = [&](int block, bool is_min) {
         return load_u16(tile + quant_half_offset(kType, quarters, slot, block, is_min));
@@ -258,18 +241,13 @@ void unpack_scales(const uint8_t* tile, int slot, int quarters, Group& row) {
         row.d[b] = get(b, false);
         if (f.has_min) row.m[b] = get(b, true);
     }
-    for (int b = 0; b < Places::kBlocks; ++b) {
-        for (int kind = 0; kind < Places::kKinds; ++kind) {
-            int value = 0;
-            for (int part = 0; part < Places::kParts; ++part) {
-                const auto [at, bit] = kScalePlaces<kType>.place[slot][b][kind][part];
-                constexpr QuantBits bits[] = {Places::bits(0), Places::bits(1)};
-                const int mask = (1 << bits[part].width) - 1;
-                value |= (tile[at] >> bit & mask) << bits[part].from;
-            }
-            (kind ? row.min : row.scale)[b] = static_cast<uint8_t>(value);
-        }
-    }
+    for_integers<kType>([&](auto block, auto kind) {
+        int value = 0;
+        for_parts<kType, block, kind>(slot, [&](int at, int bit, int mask, int from) {
+            value |= (tile[at] >> bit & mask) << from;
+        });
+        (kind ? row.min : row.scale)[block] = static_cast<uint8_t>(value);
+    });
 }
 
 // ---- a row of tiles ----
