@@ -105,11 +105,12 @@ def _tiles(w: Tensor, kind: str, rows: int, cols: int) -> Tiles:
     """The matrix as the kernels read it; what is packed here lives as long as the blocks."""
     if w.ndim == 1:
         return Tiles(w, kind, rows)
-    version, packed = _tiles_of_blocks.get(w, (None, None))
-    if packed is None or version != w._version:
+    version = 0 if w.is_inference() else w._version
+    packed_version, packed = _tiles_of_blocks.get(w, (None, None))
+    if packed is None or packed_version != version:
         _log_packing()
         packed = pack(QuantizedTensor(w, kind, (rows, cols)))
-        _tiles_of_blocks[w] = w._version, packed
+        _tiles_of_blocks[w] = version, packed
     return Tiles(packed.tiles, kind, rows)
 
 
