@@ -197,13 +197,8 @@ def matmul_quant(
     every call: the CUDA kernels take all but what they do not serve.
     """
     out_dtype = x.dtype if out_dtype is None else out_dtype
-    if x.device.type != "cpu":
-        dense = decode(w, kind, torch.float32).view(-1, x.shape[1])
-        y = F.linear(x.float(), dense)
-        if swiglu_up is not None:
-            dense = decode(*swiglu_up, torch.float32).view(-1, x.shape[1])
-            y = F.silu(y, inplace=True).mul_(F.linear(x.float(), dense))
-        return (y if add is None else y.add_(add)).to(out_dtype)
+    if not x.is_cpu:
+        return decoded_matmul(x, w, kind, add, swiglu_up).to(out_dtype)
     out = torch.empty((x.shape[0], w.shape[0]), dtype=out_dtype)
     epilogue, up, up_kind = _native.EPILOGUE_NONE, None, kind
     if swiglu_up is not None:
@@ -229,9 +224,21 @@ def matmul_quant(
     return out
 
 
+def decoded_matmul(
+    x: Tensor, w: Tensor, kind: str, add: Tensor | None, swiglu_up: tuple[Tensor, str] | None
+) -> Tensor:
+    """matmul_quant in PyTorch, on any device, in fp32."""
+    x = x.float()
+    y = F.linear(x, decode(w, kind, torch.float32).view(-1, x.shape[1]))
+    if swiglu_up is not None:
+        up = decode(*swiglu_up, torch.float32).view(-1, x.shape[1])
+        return F.silu(y, inplace=True).mul_(F.linear(x, up))
+    return y if add is None else y.add_(add)
+
+
 def matmuls_quant(x: Tensor, matrices: Sequence[tuple[Tensor, str]]) -> list[Tensor]:
     """x [M, K] @ w^T for several quantised matrices, with x read once."""
-    if x.device.type != "cpu":
+    if not x.is_cpu:
         return [matmul_quant(x, w, kind) for w, kind in matrices]
     outs = [torch.empty((x.shape[0], w.shape[0]), dtype=x.dtype) for w, _ in matrices]
     products = [
@@ -261,7 +268,7 @@ def _cpu_products(x: Tensor, products: list[_native.CpuQuantProduct]) -> None:
 def embedding_quant(ids: Tensor, table: Tensor, kind: str, dtype: torch.dtype) -> Tensor:
     """Rows ``ids`` of a table's blocks, uint8 [V, row bytes], decoded: [ids, H] of ``dtype``."""
     ids = ids.reshape(-1).contiguous()
-    if table.device.type != "cpu":
+    if not table.is_cpu:
         return decode(table.index_select(0, ids), kind, dtype).view(len(ids), -1)
     block = QUANT_TYPES[kind]
     out = torch.empty((len(ids), table.shape[1] // block.nbytes * block.elements), dtype=dtype)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from minitron_kernels import ops
+from minitron_kernels import ops, torch_ops
 from minitron_kernels.quantized import QUANT_TYPES, QuantizedTensor
 from tests.test_model_quantized import model_rows
 
@@ -59,6 +59,16 @@ def test_linear(kind: str, dtype: torch.dtype) -> None:
         assert torch.equal(ops.linear(x, w, norm=ops.Norm(weight, 1e-5)), ops.linear(normed, w))
     strided = randn(5, 1024, dtype=dtype)[:, ::2]
     assert torch.equal(ops.linear(strided, w), ops.linear(strided.contiguous(), w))
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_what_no_kernel_serves_is_decoded(kind: str) -> None:
+    """PyTorch's way, of float32 tensors on a GPU, gives what the CPU's products give."""
+    w, up, x, add = make(kind, 37, 512), make("Q4_K", 37, 512, 1), randn(3, 512), randn(3, 37)
+    for extra, other in ((add, None), (None, (up.blocks, "Q4_K")), (None, None)):
+        y = torch_ops.decoded_matmul(x, w.blocks, kind, extra, other)
+        expected = torch_ops.matmul_quant(x, w.blocks, kind, add=extra, swiglu_up=other)
+        torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_a_planted_fault_is_seen() -> None:
