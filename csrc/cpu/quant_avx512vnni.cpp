@@ -54,14 +54,40 @@ struct Ints {
             four[p] = _mm512_inserti32x4(four[p], at(8 + p), 2);
             four[p] = _mm512_inserti32x4(four[p], at(12 + p), 3);
         }
-        const __m512i lo01 = _mm512_unpacklo_epi32(four[0], four[1]);
-        const __m512i lo23 = _mm512_unpacklo_epi32(four[2], four[3]);
-        const __m512i hi01 = _mm512_unpackhi_epi32(four[0], four[1]);
-        const __m512i hi23 = _mm512_unpackhi_epi32(four[2], four[3]);
-        out[0] = {_mm512_unpacklo_epi64(lo01, lo23)};
-        out[1] = {_mm512_unpackhi_epi64(lo01, lo23)};
-        out[2] = {_mm512_unpacklo_epi64(hi01, hi23)};
-        out[3] = {_mm512_unpackhi_epi64(hi01, hi23)};
+        __m512i words[4];
+        transpose(four, words);
+        for (int j = 0; j < 4; ++j) out[j] = {words[j]};
+    }
+    // Of 32 bytes: a vector begins as those of two rows, r and r + 4, or r + 8 and r + 12. Halves
+    // of words 0-3 and of 4-7 take turns after the transposition, until the last shuffle.
+    MK_INLINE static void columns(const uint8_t* const* rows, int64_t offset, Ints (&out)[8]) {
+        const auto at = [&](int r) {
+            return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(rows[r] + offset));
+        };
+        __m512i words[2][4];
+        for (int half = 0; half < 2; ++half) {
+            __m512i two[4];
+            for (int p = 0; p < 4; ++p) {
+                two[p] = _mm512_inserti64x4(_mm512_castsi256_si512(at(8 * half + p)),
+                                            at(8 * half + 4 + p), 1);
+            }
+            transpose(two, words[half]);
+        }
+        for (int j = 0; j < 4; ++j) {
+            out[j] = {_mm512_shuffle_i32x4(words[0][j], words[1][j], 0x88)};
+            out[4 + j] = {_mm512_shuffle_i32x4(words[0][j], words[1][j], 0xdd)};
+        }
+    }
+    // Within each 16 bytes: word p of out[j] = word j of in[p].
+    MK_INLINE static void transpose(const __m512i (&in)[4], __m512i (&out)[4]) {
+        const __m512i lo01 = _mm512_unpacklo_epi32(in[0], in[1]);
+        const __m512i lo23 = _mm512_unpacklo_epi32(in[2], in[3]);
+        const __m512i hi01 = _mm512_unpackhi_epi32(in[0], in[1]);
+        const __m512i hi23 = _mm512_unpackhi_epi32(in[2], in[3]);
+        out[0] = _mm512_unpacklo_epi64(lo01, lo23);
+        out[1] = _mm512_unpackhi_epi64(lo01, lo23);
+        out[2] = _mm512_unpacklo_epi64(hi01, hi23);
+        out[3] = _mm512_unpackhi_epi64(hi01, hi23);
     }
 };
 

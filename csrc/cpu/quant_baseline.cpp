@@ -90,6 +90,13 @@ struct Ints {
         }
         for (int j = 0; j < 4; ++j) out[j] = load(words[j]);
     }
+    static MK_INLINE void columns(const uint8_t* const* rows, int64_t offset, Ints (&out)[8]) {
+        Ints half[4];
+        for (int h = 0; h < 2; ++h) {
+            columns(rows, offset + 16 * h, half);
+            for (int j = 0; j < 4; ++j) out[4 * h + j] = half[j];
+        }
+    }
 };
 
 }  // namespace

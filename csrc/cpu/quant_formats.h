@@ -5,9 +5,9 @@
 // kHasMin; kColumns and kBytes of a stored block; and unpack(rows, columns, to), which unpacks
 // `columns` columns, up to a group, from where rows[0 ... 15] point to.
 //
-// All fields of a type's block are bits of words of 4 bytes, 4 columns apart or fewer: 16 bytes of
-// each of the 16 rows become four vectors, word j of every row in vector j, and the field of a byte
-// is shifted to bit 0 of either half, that of bytes 0 and 2, then that of bytes 1 and 3.
+// A field of the four bytes of a word belongs to four columns that follow each other. So 16 or 32
+// bytes of each of the 16 rows become 4 or 8 vectors, word j of every row in vector j, and a field
+// is shifted to bit 0 of both halves: that of bytes 0 and 2, then that of bytes 1 and 3.
 #pragma once
 
 #include "cpu/quant.h"
@@ -22,12 +22,21 @@ using Rows = const uint8_t* const*;
 
 // ---- pieces of blocks ----
 
+// The words of 16 and of 32 bytes of each row.
 struct Words {
     Ints word[4];
+};
+struct MoreWords {
+    Ints word[8];
 };
 
 MK_INLINE Words words_at(Rows rows, int64_t offset) {
     Words w;
+    Ints::columns(rows, offset, w.word);
+    return w;
+}
+MK_INLINE MoreWords more_words_at(Rows rows, int64_t offset) {
+    MoreWords w;
     Ints::columns(rows, offset, w.word);
     return w;
 }
@@ -119,13 +128,9 @@ struct Q8_0 {
             const int at = b * kBytes;
             to.put_scale(b, half_at(rows, at));
             uint32_t* const q = to.columns(32 * b);
-            unroll<2>([&](auto c) {
-                const Words all = words_at(rows, at + 2 + 16 * c.value);
-                unroll<4>([&](auto j) {
-                    const Ints biased = all.word[j.value] ^ 0x80808080;
-                    put_bytes<255>(q, 16 * c.value + 4 * j.value, biased, 0);
-                });
-            });
+            const MoreWords all = more_words_at(rows, at + 2);
+            unroll<8>(
+                [&](auto j) { put_bytes<255>(q, 4 * j.value, all.word[j.value] ^ 0x80808080, 0); });
         }
     }
 };
@@ -151,14 +156,11 @@ struct Q2_K : KType {
         });
         for (int half = 0; half < 2; ++half) {
             uint32_t* const q = to.columns(128 * half);
-            unroll<2>([&](auto c) {
-                const Words all = words_at(rows, 16 + 32 * half + 16 * c.value);
-                unroll<4>([&](auto j) {
-                    unroll<4>([&](auto f) {
-                        put_bytes<3>(q, 32 * f.value + 16 * c.value + 4 * j.value,
-                                     all.word[j.value], 2 * f.value);
-                    });
-                });
+            const MoreWords all = more_words_at(rows, 16 + 32 * half);
+            unroll<8>([&](auto j) {
+                const Ints w = all.word[j.value];
+                unroll<4>(
+                    [&](auto f) { put_bytes<3>(q, 32 * f.value + 4 * j.value, w, 2 * f.value); });
             });
         }
     }
@@ -179,22 +181,20 @@ struct Q3_K : KType {
             const Ints two = (high >> (kByte + 2 * (b.value / 4))) & 3;
             to.put_scale(b.value, d * ((four | two << 4).to_float() - bias));
         });
-        for (int c = 0; c < 2; ++c) {
-            const Words third = words_at(rows, 16 * c);
-            unroll<2>([&](auto half) {
-                const Words all = words_at(rows, 32 + 32 * half.value + 16 * c);
-                uint32_t* const q = to.columns(128 * half.value + 16 * c);
-                unroll<4>([&](auto j) {
-                    unroll<4>([&](auto f) {
-                        const Ints two = all.word[j.value] >> (2 * f.value);
-                        const Ints one = third.word[j.value] >> (4 * half.value + f.value);
-                        put(q, 32 * f.value + 4 * j.value,
-                            Ints::and_or(one << 2, 0x00040004, two & 0x00030003),
-                            Ints::and_or(one >> 6, 0x00040004, (two >> 8) & 0x00030003));
-                    });
+        const MoreWords third = more_words_at(rows, 0);
+        unroll<2>([&](auto half) {
+            const MoreWords all = more_words_at(rows, 32 + 32 * half.value);
+            uint32_t* const q = to.columns(128 * half.value);
+            unroll<8>([&](auto j) {
+                const Ints w = all.word[j.value], t = third.word[j.value] >> (4 * half.value);
+                unroll<4>([&](auto f) {
+                    const Ints two = w >> (2 * f.value), one = t >> f.value;
+                    put(q, 32 * f.value + 4 * j.value,
+                        Ints::and_or(one << 2, 0x00040004, two & 0x00030003),
+                        Ints::and_or(one >> 6, 0x00040004, (two >> 8) & 0x00030003));
                 });
             });
-        }
+        });
     }
 };
 
@@ -224,10 +224,10 @@ struct Q4_K : KType {
 
     static MK_NOINLINE void unpack(Rows rows, int, const Target& to) {
         put_scales_and_minima(rows, to);
-        unroll<8>([&](auto c) {
-            const Words all = words_at(rows, 16 + 16 * c.value);
-            uint32_t* const q = to.columns(c.value / 2 * 64 + c.value % 2 * 16);
-            unroll<4>([&](auto j) {
+        unroll<4>([&](auto i) {
+            const MoreWords all = more_words_at(rows, 16 + 32 * i.value);
+            uint32_t* const q = to.columns(64 * i.value);
+            unroll<8>([&](auto j) {
                 put_bytes<15>(q, 4 * j.value, all.word[j.value], 0);
                 put_bytes<15>(q, 32 + 4 * j.value, all.word[j.value], 4);
             });
@@ -242,18 +242,16 @@ struct Q5_K : KType {
 
     static MK_NOINLINE void unpack(Rows rows, int, const Target& to) {
         put_scales_and_minima(rows, to);
-        for (int c = 0; c < 2; ++c) {
-            const Words fifth = words_at(rows, 16 + 16 * c);
-            unroll<4>([&](auto i) {
-                const Words all = words_at(rows, 48 + 32 * i.value + 16 * c);
-                uint32_t* const q = to.columns(64 * i.value + 16 * c);
-                unroll<4>([&](auto j) {
-                    const Ints w = all.word[j.value], bits = fifth.word[j.value] >> (2 * i.value);
-                    put5(q, 4 * j.value, w, bits);
-                    put5(q, 32 + 4 * j.value, w >> 4, bits >> 1);
-                });
+        const MoreWords fifth = more_words_at(rows, 16);
+        unroll<4>([&](auto i) {
+            const MoreWords all = more_words_at(rows, 48 + 32 * i.value);
+            uint32_t* const q = to.columns(64 * i.value);
+            unroll<8>([&](auto j) {
+                const Ints w = all.word[j.value], bits = fifth.word[j.value] >> (2 * i.value);
+                put5(q, 4 * j.value, w, bits);
+                put5(q, 32 + 4 * j.value, w >> 4, bits >> 1);
             });
-        }
+        });
     }
 
     // The fifth bits are bit 0 of the bytes of `fifth`.
@@ -277,19 +275,18 @@ struct Q6_K : KType {
             to.put_scale(b.value, d * (((biased >> (8 * (b.value % 4))) & 255).to_float() - bias));
         });
         for (int half = 0; half < 2; ++half) {
-            for (int c = 0; c < 2; ++c) {
-                const Words first = words_at(rows, 64 * half + 16 * c);
-                const Words second = words_at(rows, 64 * half + 32 + 16 * c);
-                const Words high = words_at(rows, 128 + 32 * half + 16 * c);
-                uint32_t* const q = to.columns(128 * half + 16 * c);
-                unroll<4>([&](auto j) {
-                    const Ints h = high.word[j.value];
-                    put6(q, 4 * j.value, first.word[j.value], h << 4);
-                    put6(q, 32 + 4 * j.value, second.word[j.value], h << 2);
-                    put6(q, 64 + 4 * j.value, first.word[j.value] >> 4, h);
-                    put6(q, 96 + 4 * j.value, second.word[j.value] >> 4, h >> 2);
-                });
-            }
+            const MoreWords first = more_words_at(rows, 64 * half);
+            const MoreWords second = more_words_at(rows, 64 * half + 32);
+            const MoreWords high = more_words_at(rows, 128 + 32 * half);
+            uint32_t* const q = to.columns(128 * half);
+            unroll<8>([&](auto j) {
+                const Ints a = first.word[j.value], b = second.word[j.value];
+                const Ints h = high.word[j.value];
+                put6(q, 4 * j.value, a, h << 4);
+                put6(q, 32 + 4 * j.value, b, h << 2);
+                put6(q, 64 + 4 * j.value, a >> 4, h);
+                put6(q, 96 + 4 * j.value, b >> 4, h >> 2);
+            });
         }
     }
 
