@@ -34,6 +34,8 @@ ENTRY_FILES: dict[str, tuple[str, ...]] = {
     "linear/entries/linear_gemm.cu": cuda.ARCHS,
     "linear/entries/linear_skinny.cu": cuda.ARCHS,
     "quant/entries/quant_embedding.cu": cuda.ARCHS,
+    "quant/entries/quant_gemm.cu": cuda.ARCHS,
+    "quant/entries/quant_prepare.cu": cuda.ARCHS,
     "rms_norm/entries/rms_norm.cu": cuda.ARCHS,
     "rope/entries/rope.cu": cuda.ARCHS,
     "sampling/entries/sampling.cu": cuda.ARCHS,

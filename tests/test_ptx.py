@@ -41,6 +41,10 @@ CLAIMS = {
     "embedding": (40, 0),
     "embedding_unaligned": (40, 0),
     "embedding_quant": (64, 0),
+    "quant_prepare_x": (64, 160),
+    "quant_gemm_rows128_m128": (255, 0),
+    "quant_gemm_rows64_m128": (232, 0),
+    "quant_gemm_rows32_m64": (128, 0),
     "argmax": (64, 256),
     "argmax_unaligned": (64, 256),
     "sample": (64, 25 << 10),
@@ -60,12 +64,14 @@ CLAIMS = {
     "attention_decode_hd128_rows8": (168, 48 << 10),
     "attention_decode_hd128_rows32": (255, 40 << 10),
 }
-LINEAR = ("linear", "linear_swiglu", "qkv_rope_append")
+SHARED = ("quant_gemm",)  # kernels of several ops: of all products with quantised weights
+LINEAR = ("linear", "linear_swiglu", "qkv_rope_append", *SHARED)
 # Widths of stores next to 16 bytes: a token, an index; a lane's four weights, or one where rows are
 # not aligned; attention's out (8 bytes a lane, a row a warp), statistics of partial results, lse
 # and the counter.
 NARROW_STORES = {
     "embedding_quant": {".64", ""},
+    "quant_prepare_x": {""},
     "argmax": {".64"},
     "sample": {".64"},
     "attention_decode": {".64", ""},
@@ -110,7 +116,7 @@ def test_entry_names_and_number(arch: str) -> None:
     for name in entries(arch):
         match = ENTRY_NAME.fullmatch(name)
         assert match, name
-        assert match["op"] in abi.OPS and match["sm"] == arch.rstrip("a"), name
+        assert match["op"] in (*abi.OPS, *SHARED) and match["sm"] == arch.rstrip("a"), name
     assert len(entries(arch)) <= 80
 
 

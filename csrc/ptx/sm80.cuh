@@ -62,6 +62,16 @@ __device__ __forceinline__ void st_global_v4(void* address, uint4 v) {
                  : "memory");
 }
 
+// Both words in one access, even where one of them is not used.
+__device__ __forceinline__ uint2 ld_shared_v2(uint32_t address) {
+    uint2 v;
+    asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];"
+                 : "=r"(v.x), "=r"(v.y)
+                 : "r"(address)
+                 : "memory");
+    return v;
+}
+
 // `address` is one of shared memory, kOffset bytes before the place.
 template <int kOffset = 0>
 __device__ __forceinline__ void st_shared_v4(uint32_t address, uint4 v) {

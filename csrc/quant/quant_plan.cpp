@@ -6,6 +6,7 @@
 
 #include "common/rows_plan.h"
 #include "linear/linear_plan.h"
+#include "quant/quant_gemm_plan.h"
 
 namespace mk {
 
@@ -70,8 +71,7 @@ mk_status check_no_dense(const char* name, const void* weights, const char* matr
 // Bytes of what mk_quant_prepare_x writes for m rows of k.
 int64_t workspace_bytes(int32_t m, int32_t k) {
     if (m <= MK_QUANT_MAX_DECODE_M) return 0;
-    const int64_t rows = ceil_div(m, 8) * int64_t{8}, cols = ceil_div(k, 64) * int64_t{64};
-    return rows * (2 * cols + cols / 2 + 16);
+    return prepared_bytes(m, k);
 }
 
 mk_status check_workspace(const void* workspace, int64_t bytes, int64_t least) {
@@ -85,11 +85,34 @@ mk_status check_workspace(const void* workspace, int64_t bytes, int64_t least) {
 }
 
 Product make_product(const mk_linear_params& p) {
-    return {p.x, nullptr, p.norm_weight, p.x_stride, 0, p.m, p.n, p.k, p.eps, 0};
+    const bool is_aligned =
+        is_16_byte(p.x, p.dtype, {p.x_stride}) && is_16_byte(p.norm_weight, p.dtype, {});
+    return {p.x, nullptr, p.norm_weight, p.x_stride, 0, p.m, p.n, p.k, p.eps, is_aligned};
+}
+
+Product make_product(const mk_qkv_rope_append_params& p) {
+    const bool is_aligned =
+        is_16_byte(p.x, p.dtype, {p.x_stride}) && is_16_byte(p.norm_weight, p.dtype, {});
+    const int32_t n = (p.num_q_heads + 2 * p.num_kv_heads) * p.head_dim;
+    return {p.x, nullptr, p.norm_weight, p.x_stride, 0, p.tokens, n, p.hidden, p.eps, is_aligned};
+}
+
+std::string product_line(const char* op, int32_t dtype, const Product& a, const mk_quant_matrix* w,
+                         int count) {
+    std::string line = std::string(op) + " " + dtype_name(dtype);
+    for (int i = 0; i < count; ++i) line += std::string(" ") + quant_type_name(w[i].type);
+    return line + " m " + std::to_string(a.m) + " n " + std::to_string(a.n) + " k " +
+           std::to_string(a.k) + (a.norm_weight ? " norm" : "");
 }
 
 struct LinearQuant {
     using Params = mk_linear_quant_params;
+
+    static constexpr const char* kName = "linear_quant";
+    static constexpr int kMatrices = 1;
+    static constexpr QuantEpilogue kEpilogue = QuantEpilogue::kPlain;
+    static const mk_linear_params& inner(const Params& p) { return p.linear; }
+    static const mk_quant_matrix* matrices(const Params& p) { return &p.w; }
 
     static mk_status check(const Params& p) {
         MK_TRY(check_product(p));
@@ -109,6 +132,12 @@ struct LinearQuant {
 struct LinearQuantSwiglu {
     using Params = mk_linear_quant_params;
 
+    static constexpr const char* kName = "linear_quant_swiglu";
+    static constexpr int kMatrices = 1;
+    static constexpr QuantEpilogue kEpilogue = QuantEpilogue::kSwiglu;
+    static const mk_linear_params& inner(const Params& p) { return p.linear; }
+    static const mk_quant_matrix* matrices(const Params& p) { return &p.w; }
+
     static mk_status check(const Params& p) {
         MK_TRY(LinearQuant::check_product(p));
         return check_swiglu_out(p.linear);
@@ -118,12 +147,16 @@ struct LinearQuantSwiglu {
 struct QkvRopeAppendQuant {
     using Params = mk_qkv_rope_append_quant_params;
 
+    static constexpr const char* kName = "qkv_rope_append_quant";
+    static constexpr int kMatrices = 3;
+    static constexpr QuantEpilogue kEpilogue = QuantEpilogue::kQkv;
+    static const mk_qkv_rope_append_params& inner(const Params& p) { return p.qkv; }
+    static const mk_quant_matrix* matrices(const Params& p) { return p.w; }
+
     static mk_status check(const Params& p) {
         const mk_qkv_rope_append_params& a = p.qkv;
         MK_TRY(check_qkv_sizes(a));
-        const Product product{a.x,      nullptr, a.norm_weight, a.x_stride, 0,
-                              a.tokens, 0,       a.hidden,      a.eps,      0};
-        MK_TRY(check_inputs(product, "tokens", "hidden", a.dtype, INT32_MAX));
+        MK_TRY(check_inputs(make_product(a), "tokens", "hidden", a.dtype, INT32_MAX));
         MK_TRY(check_no_dense("qkv.w", a.w, "w[0...2]"));
         for (int i = 0; i < 3; ++i) {
             const int32_t heads = i == 0 ? a.num_q_heads : a.num_kv_heads;
@@ -140,10 +173,31 @@ struct QuantPrepareX {
     using Params = mk_quant_prepare_x_params;
 
     static mk_status check(const Params& p) {
-        const Product product{p.x, nullptr, p.norm_weight, p.x_stride, 0, p.m, 0, p.k, p.eps, 0};
-        MK_TRY(check_inputs(product, "m", "k", p.dtype, INT32_MAX));
+        MK_TRY(check_inputs(product(p), "m", "k", p.dtype, INT32_MAX));
         MK_REQUIRE(p.k % 32 == 0, MK_ERR_SHAPE, "k must be a multiple of 32, got %d", p.k);
         return check_workspace(p.workspace, p.workspace_bytes, workspace_bytes(p.m, p.k));
+    }
+
+    // Up to MK_QUANT_MAX_DECODE_M rows nobody reads what it would leave.
+    static mk_plan plan(const Params& p, const mk_device& device) {
+        mk_plan plan = plan_quant_prepare(product(p), p.dtype, device);
+        if (p.m <= MK_QUANT_MAX_DECODE_M) plan.grid[0] = 0;
+        return plan;
+    }
+
+    static QuantPrepareArgs args(const Params& p) {
+        return {product(p), prepared_x(p.workspace, p.m, p.k)};
+    }
+
+    static std::string shape(const Params& p) {
+        return std::string("quant_prepare_x ") + dtype_name(p.dtype) + " m " + std::to_string(p.m) +
+               " k " + std::to_string(p.k) + (p.norm_weight ? " norm" : "");
+    }
+
+    static Product product(const Params& p) {
+        const bool is_aligned =
+            is_16_byte(p.x, p.dtype, {p.x_stride}) && is_16_byte(p.norm_weight, p.dtype, {});
+        return {p.x, nullptr, p.norm_weight, p.x_stride, 0, p.m, 0, p.k, p.eps, is_aligned};
     }
 };
 
@@ -181,12 +235,64 @@ struct EmbeddingQuant {
     }
 };
 
-// Ops whose kernels are not written yet: a valid call is refused.
 template <class Op>
-mk_status refuse(const typename Op::Params* params) {
+mk_plan plan_product(const typename Op::Params& p, const mk_device& device) {
+    const Product a = make_product(Op::inner(p));
+    return plan_quant_gemm(a.m, Op::matrices(p), Op::kMatrices, device);
+}
+
+template <class Op>
+std::string shape_of(const void* params) {
+    const auto& p = *static_cast<const typename Op::Params*>(params);
+    return product_line(Op::kName, Op::inner(p).dtype, make_product(Op::inner(p)), Op::matrices(p),
+                        Op::kMatrices);
+}
+
+void set_params(const mk_linear_params& p, QuantGemmArgs* args) { args->linear = p; }
+void set_params(const mk_qkv_rope_append_params& p, QuantGemmArgs* args) { args->qkv = p; }
+
+// More than MK_QUANT_MAX_DECODE_M rows: two launches.
+template <class Op>
+mk_status run_gemm(const typename Op::Params& p, const Device& device, void* stream) {
+    const auto& inner = Op::inner(p);
+    const Product a = make_product(inner);
+    const QuantPrepareArgs prepare{a, prepared_x(p.workspace, a.m, a.k)};
+    MK_TRY(launch(plan_quant_prepare(a, inner.dtype, device.info), device, &prepare, stream,
+                  shape_of<Op>, &p));
+    QuantGemmArgs args =
+        quant_gemm_args(a, Op::matrices(p), Op::kMatrices, p.workspace, device.info);
+    args.epilogue = Op::kEpilogue;
+    args.dtype = inner.dtype;
+    set_params(inner, &args);
+    return launch(plan_product<Op>(p, device.info), device, &args, stream, shape_of<Op>, &p);
+}
+
+// Up to MK_QUANT_MAX_DECODE_M rows: kernels that are not written yet.
+template <class Op>
+mk_status check_product(const typename Op::Params* params) {
     MK_REQUIRE(params, MK_ERR_NULL, "params is NULL");
     MK_TRY(Op::check(*params));
-    return fail(MK_ERR_UNSUPPORTED, "this build has no kernels for quantised weights");
+    if (make_product(Op::inner(*params)).m > MK_QUANT_MAX_DECODE_M) return MK_OK;
+    return fail(MK_ERR_UNSUPPORTED,
+                "this build has no kernels for quantised weights and up to %d rows",
+                MK_QUANT_MAX_DECODE_M);
+}
+
+template <class Op>
+mk_status run_product(const typename Op::Params* params, void* stream) {
+    MK_TRY(check_product<Op>(params));
+    const Device* device = nullptr;
+    MK_TRY(current_device(&device));
+    return run_gemm<Op>(*params, *device, stream);
+}
+
+template <class Op>
+mk_status tell_plan(const typename Op::Params* params, const mk_device* device, mk_plan* plan) {
+    MK_REQUIRE(plan, MK_ERR_NULL, "plan is NULL");
+    MK_TRY(check_device(device));
+    MK_TRY(check_product<Op>(params));
+    *plan = plan_product<Op>(*params, *device);
+    return MK_OK;
 }
 
 mk_status tell_bytes(const void* params, int32_t m, int32_t k, int64_t* bytes) {
@@ -203,21 +309,22 @@ mk_status tell_bytes(const void* params, int32_t m, int32_t k, int64_t* bytes) {
 
 extern "C" {
 
-mk_status mk_linear_quant(const mk_linear_quant_params* params, void*) {
-    return mk::refuse<mk::LinearQuant>(params);
+mk_status mk_linear_quant(const mk_linear_quant_params* params, void* stream) {
+    return mk::run_product<mk::LinearQuant>(params, stream);
 }
 
-mk_status mk_linear_quant_plan(const mk_linear_quant_params* params, const mk_device*, mk_plan*) {
-    return mk::refuse<mk::LinearQuant>(params);
+mk_status mk_linear_quant_plan(const mk_linear_quant_params* params, const mk_device* device,
+                               mk_plan* plan) {
+    return mk::tell_plan<mk::LinearQuant>(params, device, plan);
 }
 
-mk_status mk_linear_quant_swiglu(const mk_linear_quant_params* params, void*) {
-    return mk::refuse<mk::LinearQuantSwiglu>(params);
+mk_status mk_linear_quant_swiglu(const mk_linear_quant_params* params, void* stream) {
+    return mk::run_product<mk::LinearQuantSwiglu>(params, stream);
 }
 
-mk_status mk_linear_quant_swiglu_plan(const mk_linear_quant_params* params, const mk_device*,
-                                      mk_plan*) {
-    return mk::refuse<mk::LinearQuantSwiglu>(params);
+mk_status mk_linear_quant_swiglu_plan(const mk_linear_quant_params* params, const mk_device* device,
+                                      mk_plan* plan) {
+    return mk::tell_plan<mk::LinearQuantSwiglu>(params, device, plan);
 }
 
 mk_status mk_linear_quant_workspace_bytes(const mk_linear_quant_params* params, int64_t* bytes) {
@@ -225,13 +332,13 @@ mk_status mk_linear_quant_workspace_bytes(const mk_linear_quant_params* params, 
                           bytes);
 }
 
-mk_status mk_qkv_rope_append_quant(const mk_qkv_rope_append_quant_params* params, void*) {
-    return mk::refuse<mk::QkvRopeAppendQuant>(params);
+mk_status mk_qkv_rope_append_quant(const mk_qkv_rope_append_quant_params* params, void* stream) {
+    return mk::run_product<mk::QkvRopeAppendQuant>(params, stream);
 }
 
 mk_status mk_qkv_rope_append_quant_plan(const mk_qkv_rope_append_quant_params* params,
-                                        const mk_device*, mk_plan*) {
-    return mk::refuse<mk::QkvRopeAppendQuant>(params);
+                                        const mk_device* device, mk_plan* plan) {
+    return mk::tell_plan<mk::QkvRopeAppendQuant>(params, device, plan);
 }
 
 mk_status mk_qkv_rope_append_quant_workspace_bytes(const mk_qkv_rope_append_quant_params* params,
@@ -240,13 +347,13 @@ mk_status mk_qkv_rope_append_quant_workspace_bytes(const mk_qkv_rope_append_quan
                           bytes);
 }
 
-mk_status mk_quant_prepare_x(const mk_quant_prepare_x_params* params, void*) {
-    return mk::refuse<mk::QuantPrepareX>(params);
+mk_status mk_quant_prepare_x(const mk_quant_prepare_x_params* params, void* stream) {
+    return mk::run<mk::QuantPrepareX>(params, stream);
 }
 
-mk_status mk_quant_prepare_x_plan(const mk_quant_prepare_x_params* params, const mk_device*,
-                                  mk_plan*) {
-    return mk::refuse<mk::QuantPrepareX>(params);
+mk_status mk_quant_prepare_x_plan(const mk_quant_prepare_x_params* params, const mk_device* device,
+                                  mk_plan* plan) {
+    return mk::plan<mk::QuantPrepareX>(params, device, plan);
 }
 
 mk_status mk_embedding_quant(const mk_embedding_quant_params* params, void* stream) {

@@ -1,0 +1,19 @@
+#include "quant/quant_gemm_sm80.cuh"
+
+namespace {
+constexpr mk::QuantGemmTile kLarge = mk::quant_gemm_tiles(MK_SM).large;
+constexpr mk::QuantGemmTile kSmall = mk::quant_gemm_tiles(MK_SM).small;
+constexpr int kLargeThreads = mk::quant_gemm_threads(kLarge);
+constexpr int kSmallThreads = mk::quant_gemm_threads(kSmall);
+}  // namespace
+
+#define MK_QUANT_GEMM(key, Size)                                                          \
+    MK_ENTRY(__launch_bounds__(k##Size##Threads, k##Size.blocks_per_sm), quant_gemm, key) \
+    (const __grid_constant__ mk::QuantGemmArgs args) { mk::quant_gemm<k##Size>(args); }
+
+#if MK_SM == 89
+MK_QUANT_GEMM(b16_rows64_m128, Large)
+#else
+MK_QUANT_GEMM(b16_rows128_m128, Large)
+#endif
+MK_QUANT_GEMM(b16_rows32_m64, Small)

@@ -1,0 +1,157 @@
+// What mk_quant_prepare_x leaves in the workspace, and the tiles and arguments of the GEMM that
+// reads it: shared by the plans and the kernels.
+#pragma once
+
+#include "linear/linear_tiles.h"
+#include "quant/quant_layout.h"
+
+namespace mk {
+
+// ---- the workspace ----
+//
+//   x16      [m / 64][k / 64][8 tiles of 8 rows][2 x 32 k][32 lanes][16 bytes]
+//   sums     [m / 64][k / 256][8 tiles of 8 rows][32 lanes][16 bytes]
+//   unscale  [m] floats
+//
+// as quant_x.cuh defines them, each 16 bytes as lane 4g + t of B takes them for row g of 8. m is
+// rounded up to 64 and k to 64 or 256: what lies past them is 0.
+
+constexpr int kPreparedRows = 64;
+constexpr int kPreparedX16Bytes = kPreparedRows * kQuantQuarterK * 2;  // of 64 rows and 64 k
+constexpr int kPreparedSumsBytes = kPreparedRows * 64;                 // of 64 rows and 256 k
+
+constexpr int64_t prepared_row_blocks(int m) {
+    return (int64_t{m} + kPreparedRows - 1) / kPreparedRows;
+}
+constexpr int64_t prepared_x16_bytes(int m, int k) {
+    return prepared_row_blocks(m) * quant_row_quarters(k) * kPreparedX16Bytes;
+}
+constexpr int64_t prepared_sums_bytes(int m, int k) {
+    return prepared_row_blocks(m) * quant_row_tiles(k) * kPreparedSumsBytes;
+}
+constexpr int64_t prepared_bytes(int m, int k) {
+    return prepared_x16_bytes(m, k) + prepared_sums_bytes(m, k) +
+           prepared_row_blocks(m) * kPreparedRows * 4;
+}
+
+struct PreparedX {
+    uint8_t* x16;
+    uint8_t* sums;
+    float* unscale;
+    int32_t quarters, groups;  // of 64 k and of 256 k, of a row
+    int32_t halves;            // of 32 k
+};
+inline PreparedX prepared_x(void* workspace, int m, int k) {
+    auto* const x16 = static_cast<uint8_t*>(workspace);
+    uint8_t* const sums = x16 + prepared_x16_bytes(m, k);
+    return {x16,
+            sums,
+            reinterpret_cast<float*>(sums + prepared_sums_bytes(m, k)),
+            quant_row_quarters(k),
+            quant_row_tiles(k),
+            (k + 31) / 32};
+}
+
+struct QuantPrepareArgs {
+    Product product;  // without w
+    PreparedX to;
+};
+constexpr int kPrepareRows = 8;  // of a block, and its warps: the N of an MMA
+
+// ---- the GEMM: quant_gemm_sm80.cuh ----
+
+// A block multiplies `rows` rows of w by `tokens` rows of x, a warp warp_rows by warp_tokens.
+struct QuantGemmTile {
+    int rows, tokens;
+    int warp_rows, warp_tokens;
+    int stages;  // of x, 64 k each
+    int groups;  // of w and of x's sums, 256 k each
+    int blocks_per_sm;
+};
+constexpr int quant_gemm_threads(const QuantGemmTile& t) {
+    return t.rows / t.warp_rows * (t.tokens / t.warp_tokens) * 32;
+}
+
+// Shared memory in this order: stages of x, groups of (tiles of w, sums of x), two sets of scales
+// of the tiles as floats.
+constexpr int quant_gemm_x_bytes(const QuantGemmTile& t) { return t.tokens * kQuantQuarterK * 2; }
+constexpr int quant_gemm_group_bytes(const QuantGemmTile& t, int type) {
+    return t.rows / kQuantTileRows * quant_tile_bytes(type, 4) + t.tokens * 64;
+}
+// Of a tile of w: 16 bytes of each g, 160 bytes apart for the four quarters: written by lanes 4g +
+// t and read for one t, both without bank conflicts.
+constexpr int kQuantGemmScalePitch = 160;
+constexpr int kQuantGemmScalePart = 4 * kQuantGemmScalePitch;
+constexpr int quant_gemm_scales_bytes(const QuantGemmTile& t, int type) {
+    return t.rows / kQuantTileRows * kQuantGemmScalePart *
+           (quant_format(type).scale_k == 16 ? 2 : 1);
+}
+constexpr int quant_gemm_smem_bytes(const QuantGemmTile& t, int type) {
+    return t.stages * quant_gemm_x_bytes(t) + t.groups * quant_gemm_group_bytes(t, type) +
+           2 * quant_gemm_scales_bytes(t, type);
+}
+// In place of all that, at the end: the outputs, [tokens][rows] floats.
+constexpr int quant_gemm_pitch(const QuantGemmTile& t) { return t.rows * 4 + 16; }
+
+constexpr int kQuantGemmTypes[] = {MK_Q4_0, MK_Q4_1, MK_Q5_0, MK_Q5_1, MK_Q8_0,
+                                   MK_Q2_K, MK_Q3_K, MK_Q4_K, MK_Q5_K, MK_Q6_K};
+constexpr int kQuantEpilogueRowBytes = 48;  // at most, of an Epilogue::Row
+constexpr int quant_gemm_smem_bytes(const QuantGemmTile& t) {
+    int most = t.tokens * (quant_gemm_pitch(t) + kQuantEpilogueRowBytes);
+    for (const int type : kQuantGemmTypes) {
+        const int bytes = quant_gemm_smem_bytes(t, type);
+        most = bytes > most ? bytes : most;
+    }
+    return most;
+}
+
+//   large   prompts. Warps of 32 x 64: 64 sums of the group and 64 of all k a thread
+//   small   few tokens, or few rows of w for the SMs: N = 4096 makes 128 blocks
+struct QuantGemmTiles {
+    QuantGemmTile large, small;
+};
+constexpr QuantGemmTiles kQuantGemmSm80 = {{128, 128, 32, 64, 4, 2, 1}, {32, 64, 16, 32, 4, 3, 2}};
+constexpr QuantGemmTiles kQuantGemmSm89 = {{64, 128, 32, 32, 2, 2, 1}, {32, 64, 16, 32, 2, 2, 2}};
+constexpr QuantGemmTiles kQuantGemmSm90 = {{128, 128, 32, 64, 4, 2, 1}, {32, 64, 16, 32, 4, 3, 3}};
+constexpr const QuantGemmTiles& quant_gemm_tiles(int sm) {
+    return sm == 80 ? kQuantGemmSm80 : sm == 89 ? kQuantGemmSm89 : kQuantGemmSm90;
+}
+
+constexpr bool quant_gemm_tile_fits(const QuantGemmTile& t, int kilobytes) {
+    return t.blocks_per_sm * (quant_gemm_smem_bytes(t) + 1024) <= kilobytes * 1024;
+}
+static_assert(quant_gemm_tile_fits(kQuantGemmSm80.large, 164));
+static_assert(quant_gemm_tile_fits(kQuantGemmSm80.small, 164));
+static_assert(quant_gemm_tile_fits(kQuantGemmSm89.large, 100));
+static_assert(quant_gemm_tile_fits(kQuantGemmSm89.small, 100));
+static_assert(quant_gemm_tile_fits(kQuantGemmSm90.large, 228));
+static_assert(quant_gemm_tile_fits(kQuantGemmSm90.small, 228));
+
+// Rows of x that the blocks of a strip of w share while they are in L2, as in linear_tiles.h.
+constexpr int kQuantGemmGroupRows = 2048;
+
+enum class QuantEpilogue : int32_t { kPlain, kSwiglu, kQkv };
+
+struct QuantGemmMatrix {
+    const uint8_t* tiles;
+    int64_t row_tile_bytes;
+    int32_t type, rows;
+    int32_t first_row;    // of the output's columns
+    int32_t first_strip;  // of the grid
+};
+
+struct QuantGemmArgs {
+    PreparedX x;
+    int32_t m;
+    int32_t strips;  // of w
+    int32_t num_matrices;
+    QuantGemmMatrix w[3];  // Q, K and V
+    QuantEpilogue epilogue;
+    int32_t dtype;
+    union {
+        mk_linear_params linear;
+        mk_qkv_rope_append_params qkv;
+    };
+};
+
+}  // namespace mk

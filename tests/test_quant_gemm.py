@@ -1,0 +1,282 @@
+"""Products of more than 16 rows with quantised weights: the preparation of x and the GEMM.
+
+quant_cases.py tells how results are compared. The workspace and the outputs are poisoned with NaN,
+rows of x are padded with NaN. The plan chooses a tile by the shape: LARGE makes it take the large
+one on any device, with tails in both directions; what is smaller takes the small one.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from minitron_kernels import native, reference
+from tests import emulator, native_emulator
+from tests import native_abi as abi
+from tests.linear_cases import Qkv, in_turn
+from tests.native_emulator import BUILT, DEVICES, dtype_id, run, storage_of
+from tests.quant_cases import (
+    K_KINDS,
+    KINDS,
+    Weights,
+    check_linear,
+    out_of,
+    quant_params,
+    random_weights,
+    run_linear,
+)
+from tests.test_kernels_memory import (
+    HALVES,
+    assert_padding_untouched,
+    poisoned,
+    rope_scale,
+    strided,
+    values,
+)
+from tests.test_linear_gemm import changed_library
+
+Tensor = torch.Tensor
+BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
+LARGE = (1100, 1500)  # rows of x and of w
+IS_SMALL = "rows32_m64"
+
+
+def entry_of(arch: str, x: Tensor, w: Weights) -> str:
+    params, _ = quant_params(x, w, out_of("linear_quant", x, w))
+    return abi.plan("linear_quant", params, "80" if arch == "gpu" else arch).entry.decode()
+
+
+def cols_of(kind: str, groups: int, rest: int) -> int:
+    """k of `groups` groups of 256, and of `rest` blocks of 32 where the type has those."""
+    return 256 * groups + (0 if kind in K_KINDS else 32 * rest)
+
+
+# ------------------------------------------------------------------------------------- results
+
+
+@pytest.mark.parametrize("arch, kind, m", in_turn([(k, m) for m in (17, 33, 129) for k in KINDS]))
+def test_small_tile(arch: str, kind: str, m: int) -> None:
+    """fp32 outputs. n ends inside a tile of 16, k inside a group, a quarter and a half of it."""
+    n, rest = {17: (7, 1), 33: (40, 5), 129: (33, 7)}[m]
+    k = cols_of(kind, m // 33 + (kind in K_KINDS and m < 33), rest)
+    x, w = strided(values(m, k, dtype=HALVES[m % 2]), 8), random_weights(kind, n, k, seed=m)
+    assert IS_SMALL in entry_of(arch, x, w)
+    check_linear("linear_quant", arch, x, w, out_of("linear_quant", x, w, F32), seed=m)
+
+
+@pytest.mark.parametrize("arch, kind", in_turn([(k,) for k in KINDS]))
+def test_large_tile(arch: str, kind: str) -> None:
+    m, n = LARGE
+    k = cols_of(kind, 2, KINDS.index(kind) + 1)
+    x, w = strided(values(m, k, dtype=BF16), 16), random_weights(kind, n, k)
+    assert IS_SMALL not in entry_of(arch, x, w)
+    check_linear("linear_quant", arch, x, w, out_of("linear_quant", x, w, F32), seed=k)
+
+
+@pytest.mark.parametrize("arch, kind, op", in_turn([
+    (kind, op) for kind in KINDS for op in ("linear_quant", "linear_quant_swiglu")
+]))  # fmt: skip
+def test_norm_and_epilogues(arch: str, kind: str, op: str) -> None:
+    """bf16 outputs: those of f16 overflow with the extreme scales."""
+    m, n, k = 70, 66, cols_of(kind, 2, 3)
+    x, w = values(m, k, dtype=BF16), random_weights(kind, n, k)
+    norm_weight = values(k, dtype=BF16, seed=3)
+    residual = values(m, n, dtype=BF16, seed=4) if op == "linear_quant" else None
+    check_linear(op, arch, x, w, out_of(op, x, w), norm_weight, residual, seed=1)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    arch=st.sampled_from(DEVICES),
+    kind=st.sampled_from(KINDS),
+    dtype=st.sampled_from(HALVES),
+    m=st.integers(17, 150),
+    n=st.integers(1, 100),
+    groups=st.integers(1, 5),
+    rest=st.integers(0, 7),
+    padding=st.sampled_from([0, 1, 8]),
+    offset=st.sampled_from([0, 3, 8]),
+    has_norm=st.booleans(),
+    seed=st.integers(0, 2**16),
+)
+def test_any_shape(
+    arch: str, kind: str, dtype: torch.dtype, m: int, n: int, groups: int, rest: int, padding: int,
+    offset: int, has_norm: bool, seed: int,
+) -> None:  # fmt: skip
+    """Rows of x at any address; fp32 outputs."""
+    k = cols_of(kind, groups, rest)
+    x = strided(values(m, k, dtype=dtype, seed=seed), padding, offset)
+    w = random_weights(kind, n, k, seed)
+    norm_weight = values(k, dtype=dtype, seed=seed + 1) if has_norm else None
+    out = out_of("linear_quant", x, w, F32)
+    check_linear("linear_quant", arch, x, w, out, norm_weight=norm_weight, seed=seed)
+
+
+MIXES = [("Q4_K", "Q4_K", "Q6_K"), ("Q2_K", "Q3_K", "Q5_K"), ("Q4_0", "Q8_0", "Q5_1")]
+
+
+def run_qkv(arch: str, qkv: Qkv, w: tuple[Weights, ...], seed: int = 0) -> emulator.Counters | None:
+    """qkv_rope_append_quant of `qkv`, whose own w is not looked at."""
+    strides = qkv.k_cache.stride()
+    base = abi.structs()["mk_qkv_rope_append_params"](
+        x=qkv.x.data_ptr(), q=qkv.q.data_ptr(), k_cache=qkv.k_cache.data_ptr(),
+        v_cache=qkv.v_cache.data_ptr(), slots=qkv.slots.data_ptr(), x_stride=qkv.x.stride(0),
+        q_stride=qkv.q.stride(0), q_head_stride=qkv.q.stride(1), cache_page_stride=strides[0],
+        cache_stride=strides[1], cache_head_stride=strides[2], tokens=qkv.x.shape[0],
+        hidden=qkv.x.shape[1], num_q_heads=qkv.heads[0], num_kv_heads=qkv.heads[1],
+        head_dim=qkv.head_dim, num_pages=qkv.k_cache.shape[0], page_size=qkv.k_cache.shape[1],
+        eps=1e-5, slots_dtype=dtype_id(qkv.slots), dtype=dtype_id(qkv.x),
+        rope=abi.structs()["mk_rope"](
+            cos=qkv.angles[0].data_ptr(), sin=qkv.angles[1].data_ptr(),
+            table_stride=qkv.angles[0].stride(0), positions=qkv.positions.data_ptr(),
+            positions_dtype=dtype_id(qkv.positions), max_position=len(qkv.angles[0]),
+            rotary_dim=qkv.rotary_dim, interleaved=qkv.interleaved,
+        ),
+    )  # fmt: skip
+    matrices = (abi.structs()["mk_quant_matrix"] * 3)(*(m.native() for m in w))
+    params = abi.structs()["mk_qkv_rope_append_quant_params"](qkv=base, w=matrices)
+    size = ctypes.c_int64()
+    lib = abi.library()
+    abi.check(
+        lib.mk_qkv_rope_append_quant_workspace_bytes(ctypes.byref(params), ctypes.byref(size))
+    )
+    workspace = torch.full((size.value,), 0xFF, dtype=torch.uint8)
+    params.workspace, params.workspace_bytes = workspace.data_ptr(), size.value
+    tensors = [qkv.x, qkv.q, qkv.k_cache, qkv.v_cache, qkv.slots, qkv.positions, *qkv.angles]
+    return run(
+        "qkv_rope_append_quant", arch, params,
+        [*map(storage_of, tensors), *(m.tiles for m in w), workspace], seed,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("arch, mix, dtype", in_turn([
+    (mix, HALVES[i % 2]) for i, mix in enumerate(MIXES)
+]))  # fmt: skip
+def test_qkv_of_three_types(arch: str, mix: tuple[str, ...], dtype: torch.dtype) -> None:
+    """Against fp32 products of the three matrices, which other tests compare, rotated in fp64."""
+    tokens, hidden, heads, d = 37, 512, (3, 1), 80
+    qkv = Qkv.random(
+        tokens, hidden, heads, d, 64, dtype=dtype, interleaved=mix[0] == "Q2_K", padding=8
+    )
+    qkv.x.mul_(2**-6)
+    w = tuple(
+        random_weights(kind, h * d, hidden, seed=i)
+        for i, (kind, h) in enumerate(zip(mix, (heads[0], heads[1], heads[1]), strict=True))
+    )
+    run_qkv(arch, qkv, w, seed=3)
+    products = []
+    for matrix in w:
+        out = out_of("linear_quant", qkv.x, matrix, F32)
+        run_linear("linear_quant", arch, qkv.x, matrix, out)
+        products.append(out.double().unflatten(1, (-1, d)))
+    cos, sin = (t[qkv.positions.long()] for t in qkv.angles)
+    kept = (qkv.slots >= 0) & (qkv.slots < qkv.k_cache.shape[0] * qkv.k_cache.shape[1])
+    for name, y in zip(("q", "k_cache", "v_cache"), products, strict=True):
+        got, scale = getattr(qkv, name), y.abs()
+        assert_padding_untouched(got, name)
+        if name != "v_cache":
+            ordered = torch.empty_like(y)
+            ordered[..., qkv.features()] = y
+            y = reference.rotate(ordered, cos, sin, qkv.interleaved)
+            scale = rope_scale(ordered, cos, sin, qkv.interleaved)
+        if name != "q":
+            rows = got.flatten(0, 1)
+            untouched = torch.ones(len(rows), dtype=torch.bool)
+            untouched[qkv.slots[kept]] = False
+            assert rows[untouched].isnan().all()
+            got, y, scale = rows[qkv.slots[kept]], y[kept], scale[kept]
+        finite = y.abs() < torch.finfo(dtype).max
+        error = (got.double() - y).abs()[finite]
+        allowed = torch.finfo(dtype).eps * scale[finite] + torch.finfo(dtype).tiny
+        assert finite.float().mean() > 0.5 and (error <= allowed).all(), name
+
+
+# ---------------------------------------------------------------------------------------- bits
+
+
+@pytest.mark.parametrize("arch, kind", in_turn([(k,) for k in KINDS]))
+def test_rows_have_the_same_bits_in_any_batch(arch: str, kind: str) -> None:
+    """A row's outputs in 17 to 1100 rows, of both tiles; any order of warps."""
+    m, n = LARGE
+    x, w = (
+        values(m, 288 if kind not in K_KINDS else 256, dtype=BF16),
+        random_weights(kind, n, 288 if kind not in K_KINDS else 256),
+    )
+    whole = out_of("linear_quant", x, w, F32)
+    run_linear("linear_quant", arch, x, w, whole)
+    names = {entry_of(arch, x, w)}
+    for rows in (17, 65):
+        part = x[-rows:]
+        names.add(entry_of(arch, part, w))
+        out = out_of("linear_quant", part, w, F32)
+        run_linear("linear_quant", arch, part, w, out, seed=rows)
+        assert torch.equal(out, whole[-rows:])
+    assert len(names) == 2
+
+
+@pytest.mark.parametrize("arch", BUILT, ids=lambda a: f"emu-sm_{a}")
+def test_row_with_a_nan_gives_nans_and_zeros_give_zeros(arch: str) -> None:
+    x, w = values(20, 512, dtype=BF16), random_weights("Q4_K", 30, 512)
+    x[3, 100], x[4, 5], x[7] = float("nan"), float("-inf"), 0
+    out = out_of("linear_quant", x, w, F32)
+    run_linear("linear_quant", arch, x, w, out)
+    assert out[3].isnan().all() and out[4].isnan().all()
+    assert not out[[i for i in range(20) if i not in (3, 4)]].isnan().any()
+    assert (out[7] == 0).all()
+
+
+# ------------------------------------------------------------------------------------ counters
+
+
+def test_large_tile_has_registers_to_spare() -> None:
+    for arch, entries in native.build_info()["entries"].items():
+        for name, use in entries.items():
+            if "quant_gemm" in name:
+                assert use["registers"] <= 252 and use["spill_bytes"] == 0, (arch, name)
+
+
+# ------------------------------------------------------------------------------ planted faults
+
+
+@pytest.mark.parametrize(
+    "old, new, count, found",
+    [
+        (rb"bar\.sync[^;]*;", rb"", 0, "shared.memory|not waited for"),
+        (rb"(cp\.async\.wait_group) [1-9];", rb"\1 9;", 0, "asynchronous copy not waited for"),
+        (rb"mma\.sync", rb"//a.sync", 0, "times the error allowed|NaN|ninitialised"),
+    ],
+    ids=["emu-sm_80-barrier", "emu-sm_80-wait", "emu-sm_80-mma"],
+)
+def test_planted_fault_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, old: bytes, new: bytes, count: int, found: str
+) -> None:
+    x, w = values(65, 768, dtype=BF16), random_weights("Q6_K", 70, 768)
+    monkeypatch.setenv("MK_CUDA_DRIVER", str(emulator.build()))
+    lib = changed_library(tmp_path, entry_of("80", x, w), old, new, count)
+    monkeypatch.setattr(native_emulator, "emulated_library", lambda: lib)
+    with pytest.raises(AssertionError, match=found):
+        check_linear("linear_quant", "80", x, w, out_of("linear_quant", x, w, F32))
+
+
+def test_comparison_sees_a_changed_weight() -> None:
+    """One bit of one quant, in the tile's first word."""
+    x, w = values(33, 256, dtype=BF16), random_weights("Q4_K", 16, 256)
+    w.tiles.view(-1)[0] ^= 8
+    out = out_of("linear_quant", x, w, F32)
+    with pytest.raises(AssertionError, match="times the error allowed"):
+        check_linear("linear_quant", "80", x, w, out)
+
+
+def test_empty_input_launches_nothing() -> None:
+    w = random_weights("Q4_K", 16, 256)
+    x = values(17, 256, dtype=BF16)
+    params, _ = quant_params(x, w, poisoned(torch.empty(17, 16)))
+    assert np.prod(abi.plan("linear_quant", params, "80").grid[:]) > 0
+    prepare = abi.structs()["mk_quant_prepare_x_params"](m=0, k=256, dtype=dtype_id(x))
+    assert abi.plan("quant_prepare_x", prepare, "80").grid[0] == 0
