@@ -199,15 +199,18 @@ template <int kM, int kN, class T, class Emit>
 MK_INLINE void weighted_sum(const float* weights, const Range* seen, const T* const* v, int64_t d,
                             int count, const Emit& emit) {
     Vec acc[kM][kN];
-    unroll<kM>([&](auto r) { unroll<kN>([&](auto c) { acc[r.value][c.value] = Vec::set(0.f); }); });
-    const auto load = [&](int j, int c) {
+    unroll<kM>([&](auto r) MK_INLINE_LAMBDA {
+        unroll<kN>([&](auto c) MK_INLINE_LAMBDA { acc[r.value][c.value] = Vec::set(0.f); });
+    });
+    // All inlined: an array that a function is given cannot stay in registers.
+    const auto load = [&](int j, int c) MK_INLINE_LAMBDA {
         return kN == 1 && count < kLanes ? Vec::load(v[j] + d, count)
                                          : Vec::load(v[j] + d + c * kLanes);
     };
-    const auto add_to_row = [&](auto r, int from, int to) {
+    const auto add_to_row = [&](auto r, int from, int to) MK_INLINE_LAMBDA {
         for (int j = from; j < to; ++j) {
             const Vec weight = Vec::set(weights[r.value * kLogitStride + j]);
-            unroll<kN>([&](auto c) {
+            unroll<kN>([&](auto c) MK_INLINE_LAMBDA {
                 Vec& a = acc[r.value][c.value];
                 a = Vec::fma(weight, load(j, c.value), a);
             });
@@ -219,22 +222,25 @@ MK_INLINE void weighted_sum(const float* weights, const Range* seen, const T* co
         end = least(end, seen[r].end);
     }
     end = most(begin, end);
-    unroll<kM>(
-        [&](auto r) { add_to_row(r, seen[r.value].begin, least(begin, seen[r.value].end)); });
+    unroll<kM>([&](auto r) MK_INLINE_LAMBDA {
+        add_to_row(r, seen[r.value].begin, least(begin, seen[r.value].end));
+    });
     for (int j = begin; j < end; ++j) {
         Vec value[kN];
-        unroll<kN>([&](auto c) { value[c.value] = load(j, c.value); });
-        unroll<kM>([&](auto r) {
+        unroll<kN>([&](auto c) MK_INLINE_LAMBDA { value[c.value] = load(j, c.value); });
+        unroll<kM>([&](auto r) MK_INLINE_LAMBDA {
             const Vec weight = Vec::set(weights[r.value * kLogitStride + j]);
-            unroll<kN>([&](auto c) {
+            unroll<kN>([&](auto c) MK_INLINE_LAMBDA {
                 Vec& a = acc[r.value][c.value];
                 a = Vec::fma(weight, value[c.value], a);
             });
         });
     }
-    unroll<kM>([&](auto r) { add_to_row(r, most(end, seen[r.value].begin), seen[r.value].end); });
-    unroll<kM>([&](auto r) {
-        unroll<kN>([&](auto c) { emit(r.value, c.value, acc[r.value][c.value]); });
+    unroll<kM>([&](auto r) MK_INLINE_LAMBDA {
+        add_to_row(r, most(end, seen[r.value].begin), seen[r.value].end);
+    });
+    unroll<kM>([&](auto r) MK_INLINE_LAMBDA {
+        unroll<kN>([&](auto c) MK_INLINE_LAMBDA { emit(r.value, c.value, acc[r.value][c.value]); });
     });
 }
 
@@ -279,7 +285,7 @@ void weighted_sums(const mk_attention_params& p, const AttentionTile& tile, cons
             constexpr int kM = decltype(tile_rows)::value;
             count = kM;
             const float* const weights = s.logits + r * kLogitStride;
-            const auto store = [&](int64_t at, int i, const Vec& sum) {
+            const auto store = [&](int64_t at, int i, Vec sum) {
                 if (tile.parts) {
                     sum.store(part_of(p, tile, r + i, block) + kPartHeader + at);
                 } else if (!s.seen[r + i].empty()) {
@@ -291,12 +297,12 @@ void weighted_sums(const mk_attention_params& p, const AttentionTile& tile, cons
             for (; at + kSumN * kLanes <= d; at += kSumN * kLanes) {
                 weighted_sum<kM, kSumN>(
                     weights, s.seen + r, v, at, kLanes,
-                    [&](int i, int c, const Vec& sum) { store(at + c * kLanes, i, sum); });
+                    [&](int i, int c, Vec sum) { store(at + c * kLanes, i, sum); });
             }
             for (; at < d; at += kLanes) {
                 const int left = static_cast<int>(d - at < kLanes ? d - at : kLanes);
                 weighted_sum<kM, 1>(weights, s.seen + r, v, at, left,
-                                    [&](int i, int, const Vec& sum) { store(at, i, sum); });
+                                    [&](int i, int, Vec sum) { store(at, i, sum); });
             }
         });
         r += count;

@@ -15,6 +15,7 @@
 namespace mk::cpu {
 
 #define MK_INLINE inline __attribute__((always_inline))
+#define MK_INLINE_LAMBDA __attribute__((always_inline))  // behind a lambda's parameters
 
 constexpr int kLanes = 16;
 
