@@ -2,7 +2,7 @@
 
 One pair of tensors holds all layers, [layers, pages, page, Hk, D]; a sequence owns a list of pages
 (vLLM's PagedAttention, Kwon et al. 2023). Pages are handed out as one adjoining run whenever there
-is one, because a CPU then reads a sequence's rows as a view, with no gather.
+is one, so that what reads a sequence's rows in order finds them in order in memory.
 """
 
 from __future__ import annotations

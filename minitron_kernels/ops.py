@@ -3,15 +3,15 @@
 Each is registered as torch.ops.minitron_kernels.<name> with a fake kernel, so that torch.compile
 takes it whole (fullgraph, dynamic shapes). An eager call goes straight to the implementation: the
 dispatcher would cost more than launching a kernel (bench/bench_call_overhead.py). CPU tensors are
-computed by `torch_ops.py`, CUDA tensors by the compiled kernels (`cuda_ops.py`) where there is one.
+computed by `cpu_ops.py`, CUDA tensors by the compiled kernels (`cuda_ops.py`) where there is one.
 
 Conventions: T tokens of all sequences packed along dimension 0 (no padding), Hq query heads, Hk
 key/value heads (Hq a multiple of Hk), D = head_dim. Activations are bfloat16, float16 or float32;
 sums are accumulated in fp32. The paged cache is [pages, page, Hk, D]; a *slot* is
 page_index * page + offset. Inputs are never modified unless the docstring says so. Bad arguments
-raise ValueError or TypeError that name the argument, before anything is computed or written.
+raise ValueError or TypeError that name the argument, before anything is written.
 
-A row's result does not depend on the other rows of the batch (bit for bit in float32 on the CPU).
+On the CPU a row's result does not depend on the other rows of the batch, bit for bit.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minitron_kernels import ops, reference
+from minitron_kernels import ops, reference, torch_ops
 
 Tensor = torch.Tensor
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -474,6 +474,47 @@ def test_qkv_rope_append_writes_its_slots_only() -> None:
     others = torch.ones(64, dtype=torch.bool)
     others[rows] = False
     assert flat_k[others].isnan().all() and flat_v[others].isnan().all()
+
+
+# ------------------------------------------------------ what serves CUDA tensors without a kernel
+
+
+@pytest.mark.parametrize("case", ATTENTION_CASES[:-1], ids=str)
+def test_attention_in_pytorch(case: Any) -> None:
+    len_q, len_k, hq, hk, d, causal, window = case
+    for i, (lq, lk) in enumerate(zip(len_q, len_k, strict=True)):
+        q = randn(lq, hq, d, seed=i)
+        k, v = randn(lk, hk, d, seed=10 + i), randn(lk, hk, d, seed=20 + i)
+        out, lse = torch.full_like(q, math.nan), torch.full((hq, lq), math.nan)
+        torch_ops.attend_into(out, lse, q, k, v, causal, 0.1, window)
+        exact, exact_lse = reference.attend(*wide(q, k, v), causal, 0.1, window)
+        if lq:
+            check(out, exact, sdpa_eager(q, k, v, causal, window, 0.1))
+        assert torch.allclose(lse.double(), exact_lse, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_rotation_and_append_in_pytorch(interleaved: bool) -> None:
+    x, v = randn(5, 2, 96), randn(5, 2, 96, seed=1)
+    cos, sin = table(50, 64)
+    positions, slots = torch.tensor([0, 49, 7, 7, 3]), torch.tensor([3, -1, 63, 17, 0])
+    turned = torch_ops.rotate(x, cos[positions][:, None], sin[positions][:, None], interleaved)
+    expected = ops.apply_rope(x, x, cos, sin, positions, interleaved)[0]
+    torch.testing.assert_close(turned, expected, rtol=1e-5, atol=1e-5)
+    order = torch.arange(96)
+    order[:64] = torch.arange(64).view(2, 32).T.flatten()
+    pairs = x if interleaved else x[..., order]
+    assert torch.equal(torch_ops.from_pairs(pairs, 64, interleaved), x)
+    caches = [torch.full((2, 4, 16, 2, 96), math.nan) for _ in range(2)]
+    torch_ops.append(x, v, *caches[0], slots)
+    ops.rope_append(
+        x,
+        v,
+        ops.Rope(torch.ones(50, 32), torch.zeros(50, 32), positions),
+        (caches[1][0], caches[1][1]),
+        slots,
+    )
+    assert torch.equal(caches[0].nan_to_num(9), caches[1].nan_to_num(9))
 
 
 # ------------------------------------------------------------------------------------ bad arguments
