@@ -85,7 +85,7 @@ void run_slab(const QuantKernels& kernels, const QuantTask& task, int64_t first_
     const int64_t block_m = ceil_div<int64_t>(p.m, m_blocks);
     const int64_t wanted = kChunkMacs / (std::max<int64_t>(p.k, 1) * kTileRows * block_m);
     const int64_t tiles_each =
-        std::max<int64_t>(1, std::min(wanted, tiles / (8 * static_cast<int64_t>(threads))));
+        std::max<int64_t>(1, std::min(wanted, tiles / (4 * static_cast<int64_t>(threads))));
     const int64_t chunks_each = ceil_div(tiles, tiles_each);  // of a block of rows
     for_chunks(threads, m_blocks * chunks_each, [&](int64_t chunk, QuantScratch& scratch) {
         const int64_t m = chunk / chunks_each * block_m;
