@@ -234,6 +234,37 @@ def test_row_with_a_nan_gives_nans_and_zeros_give_zeros(arch: str) -> None:
 # ------------------------------------------------------------------------------------ counters
 
 
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(
+            k, id=f"emu-sm_80-{k}", marks=[] if k in ("Q4_K", "Q6_K") else pytest.mark.slow
+        )
+        for k in KINDS
+    ],
+)
+def test_large_tile_meets_the_bars(kind: str) -> None:
+    """Instructions of the whole kernel but MMAs, shared memory's and moves (which mostly vanish in
+    SASS) fit the time of the MMAs, 8 clocks each of one of the SM's four schedulers. So do the
+    wavefronts of shared memory, without a bank conflict. w and x are read from DRAM once."""
+    m, n, k = 1152, 1536, 2048
+    x, w = values(m, k, dtype=BF16), random_weights(kind, n, k)
+    assert IS_SMALL not in entry_of("80", x, w)
+    counters = run_linear("linear_quant", "80", x, w, out_of("linear_quant", x, w))
+    assert counters is not None
+    products = m * n * k // 2048
+    time = 8 * counters.issued["mma"]
+    left_out = sum(counters.issued[c] for c in ("mma", "shared", "mov"))
+    issued = (counters.instructions - left_out) / time
+    wavefronts = counters.shared_wavefronts * 4 / time
+    print(f"{kind}: {issued:.3f} of the MMAs' time issued, {wavefronts:.3f} in shared memory")
+    assert counters.issued["mma"] == products * 9 // 8
+    assert issued <= 1.0 and wavefronts <= 1.0
+    assert counters.shared_wavefronts == counters.shared_wavefronts_min
+    read = m * k * 2 * 9 // 8 + w.tiles.numel()
+    assert counters.unique_read_sectors <= 1.01 * read / 32
+
+
 def test_large_tile_has_registers_to_spare() -> None:
     for arch, entries in native.build_info()["entries"].items():
         for name, use in entries.items():

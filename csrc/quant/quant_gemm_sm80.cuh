@@ -153,7 +153,7 @@ __device__ __forceinline__ void quant_gemm_sums(const QuantGemmBlock& block, uin
     }
     MK_UNROLL
     for (int i = 0; i < T.stages - 1; ++i) {
-        if (i < num_quarters) copy.copy_x(i, i);
+        if (i < num_quarters) copy.copy_x(i);
         ptx::cp_async_commit_group();
     }
     ptx::cp_async_wait_group<T.stages - 2>();
@@ -182,8 +182,7 @@ __device__ __forceinline__ void quant_gemm_sums(const QuantGemmBlock& block, uin
                 ptx::cp_async_wait_group<T.stages - 2>();
                 __syncthreads();
                 if (quarters_left >= T.stages) {
-                    copy.copy_x(stage < 0 ? T.stages - 1 : stage,
-                                num_quarters - quarters_left + T.stages - 1);
+                    copy.copy_x(stage < 0 ? T.stages - 1 : stage);
                 }
                 if (half == 0 && quarters_left > 4 * (T.groups - 1)) {
                     const int to = slot == 0 ? T.groups - 1 : slot - 1;

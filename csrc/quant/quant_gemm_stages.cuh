@@ -61,7 +61,8 @@ struct QuantGemmCopy {
         (Smem::kTile + 512 * S::kWarpsPerTile - 1) / (512 * S::kWarpsPerTile);
 
     const QuantGemmBlock& block;
-    const uint8_t* w;  // the next group's first piece
+    const uint8_t* w;                // the next group's first piece
+    uint32_t next_x[S::kRowBlocks];  // the next stage's first piece, in pieces of 16 bytes
     uint32_t smem;
 
     // What follows from the thread's number is computed where it is used: registers are short.
@@ -76,26 +77,30 @@ struct QuantGemmCopy {
         const int tile =
             min(b.first_row / kQuantTileRows + thread() / 32 / S::kWarpsPerTile, last_tile);
         w = b.w.tiles + tile * b.w.row_tile_bytes + w_offset();
+        MK_UNROLL
+        for (int i = 0; i < S::kRowBlocks; ++i) {
+            next_x[i] =
+                static_cast<uint32_t>(row_block(i)) * b.args.x.quarters * (kPreparedX16Bytes / 16) +
+                thread();
+        }
     }
 
     // Of the block's rows of x, 64 at a time: past m, those before are copied again.
-    __device__ __forceinline__ int64_t row_block(int i) const {
+    __device__ __forceinline__ int row_block(int i) const {
         return min(block.first_token / kPreparedRows + i, (block.args.m - 1) / kPreparedRows);
     }
 
-    // 64 k from quarter `quarter` of all, into `stage` of the ring.
-    __device__ __forceinline__ void copy_x(int stage, int quarter) const {
-        const PreparedX& from = block.args.x;
+    // The next 64 k, into `stage` of the ring.
+    __device__ __forceinline__ void copy_x(int stage) {
         const uint32_t to = smem + stage * S::kXBytes + thread() * 16;
         MK_UNROLL
         for (int i = 0; i < S::kRowBlocks; ++i) {
-            const uint8_t* const x = from.x16 +
-                                     (row_block(i) * from.quarters + quarter) * kPreparedX16Bytes +
-                                     thread() * 16;
+            const uint8_t* const from = block.args.x.x16 + next_x[i] * uint64_t{16};
+            next_x[i] += kPreparedX16Bytes / 16;
             MK_UNROLL
             for (int pass = 0; pass < kXPasses; ++pass) {
                 ptx::cp_async_cg_16(to + i * kPreparedX16Bytes + pass * S::kThreads * 16,
-                                    x + pass * S::kThreads * 16);
+                                    from + pass * S::kThreads * 16);
             }
         }
     }
@@ -121,9 +126,9 @@ struct QuantGemmCopy {
             smem + Smem::kGroupsAt + slot * Smem::kGroup + Smem::kSumsAt + thread() * 16;
         MK_UNROLL
         for (int i = 0; i < S::kRowBlocks; ++i) {
-            const uint8_t* const sums = from.sums +
-                                        (row_block(i) * from.groups + group) * kPreparedSumsBytes +
-                                        thread() * 16;
+            const uint8_t* const sums =
+                from.sums + (int64_t{row_block(i)} * from.groups + group) * kPreparedSumsBytes +
+                thread() * 16;
             MK_UNROLL
             for (int pass = 0; pass < kSumsPasses; ++pass) {
                 ptx::cp_async_cg_16(to + i * kPreparedSumsBytes + pass * S::kThreads * 16,

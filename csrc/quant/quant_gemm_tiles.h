@@ -34,6 +34,9 @@ constexpr int64_t prepared_bytes(int m, int k) {
            prepared_row_blocks(m) * kPreparedRows * 4;
 }
 
+// Kernels count its pieces of 16 bytes in 32 bits.
+constexpr int64_t kPreparedMaxBytes = int64_t{16} << 32;
+
 struct PreparedX {
     uint8_t* x16;
     uint8_t* sums;

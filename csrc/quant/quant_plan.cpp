@@ -76,6 +76,9 @@ int64_t workspace_bytes(int32_t m, int32_t k) {
 
 mk_status check_workspace(const void* workspace, int64_t bytes, int64_t least) {
     if (least == 0) return MK_OK;
+    MK_REQUIRE(least <= kPreparedMaxBytes, MK_ERR_SHAPE,
+               "rows and columns of x are too many: %lld bytes of workspace, at most 2^36",
+               static_cast<long long>(least));
     MK_REQUIRE(workspace, MK_ERR_NULL, "workspace is NULL");
     MK_REQUIRE(is_16_byte(workspace, MK_F16, {}), MK_ERR_ALIGNMENT,
                "workspace = %p is not aligned to 16 bytes", workspace);
