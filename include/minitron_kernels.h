@@ -689,7 +689,7 @@ typedef struct mk_cpu_linear_quant_params {
     int32_t k;           /* 0 ... 2^20, a multiple of 32, or of 256 for the K types */
     int32_t dtype;       /* MK_BF16, MK_F16, MK_F32: of x and other */
     int32_t num_threads; /* 1 ... 256, the caller's among them */
-    int32_t isa;         /* mk_cpu_isa */
+    int32_t isa;         /* mk_cpu_isa; MK_CPU_AVX512 without VNNI takes the kernels of AVX2 */
 } mk_cpu_linear_quant_params;
 
 MK_API mk_status mk_cpu_linear_quant(const mk_cpu_linear_quant_params* params);
