@@ -714,11 +714,12 @@ typedef struct mk_cpu_dequantize_params {
 
 MK_API mk_status mk_cpu_dequantize(const mk_cpu_dequantize_params* params);
 
-/* ---- Row-wise ops and attention on the CPU -------------------------------------------------------
- * The ops of the GPU on tensors in host memory, with the same structs; dtype may be MK_F32 as well.
- * They return when they are done. Indices are looked at, and nothing is written if one is bad. As
- * for mk_cpu_linear, the bits do not depend on num_threads, the processor or the rest of the batch,
- * and NaNs are stored as the positive quiet one.
+/* ---- Row-wise ops and attention on the CPU
+ * ------------------------------------------------------- The ops of the GPU on tensors in host
+ * memory, with the same structs; dtype may be MK_F32 as well. They return when they are done.
+ * Indices are looked at, and nothing is written if one is bad. As for mk_cpu_linear, the bits do
+ * not depend on num_threads, the processor or the rest of the batch, and NaNs are stored as the
+ * positive quiet one.
  */
 typedef struct mk_cpu_options {
     int32_t num_threads; /* 1 ... 256, the caller's among them */
@@ -767,14 +768,13 @@ MK_API mk_status mk_cpu_rope_append(const mk_cpu_rope_append_params* params,
                                     const mk_cpu_options* options);
 
 /* As mk_attention, for prompts and single tokens alike; any page_size, head_dim 1 ... 1024, no
- * alignment, and rope.cos is NULL. For a block of 128 keys (0 ... 127, 128 ... 255, ...): the logits
- * as mk_cpu_linear sums them, times softmax_scale; their maximum; weights relative to it, which are
- * not rounded below fp32; and sum and product with v over the block's keys ascending. Blocks are
- * joined in ascending order. So a row has the same bits in a prompt, cut anywhere, and as a single
- * token. Keys that a query does not see are not multiplied with anything: a NaN there is not met.
- * Sequences with at most skip_seqlen_q or more than max_seqlen_q rows are an error. */
-MK_API mk_status mk_cpu_attention(const mk_attention_params* params,
-                                  const mk_cpu_options* options);
+ * alignment, and rope.cos is NULL. For a block of 128 keys (0 ... 127, 128 ... 255, ...): the
+ * logits as mk_cpu_linear sums them, times softmax_scale; their maximum; weights relative to it,
+ * which are not rounded below fp32; and sum and product with v over the block's keys ascending.
+ * Blocks are joined in ascending order. So a row has the same bits in a prompt, cut anywhere, and
+ * as a single token. Keys that a query does not see are not multiplied with anything: a NaN there
+ * is not met. Sequences with at most skip_seqlen_q or more than max_seqlen_q rows are an error. */
+MK_API mk_status mk_cpu_attention(const mk_attention_params* params, const mk_cpu_options* options);
 
 #ifdef __cplusplus
 } /* extern "C" */
