@@ -220,6 +220,26 @@ def test_rows_have_the_same_bits_in_any_batch(arch: str, kind: str) -> None:
     assert len(names) == 2
 
 
+@pytest.mark.parametrize("arch, kind", in_turn([(k,) for k in KINDS]))
+def test_rows_have_the_bits_of_the_decode_kernel(arch: str, kind: str) -> None:
+    """Rows alone and by 16 against those of 33, with a norm; k ends inside a group."""
+    k = cols_of(kind, 5, 3)
+    dtype = HALVES[KINDS.index(kind) % 2]
+    x, w = values(33, k, dtype=dtype), random_weights(kind, 40, k, seed=3)
+    norm_weight = values(k, dtype=dtype, seed=9)
+    whole = out_of("linear_quant", x, w, F32)
+    run_linear("linear_quant", arch, x, w, whole, norm_weight=norm_weight)
+    for m in (1, 16):
+        out = out_of("linear_quant", x[:m], w, F32)
+        try:
+            run_linear("linear_quant", arch, x[:m], w, out, norm_weight=norm_weight, seed=m)
+        except abi.StatusError as error:
+            if error.status != "MK_ERR_UNSUPPORTED":
+                raise
+            pytest.skip("this build has no kernel for up to 16 rows")
+        assert torch.equal(out, whole[:m])
+
+
 @pytest.mark.parametrize("arch", BUILT, ids=lambda a: f"emu-sm_{a}")
 def test_row_with_a_nan_gives_nans_and_zeros_give_zeros(arch: str) -> None:
     x, w = values(20, 512, dtype=BF16), random_weights("Q4_K", 30, 512)

@@ -123,7 +123,9 @@ __device__ __forceinline__ void add_group(QuantGemmSums<T>& total, QuantGemmSums
             add_minima(c, minima[i], b);
             scales[i].finish(sums[i][n], c);
             MK_UNROLL
-            for (int j = 0; j < 4; ++j) total[i][n][j] += sums[i][n][j];
+            for (int j = 0; j < 4; ++j) {  // not contracted with finish's product
+                total[i][n][j] = __fadd_rn(total[i][n][j], sums[i][n][j]);
+            }
         }
     }
 }
