@@ -24,7 +24,7 @@ import torch
 
 from minitron_kernels import MinitronForCausalLM, SamplingParams
 from minitron_kernels.cli import main
-from minitron_kernels.generate import generate
+from minitron_kernels.generate import Engine, TokenEvent, generate
 from minitron_kernels.loaders.tokenizer import AutoTokenizer
 from tests.tiny_checkpoint import write_tiny_checkpoint
 
@@ -213,11 +213,11 @@ def test_generate_prints_each_token_before_the_next_is_computed(
     result = expected(tiny, "hello", max_new_tokens=12, ignore_eos=True)
     written: list[str] = []
     seen_at_step: list[str] = []
-    forward = MinitronForCausalLM.forward
+    step = Engine.step
 
-    def spy(*args: Any) -> Any:
+    def spy(engine: Engine) -> list[TokenEvent]:
         seen_at_step.append("".join(written))
-        return forward(*args)
+        return step(engine)
 
     class Terminal(io.StringIO):
         def flush(self) -> None:
@@ -225,7 +225,7 @@ def test_generate_prints_each_token_before_the_next_is_computed(
             self.seek(0)
             self.truncate()
 
-    monkeypatch.setattr(MinitronForCausalLM, "forward", spy)
+    monkeypatch.setattr(Engine, "step", spy)
     monkeypatch.setattr(sys, "stdout", Terminal())
     minitron("generate", "hello", "--model", tiny, "--max-new-tokens", "12", "--ignore-eos")
     assert "".join(written) == result.text + "\n"
@@ -419,17 +419,17 @@ def test_prompt_from_stdin_must_be_utf8(minitron: Callable[..., Any]) -> None:
 
 @pytest.fixture
 def interrupt_at_step_5(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Press Ctrl-C while the fifth step of the model runs."""
-    forward = MinitronForCausalLM.forward
+    """Press Ctrl-C while the fifth step of the engine runs."""
+    step = Engine.step
     steps = Counter[str]()
 
-    def spy(*args: Any) -> Any:
+    def spy(engine: Engine) -> list[TokenEvent]:
         steps["taken"] += 1
         if steps["taken"] == 5:
             signal.raise_signal(signal.SIGINT)
-        return forward(*args)
+        return step(engine)
 
-    monkeypatch.setattr(MinitronForCausalLM, "forward", spy)
+    monkeypatch.setattr(Engine, "step", spy)
     yield
     assert steps["taken"] == 5
 
