@@ -33,6 +33,7 @@ ENTRY_FILES: dict[str, tuple[str, ...]] = {
     "embedding/entries/embedding.cu": cuda.ARCHS,
     "linear/entries/linear_gemm.cu": cuda.ARCHS,
     "linear/entries/linear_skinny.cu": cuda.ARCHS,
+    "quant/entries/quant_decode.cu": cuda.ARCHS,
     "quant/entries/quant_embedding.cu": cuda.ARCHS,
     "quant/entries/quant_gemm.cu": cuda.ARCHS,
     "quant/entries/quant_prepare.cu": cuda.ARCHS,

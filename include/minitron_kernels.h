@@ -349,12 +349,13 @@ MK_API mk_status mk_quant_unpack(const mk_quant_pack_params* params);
 /* mk_linear, mk_linear_swiglu and mk_qkv_rope_append with packed weights, each type of which is
  * w = scale * q - minimum for small integers q. Nothing is rounded but sums in fp32:
  *
- *   x16    = x (after the norm) * 2^e as f16, e of its row such that max |x16| is in [2^9, 2^10):
- *            exact, but for elements below 2^-30 of the largest
+ *   x16    = x (after the norm) * 2^e as f16, e of its row such that max |x16| is in [2^13, 2^14):
+ *            exact, but for elements below 2^-23 of the largest, which are off by up to 2^-34 of it
  *   P[b]   = sum over the block's k of q[n, k] * x16[m, k], mma.sync.m16n8k16 of f16 with w as A,
- *            groups of 16 k ascending, from 0, or -offset * (sum of x16) where q has an offset
+ *            groups of 16 k ascending, from 0; q without its sign's offset: not negative
  *   S      = fma(scale[b], P[b], S) over the blocks of 256 k, ascending, from 0
- *   total += S times the scale they share, less their minima times the block sums of x16; ascending
+ *   total += S times the scale they share, less their minima, or the offset of q times scale, times
+ *            the block sums of x16 (22 bits each); ascending
  *   y      = total * 2^-e
  *
  * A block is 32 k, or 16 for the types with a scale for 16 (Q2_K, Q3_K, Q6_K). So an output's bits

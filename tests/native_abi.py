@@ -61,7 +61,8 @@ def functions() -> set[str]:
 
 OPS = ("rms_norm", "add_rms_norm", "apply_rope", "rope_append", "silu_and_mul", "embedding",
        "argmax", "sample", "linear", "linear_swiglu", "qkv_rope_append",
-       "attention_decode", "attention", "embedding_quant", "quant_prepare_x")  # fmt: skip
+       "attention_decode", "attention", "embedding_quant", "quant_prepare_x",
+       "linear_quant", "linear_quant_swiglu", "qkv_rope_append_quant")  # fmt: skip
 
 
 def load(path: str | Path) -> ctypes.CDLL:

@@ -26,32 +26,51 @@ __device__ __forceinline__ uint4 ld_global_v4(const void* address) {
     return v;
 }
 
-// The same for data that no kernel of the launch writes.
+// The same for data that no kernel of the launch writes, kOffset bytes behind the address.
+template <int kOffset = 0>
 __device__ __forceinline__ uint4 ld_global_nc_l1_no_allocate_v4(const void* address) {
     uint4 v;
-    asm volatile("ld.global.nc.L1::no_allocate.v4.b32 {%0, %1, %2, %3}, [%4];"
+    asm volatile("ld.global.nc.L1::no_allocate.v4.b32 {%0, %1, %2, %3}, [%4 + %5];"
                  : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-                 : "l"(address));
+                 : "l"(address), "n"(kOffset));
     return v;
 }
 
+template <int kOffset = 0>
 __device__ __forceinline__ uint2 ld_global_nc_l1_no_allocate_v2(const void* address) {
     uint2 v;
-    asm volatile("ld.global.nc.L1::no_allocate.v2.b32 {%0, %1}, [%2];"
+    asm volatile("ld.global.nc.L1::no_allocate.v2.b32 {%0, %1}, [%2 + %3];"
                  : "=r"(v.x), "=r"(v.y)
-                 : "l"(address));
+                 : "l"(address), "n"(kOffset));
     return v;
 }
 
+template <int kOffset = 0>
 __device__ __forceinline__ uint32_t ld_global_nc_l1_no_allocate(const void* address) {
     uint32_t v;
-    asm volatile("ld.global.nc.L1::no_allocate.b32 %0, [%1];" : "=r"(v) : "l"(address));
+    asm volatile("ld.global.nc.L1::no_allocate.b32 %0, [%1 + %2];"
+                 : "=r"(v)
+                 : "l"(address), "n"(kOffset));
     return v;
 }
 
+template <int kOffset = 0>
 __device__ __forceinline__ uint32_t ld_global_nc_l1_no_allocate_u16(const void* address) {
     uint32_t v;
-    asm volatile("ld.global.nc.L1::no_allocate.u16 %0, [%1];" : "=r"(v) : "l"(address));
+    asm volatile("ld.global.nc.L1::no_allocate.u16 %0, [%1 + %2];"
+                 : "=r"(v)
+                 : "l"(address), "n"(kOffset));
+    return v;
+}
+
+// From kOffset bytes behind an address of shared memory.
+template <int kOffset = 0>
+__device__ __forceinline__ uint4 ld_shared_v4(uint32_t address) {
+    uint4 v;
+    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4 + %5];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "r"(address), "n"(kOffset)
+                 : "memory");
     return v;
 }
 
@@ -93,6 +112,21 @@ __device__ __forceinline__ uint32_t mov_b32(uint32_t a) {
 __device__ __forceinline__ uint32_t mov_u32_tid_x() {
     uint32_t d;
     asm volatile("mov.u32 %0, %%tid.x;" : "=r"(d));
+    return d;
+}
+
+// The halves of a register, low one first.
+__device__ __forceinline__ ushort2 mov_b32_b16x2(uint32_t a) {
+    ushort2 d;
+    asm("mov.b32 {%0, %1}, %2;" : "=h"(d.x), "=h"(d.y) : "r"(a));
+    return d;
+}
+
+// ISA#logic-and-shift-instructions-lop3  kTable: the result for a = 0xF0, b = 0xCC, c = 0xAA
+template <int kTable>
+__device__ __forceinline__ uint32_t lop3_b32(uint32_t a, uint32_t b, uint32_t c) {
+    uint32_t d;
+    asm("lop3.b32 %0, %1, %2, %3, %4;" : "=r"(d) : "r"(a), "r"(b), "r"(c), "n"(kTable));
     return d;
 }
 

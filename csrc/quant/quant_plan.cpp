@@ -6,6 +6,7 @@
 
 #include "common/rows_plan.h"
 #include "linear/linear_plan.h"
+#include "quant/quant_decode_plan.h"
 #include "quant/quant_gemm_plan.h"
 
 namespace mk {
@@ -241,6 +242,10 @@ struct EmbeddingQuant {
 template <class Op>
 mk_plan plan_product(const typename Op::Params& p, const mk_device& device) {
     const Product a = make_product(Op::inner(p));
+    if (a.m <= MK_QUANT_MAX_DECODE_M) {
+        return plan_quant_decode(Op::kName, Op::inner(p).dtype, a, Op::matrices(p), Op::kMatrices,
+                                 device);
+    }
     return plan_quant_gemm(a.m, Op::matrices(p), Op::kMatrices, device);
 }
 
@@ -270,15 +275,10 @@ mk_status run_gemm(const typename Op::Params& p, const Device& device, void* str
     return launch(plan_product<Op>(p, device.info), device, &args, stream, shape_of<Op>, &p);
 }
 
-// Up to MK_QUANT_MAX_DECODE_M rows: kernels that are not written yet.
 template <class Op>
 mk_status check_product(const typename Op::Params* params) {
     MK_REQUIRE(params, MK_ERR_NULL, "params is NULL");
-    MK_TRY(Op::check(*params));
-    if (make_product(Op::inner(*params)).m > MK_QUANT_MAX_DECODE_M) return MK_OK;
-    return fail(MK_ERR_UNSUPPORTED,
-                "this build has no kernels for quantised weights and up to %d rows",
-                MK_QUANT_MAX_DECODE_M);
+    return Op::check(*params);
 }
 
 template <class Op>
@@ -286,7 +286,11 @@ mk_status run_product(const typename Op::Params* params, void* stream) {
     MK_TRY(check_product<Op>(params));
     const Device* device = nullptr;
     MK_TRY(current_device(&device));
-    return run_gemm<Op>(*params, *device, stream);
+    const auto& inner = Op::inner(*params);
+    const Product a = make_product(inner);
+    if (a.m > MK_QUANT_MAX_DECODE_M) return run_gemm<Op>(*params, *device, stream);
+    return run_quant_decode(plan_product<Op>(*params, device->info), a, Op::matrices(*params),
+                            Op::kMatrices, inner, *device, stream, shape_of<Op>, params);
 }
 
 template <class Op>

@@ -30,6 +30,11 @@ constexpr uint32_t kQuantX16 = kQuantX1<kBits> << 4;
 
 using QuantFragments = uint32_t[4][4];  // [step][a]
 
+// a | (b & mask)
+__device__ __forceinline__ uint32_t or_masked(uint32_t a, uint32_t b, uint32_t mask) {
+    return ptx::lop3_b32<0xF8>(a, b, mask);
+}
+
 // 5 instructions for 8 weights.
 __device__ __forceinline__ void unpack_nibbles(uint32_t (&a)[4], uint32_t w, uint32_t x1,
                                                uint32_t x16) {
@@ -62,8 +67,8 @@ __device__ __forceinline__ void unpack_quarter(const uint32_t (&w)[2], QuantFrag
 __device__ __forceinline__ void unpack_quarter(const uint32_t (&w)[3], QuantFragments& a) {
     MK_UNROLL
     for (int s = 0; s < 3; ++s) unpack_nibbles(a[s], w[s], kQuantX1<3>, kQuantX16<3>);
-    const uint32_t fourth =
-        (w[0] >> 3 & 0x11111111u) | (w[1] >> 2 & 0x22222222u) | (w[2] >> 1 & 0x44444444u);
+    const uint32_t two = or_masked(w[0] >> 3 & 0x11111111u, w[1] >> 2, 0x22222222u);
+    const uint32_t fourth = or_masked(two, w[2] >> 1, 0x44444444u);
     unpack_nibbles(a[3], fourth, kQuantX1<3>, kQuantX16<3>);
 }
 
@@ -87,9 +92,10 @@ __device__ __forceinline__ void unpack_quarter(const uint32_t (&w)[5], QuantFrag
     a[3][2] = w[3] >> 1 & kX16;
     a[3][3] = w3 & kX16;
     // Bits 0 ... 4 of the field go to bits 4 ... 8. They are at bits 5, 5, 9, 10, 9 of these words.
-    const uint32_t bits_2_3 = (w3 & 0x02000200u) | (w2 & 0x04000400u);
-    const uint32_t bits_0_2_3_4 = bits_2_3 >> 2 | (w0 & 0x00200020u) | (w4 & 0x02000200u);
-    a[2][3] = bits_0_2_3_4 >> 1 | (w1 & 0x00200020u);
+    const uint32_t bits_2_3 = or_masked(w3 & 0x02000200u, w2, 0x04000400u);
+    const uint32_t bits_0_2_3 = or_masked(bits_2_3 >> 2, w0, 0x00200020u);
+    const uint32_t bits_0_2_3_4 = or_masked(bits_0_2_3, w4, 0x02000200u);
+    a[2][3] = or_masked(bits_0_2_3_4 >> 1, w1, 0x00200020u);
 }
 
 // 15 instructions for 16 weights.
@@ -103,9 +109,9 @@ __device__ __forceinline__ void unpack_quarter(const uint32_t (&w)[6], QuantFrag
         a[s][2] = w0 >> 6 & kQuantX16<6>;
         a[s][3] = w1_high & kQuantX16<6>;
         a[s + 1][0] = w2 & kQuantX1<6>;
-        a[s + 1][1] = (w1_high & 0x000F000Fu) | (w2 >> 2 & 0x00300030u);
+        a[s + 1][1] = or_masked(w1_high & 0x000F000Fu, w2 >> 2, 0x00300030u);
         a[s + 1][2] = w2 >> 6 & kQuantX16<6>;
-        a[s + 1][3] = (w0 & 0x03C003C0u) | (w2 >> 4 & 0x00300030u);
+        a[s + 1][3] = or_masked(w0 & 0x03C003C0u, w2 >> 4, 0x00300030u);
     }
 }
 
@@ -173,6 +179,10 @@ __device__ __forceinline__ float quant_unscaled(int type, float total) {
 static_assert(quant_has_integer_patterns(MK_Q2_K) && quant_has_integer_patterns(MK_Q4_K) &&
               quant_has_integer_patterns(MK_Q5_K) && !quant_has_integer_patterns(MK_Q6_K));
 
+__device__ __forceinline__ float2 f16_pair(uint32_t pair) {
+    const ushort2 halves = ptx::mov_b32_b16x2(pair);
+    return {ptx::cvt_f32_f16(halves.x), ptx::cvt_f32_f16(halves.y)};
+}
 __device__ __forceinline__ uint32_t both_halves_low(uint32_t a) {
     return __byte_perm(a, 0, 0x1010);
 }
@@ -194,34 +204,42 @@ struct QuantScales {
     uint32_t words[kWords];  // of the scales' section
     uint32_t halves[2];      // K types: d (and dmin) of g, and of g + 8
 
+    // This lane's place in the sections of a whole tile, to which load() adds constants.
+    static __device__ __forceinline__ int scales_place(int lane) {
+        return lane * (kType == MK_Q3_K ? 4 : kWords * 4);
+    }
+
+    // Of a whole tile. `at`: the tile and scales_place.
+    __device__ __forceinline__ void load(const uint8_t* tile, const uint8_t* at, int lane) {
+        if constexpr (kType == MK_Q3_K) {
+            words[0] = ptx::ld_global_nc_l1_no_allocate<kScalesAt>(at);
+            words[1] = ptx::ld_global_nc_l1_no_allocate_u16<kScalesAt + 128>(tile + lane * 2);
+        } else if constexpr (kWords == 4) {
+            const uint4 v = ptx::ld_global_nc_l1_no_allocate_v4<kScalesAt>(at);
+            words[0] = v.x, words[1] = v.y, words[2] = v.z, words[3] = v.w;
+        } else {
+            load2<kScalesAt>(words, at);
+        }
+        if constexpr (kIsK && kFormat.has_min) {
+            load2<kHalvesAt>(halves, tile + lane / 4 * 8);
+        } else if constexpr (kIsK) {
+            halves[0] = ptx::ld_global_nc_l1_no_allocate<kHalvesAt>(tile + lane / 4 * 4);
+        }
+    }
+
     // Of a tile of `quarters`, in device memory.
     __device__ __forceinline__ void load(const uint8_t* tile, int lane, int quarters) {
-        const int g = lane / 4, t = lane % 4;
-        if constexpr (kIsK) {
-            const uint8_t* const scales = tile + kScalesAt;
-            if constexpr (kType == MK_Q3_K) {
-                words[0] = ptx::ld_global_nc_l1_no_allocate(scales + lane * 4);
-                words[1] = ptx::ld_global_nc_l1_no_allocate_u16(scales + 128 + lane * 2);
-            } else {
-                load2(words, scales + lane * 8);
-            }
-            const uint8_t* const d = tile + kHalvesAt;
-            if constexpr (kFormat.has_min) {
-                load2(halves, d + g * 8);
-            } else {
-                halves[0] = ptx::ld_global_nc_l1_no_allocate(d + g * 4);
-            }
-        } else {
-            const uint8_t* const scales =
+        if (kIsK || quarters == 4) {
+            load(tile, tile + scales_place(lane), lane);
+            return;
+        }
+        if constexpr (!kIsK) {
+            const int g = lane / 4, t = lane % 4;
+            const uint8_t* const at =
                 tile + quarters * kQuantBytes + (g * quarters + t) * kWords * 4;
-            if (t >= quarters) {
-                MK_UNROLL
-                for (uint32_t& word : words) word = 0;
-            } else if constexpr (kFormat.has_min) {
-                const uint4 v = ptx::ld_global_nc_l1_no_allocate_v4(scales);
-                words[0] = v.x, words[1] = v.y, words[2] = v.z, words[3] = v.w;
-            } else {
-                load2(words, scales);
+            MK_UNROLL
+            for (int i = 0; i < kWords; ++i) {
+                words[i] = t < quarters ? ptx::ld_global_nc_l1_no_allocate(at + i * 4) : 0;
             }
         }
     }
@@ -238,7 +256,7 @@ struct QuantScales {
             const uint32_t spread = __byte_perm(words[1], 0, 0x4140);
             const int place = 4 - 4 * h - 2 * i;
             const uint32_t high = place >= 0 ? spread << place : spread >> -place;
-            return ptx::sub_rn_f16x2(0x64006400u | low | (high & 0x00300030u),
+            return ptx::sub_rn_f16x2(or_masked(low | 0x64006400u, high, 0x00300030u),
                                      0x64206420u);  // 1024 + n, less 1056
         } else if constexpr (kType == MK_Q6_K) {
             return ptx::sub_rn_f16x2(__byte_perm(words[h], 0x64646464u, i ? 0x4341 : 0x4240),
@@ -250,7 +268,7 @@ struct QuantScales {
 
     // Of blocks b and b + 1: {b of g, b of g + 8, b + 1 of g, b + 1 of g + 8}; b = 2t, or 4t + 2i.
     __device__ __forceinline__ float4 scales(int i) const {
-        const float2 lo = F16::unpack(scale_pair(0, i)), hi = F16::unpack(scale_pair(1, i));
+        const float2 lo = f16_pair(scale_pair(0, i)), hi = f16_pair(scale_pair(1, i));
         return {lo.x, hi.x, lo.y, hi.y};
     }
 
@@ -290,14 +308,14 @@ struct QuantScales {
             constexpr float kFactor = -(kType == MK_Q2_K ? 1.f / 16 : 1.f) * kTwo20;
             MK_UNROLL
             for (int h = 0; h < 2; ++h) {
-                const float2 d = F16::unpack(halves[h]);
+                const float2 d = f16_pair(halves[h]);
                 MK_UNROLL
                 for (int i = 2 * h; i < 2 * h + 2; ++i) {
                     s[i] = fmaf(d.x, s[i], d.y * kFactor * c[i]);
                 }
             }
         } else {
-            const float2 d = F16::unpack(halves[0]);
+            const float2 d = f16_pair(halves[0]);
             MK_UNROLL
             for (int i = 0; i < 4; ++i) {
                 s[i] = (i < 2 ? d.x : d.y) * fmaf(c[i], -kFormat.offset * kTwo20, s[i]);
@@ -306,8 +324,9 @@ struct QuantScales {
     }
 
   private:
+    template <int kOffset>
     static __device__ __forceinline__ void load2(uint32_t (&to)[2], const uint8_t* from) {
-        const uint2 v = ptx::ld_global_nc_l1_no_allocate_v2(from);
+        const uint2 v = ptx::ld_global_nc_l1_no_allocate_v2<kOffset>(from);
         to[0] = v.x;
         to[1] = v.y;
     }

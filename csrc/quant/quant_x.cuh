@@ -1,12 +1,11 @@
 // x as the products with quantised weights take it: x16, f16 with a power of two per row, in the
 // order of the fragments of mma.m16n8k16's B; and the sums of its blocks of 16.
 //
-//   e      of a row: max |x| * 2^e is in [2^13, 2^14). (x in [2^-126, 2^127] of bf16 and all of
-//   f16;
-//          below, and for a row of zeros, e is what the least normal number gives.)
+//   e      of a row: max |x| * 2^e is in [2^13, 2^14). Below 2^-113 (bf16), or 2^-14 (f16), and for
+//          a row of zeros, e is what that number gives.
 //   x16    k % 4 < 2: f16(x * 2^e), k % 4 >= 2: f16(x * 2^(e - 4)), for those weights are x16
 //          (quant_layout.h). Exact but for elements below 2^-23 of the row's largest, which keep an
-//          absolute error of at most 2^-31 of it.
+//          absolute error of at most 2^-34 of it.
 //   sums   of 16 k each: 2^-4 * sum of x * 2^e, as a high and a low f16 (22 bits)
 //
 // A row lies in memory in groups of 256 k, kXGroupBytes each (zeros past k):
@@ -21,6 +20,8 @@
 // Pieces of 16 bytes at rows 64 (mod 128) bytes apart lie in different banks for the 8 lanes that
 // are served at once.
 #pragma once
+
+#include <type_traits>
 
 #include "common/vec.cuh"
 
@@ -46,38 +47,29 @@ __device__ __forceinline__ uint32_t larger_half(uint32_t pair) {
 
 // How a row is converted, from the bits of its largest magnitude.
 struct XScale {
-    uint32_t first;  // 2^n, by which x is multiplied before, if it is not 1
-    uint32_t low;    // for k % 4 < 2
-    uint32_t high;   // for k % 4 >= 2
+    uint32_t first;  // f16: 2^n, by which x is multiplied before the other factor, if it is not 1
+    uint32_t low;    // 2^e, twice: for k % 4 < 2
+    uint32_t high;   // 2^(e - 4), twice: for k % 4 >= 2
     float unscale;   // 2^-e; NaN for a row with an infinity or a NaN
 };
 
 template <class Dtype>
 struct XConvert;
 
-// bf16 times 2^(e - 112) has, in the low bits of its exponent, the exponent of an f16.
 template <>
 struct XConvert<Bf16> {
-    static constexpr uint32_t kOne = 0x3F803F80u;
-
     static __device__ __forceinline__ XScale scale(uint32_t max_bits) {
-        const uint32_t exponent = max(max_bits >> 7, 1u);
-        const bool is_huge = exponent > 150;  // 2^(e - 116) would be denormal
-        const uint32_t field = (is_huge ? 259 : 155) - exponent;
-        // 2^(exponent - 140)
-        const uint32_t unscale = exponent > 13 ? (exponent - 13) << 23 : 1u << (exponent + 9);
-        return {is_huge ? 0x0B800B80u : kOne,  // 2^-104
-                (field << 7) * 0x00010001u, ((field - 4) << 7) * 0x00010001u,
-                exponent == 255 ? __int_as_float(0x7FC00000) : __uint_as_float(unscale)};
+        const uint32_t exponent = max(max_bits >> 7, 14u);  // e is 140 less it
+        const uint32_t field = 267 - exponent;
+        return {
+            0, (field << 7) * 0x00010001u, ((field - 4) << 7) * 0x00010001u,
+            exponent == 255 ? __int_as_float(0x7FC00000) : __uint_as_float((exponent - 13) << 23)};
     }
 
-    static __device__ __forceinline__ uint32_t multiply(uint32_t pair, uint32_t by) {
-        return ptx::fma_rn_bf16x2(pair, by, 0x80008000u);
-    }
-
+    // A pair; the product is exact, or so small that it is 0.
     static __device__ __forceinline__ uint32_t to_f16(uint32_t pair, uint32_t by) {
-        const uint32_t v = multiply(pair, by);
-        return (v & 0x7FFF7FFFu) << 3 | (v & 0x80008000u);
+        const float2 product = Bf16::unpack(Bf16::mul(pair, by));
+        return F16::pack(product.x, product.y);
     }
 };
 
@@ -86,21 +78,17 @@ struct XConvert<F16> {
     static constexpr uint32_t kOne = 0x3C003C00u;
 
     static __device__ __forceinline__ XScale scale(uint32_t max_bits) {
-        const uint32_t exponent = max(max_bits >> 10, 1u);
-        const bool is_tiny = exponent < 13;  // 2^e would be an infinity
+        const uint32_t exponent = max(max_bits >> 10, 1u);  // e is 28 less it
+        const bool is_tiny = exponent < 13;                 // 2^e would be an infinity
         const uint32_t field = (is_tiny ? 31 : 43) - exponent;
-        return {is_tiny ? 0x6C006C00u : kOne,  // 2^12
-                (field << 10) * 0x00010001u, ((field - 4) << 10) * 0x00010001u,
-                exponent == 31 ? __int_as_float(0x7FC00000)
-                               : __uint_as_float((exponent + 99) << 23)};  // 2^(exponent - 28)
-    }
-
-    static __device__ __forceinline__ uint32_t multiply(uint32_t pair, uint32_t by) {
-        return ptx::mul_rn_f16x2(pair, by);
+        return {
+            is_tiny ? 0x6C006C00u : kOne,  // 2^12
+            (field << 10) * 0x00010001u, ((field - 4) << 10) * 0x00010001u,
+            exponent == 31 ? __int_as_float(0x7FC00000) : __uint_as_float((exponent + 99) << 23)};
     }
 
     static __device__ __forceinline__ uint32_t to_f16(uint32_t pair, uint32_t by) {
-        return multiply(pair, by);
+        return F16::mul(pair, by);
     }
 };
 
@@ -108,13 +96,48 @@ struct XConvert<F16> {
 template <class Dtype>
 __device__ __forceinline__ uint4 to_x16(uint4 x, const XScale& scale) {
     using C = XConvert<Dtype>;
-    if (scale.first != C::kOne) {
-        x = {C::multiply(x.x, scale.first), C::multiply(x.y, scale.first),
-             C::multiply(x.z, scale.first), C::multiply(x.w, scale.first)};
+    if constexpr (std::is_same_v<Dtype, F16>) {
+        if (scale.first != C::kOne) {
+            x = {F16::mul(x.x, scale.first), F16::mul(x.y, scale.first), F16::mul(x.z, scale.first),
+                 F16::mul(x.w, scale.first)};
+        }
     }
     return {C::to_f16(x.x, scale.low), C::to_f16(x.y, scale.high), C::to_f16(x.z, scale.low),
             C::to_f16(x.w, scale.high)};
 }
+
+// The same for a warp whose 32 pieces are of one row. bf16: multiplied, and widened to fp32, by
+// tensor cores; A are the pieces, B is diagonal: 6 instructions instead of 16.
+template <class Dtype>
+struct XRowConvert {
+    XScale scale;
+
+    __device__ __forceinline__ explicit XRowConvert(const XScale& of_row) : scale(of_row) {}
+    __device__ __forceinline__ uint4 operator()(const uint4& x) const {
+        return to_x16<Dtype>(x, scale);
+    }
+};
+
+template <>
+struct XRowConvert<Bf16> {
+    uint32_t low, high;  // of B: k = 2t, 2t + 1 of column g
+
+    __device__ __forceinline__ explicit XRowConvert(const XScale& of_row) {
+        const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+        const uint32_t diagonal = g == 2 * t ? 0x0000FFFFu : g == 2 * t + 1 ? 0xFFFF0000u : 0;
+        low = of_row.low & diagonal;
+        high = of_row.high & diagonal;
+    }
+
+    __device__ __forceinline__ uint4 operator()(const uint4& x) const {
+        const uint32_t a[4] = {x.x, x.z, x.y, x.w};
+        float d[4]{}, e[4]{};
+        ptx::mma_m16n8k16_f32_bf16(d, a, low, 0);
+        ptx::mma_m16n8k16_f32_bf16(e, a, 0, high);
+        return {F16::pack(d[0], d[1]), F16::pack(e[0], e[1]), F16::pack(d[2], d[3]),
+                F16::pack(e[2], e[3])};
+    }
+};
 
 // ---- block sums ----
 //

@@ -1,0 +1,113 @@
+// Tiles of the products with quantised weights and what the kernels take, shared by the plan and
+// the device code.
+#pragma once
+
+#include "linear/linear_tiles.h"
+#include "quant/quant_layout.h"
+
+namespace mk {
+
+// A packed matrix, or one of several that make one: rows of tiles first ... end - 1 are its.
+struct QuantDecodeMatrix {
+    const uint8_t* tiles;
+    int64_t row_tile_bytes;
+    int32_t tile_bytes;  // of 256 k
+    int32_t type;
+    int32_t first, end;
+};
+constexpr int kMaxQuantDecodeMatrices = 3;  // Q, K, V
+
+// ---- up to 16 rows of x: quant_decode_sm80.cuh ----
+
+constexpr int kQuantTokens = 8;  // of an MMA
+constexpr int quant_token_tiles(int m) { return m > kQuantTokens ? 2 : 1; }
+
+// 8 warps of up to 255 registers: the ten types together take 200 and, with 16 tokens, 230 (12
+// warps of 168 spill in some of the entries, 16 of 128 in all). With a tile each on its way they
+// have 18 KB of Q4_K in flight, what H100 needs for its DRAM; A100 needs 13 KB.
+constexpr int kQuantWarps = 8;
+constexpr int kQuantThreads = 32 * kQuantWarps;
+
+// Bytes of w that a block asks L2 for before it waits for x: while that is converted, 2 us or so,
+// DRAM has work.
+constexpr int kQuantPrefetchBytes = 64 << 10;
+
+// Shared memory in this order:
+//   512 B    a row's XScale, its largest magnitudes, its norm scale
+//   9 KB     scales of the tile that a warp works on (quant_decode_sm80.cuh)
+//   x        m rows of chunk_groups groups of 256 k (quant_x.cuh), quant_x_stride apart
+//   sums     of the tiles under way, 16 rows x 8 (or 16) tokens fp32 a group; before that the
+//            norm's sums of squares
+constexpr int kQuantScaleBytes = 8 * (128 + 16);  // 16 blocks of 16 rows; 16 B apart in banks
+constexpr int kQuantRowsBytes = 512;
+constexpr int kQuantFixedBytes = kQuantRowsBytes + kQuantWarps * kQuantScaleBytes;
+constexpr int kQuantXGroupBytes = 512 + 64;  // of a row of x
+// 64 (mod 128), see quant_x.cuh.
+constexpr int quant_x_stride(int groups) {
+    return groups * kQuantXGroupBytes + (groups % 2 ? 0 : 64);
+}
+constexpr int quant_slot_bytes(int m) { return 512 * quant_token_tiles(m); }
+
+// How a block goes over its tiles: in rounds of round_tiles, of which all groups (or, where x does
+// not fit, chunks of them) are multiplied by the warps, and then added. None of it changes a bit.
+struct QuantDecodeShape {
+    int32_t num_tiles;     // rows of tiles of all matrices
+    int32_t num_groups;    // of 256 k, of a row
+    int32_t num_quarters;  // of 64 k
+    int32_t chunk_groups, num_chunks;
+    int32_t x_stride;
+    int32_t round_tiles, num_rounds;  // of the block with most tiles
+    int32_t round_bytes;  // from one round's sums to the next one's, where there are two buffers
+    int32_t smem_bytes;
+};
+// Threads that add the groups of a tile, each of two rows and a token.
+constexpr int quant_tile_threads(int m) { return 64 * quant_token_tiles(m); }
+
+constexpr QuantDecodeShape quant_decode_shape(int m, int k, int num_tiles, int num_blocks,
+                                              int smem_bytes) {
+    QuantDecodeShape s{};
+    s.num_tiles = num_tiles;
+    s.num_groups = quant_row_tiles(k);
+    s.num_quarters = quant_row_quarters(k);
+    const int block_tiles = (num_tiles + num_blocks - 1) / num_blocks;
+    const int slot = quant_slot_bytes(m);
+    // Enough for every warp to have two groups, and for the sums of squares of a norm.
+    const int least = 2 * kQuantWarps * slot;
+    const int most_kept = kQuantThreads / quant_tile_threads(m);  // totals are in registers
+    for (s.num_chunks = 1;; ++s.num_chunks) {
+        s.chunk_groups = (s.num_groups + s.num_chunks - 1) / s.num_chunks;
+        s.x_stride = quant_x_stride(s.chunk_groups);
+        const int64_t fixed = kQuantFixedBytes + static_cast<int64_t>(m) * s.x_stride;
+        const int64_t left = smem_bytes - fixed;
+        const int64_t tile = static_cast<int64_t>(s.chunk_groups) * slot;
+        int64_t tiles = left / tile;  // that fit
+        if (s.num_chunks == 1 && tiles < block_tiles) tiles /= 2;
+        if (s.num_chunks > 1 && tiles > most_kept) tiles = most_kept;
+        if (s.chunk_groups > 1 && (tiles < 1 || left < least)) continue;
+        if (tiles > block_tiles) tiles = block_tiles;
+        s.num_rounds = static_cast<int32_t>((block_tiles + tiles - 1) / tiles);
+        s.round_tiles = (block_tiles + s.num_rounds - 1) / s.num_rounds;
+        const int64_t round = s.round_tiles * tile;
+        const bool is_double = s.num_chunks == 1 && s.num_rounds > 1;
+        s.round_bytes = is_double ? static_cast<int32_t>(round) : 0;
+        const int64_t sums = is_double ? 2 * round : round;
+        s.smem_bytes = static_cast<int32_t>(fixed + (sums < least ? least : sums));
+        return s;
+    }
+}
+// The norm's sums of squares fit the least of the sums.
+static_assert(norm_group_bytes(8, kMaxNormK) <= 2 * kQuantWarps * quant_slot_bytes(8));
+static_assert(norm_group_bytes(16, kMaxNormK) <= 2 * kQuantWarps * quant_slot_bytes(16));
+// Minitron-8B's products at 16 rows fit Ada, whose blocks have 99 KB: in chunks.
+static_assert(quant_decode_shape(16, 11520, 256, 142, 99 << 10).smem_bytes <= 99 << 10);
+static_assert(quant_decode_shape(8, 4096, 1440, 108, 163 << 10).num_chunks == 1);
+
+template <class Params>
+struct QuantDecodeArgs {
+    Product product;  // w is NULL
+    QuantDecodeMatrix w[kMaxQuantDecodeMatrices];
+    QuantDecodeShape shape;
+    Params p;
+};
+
+}  // namespace mk

@@ -1,0 +1,396 @@
+"""mk_linear_quant, mk_linear_quant_swiglu and mk_qkv_rope_append_quant for up to 16 rows of x.
+
+quant_cases.py tells how results are compared. Outputs are poisoned with NaN and padded.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from minitron_kernels import reference
+from minitron_kernels.quantized import GGML_NUMBERS, QUANT_TYPES, QuantizedTensor
+from tests import native_abi as abi
+from tests.linear_cases import EPS, Qkv, in_turn, magnitude, normalised
+from tests.native_emulator import BUILT, DEVICES, dtype_id, run, storage_of
+from tests.quant_cases import (
+    K_KINDS,
+    KINDS,
+    Weights,
+    check_linear,
+    compare,
+    out_of,
+    quant_params,
+    random_weights,
+    run_linear,
+    weights_of,
+)
+from tests.test_kernels_memory import (
+    HALVES,
+    archs,
+    assert_close,
+    poisoned,
+    rope_scale,
+    rope_struct,
+    strided,
+    values,
+)
+
+Tensor = torch.Tensor
+BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+# ------------------------------------------------------------------------------------- results
+
+SHAPES = [(1, 33, 1), (2, 97, 3), (7, 16, 2), (8, 130, 5), (16, 49, 4), (9, 1, 1)]  # m, n, blocks
+
+
+def cols_of(kind: str, blocks: int) -> int:
+    """k of so many blocks: 32 k that are no quarter or tile, or 256."""
+    return 256 * blocks if kind in K_KINDS else 32 * (5 * blocks - 4)
+
+
+@pytest.mark.parametrize(
+    "arch, kind, m, n, blocks", in_turn([(kind, *s) for kind in KINDS for s in SHAPES])
+)
+def test_linear_quant(arch: str, kind: str, m: int, n: int, blocks: int) -> None:
+    """fp32 within a few units of the exact sum, both dtypes of x."""
+    k = cols_of(kind, blocks)
+    w = random_weights(kind, n, k, seed=m)
+    for dtype in HALVES:
+        x = values(m, k, dtype=dtype, seed=n)
+        check_linear("linear_quant", arch, x, w, out_of("linear_quant", x, w, F32), seed=n)
+
+
+@pytest.mark.parametrize("arch, kind, k", in_turn([(kind, 45 * 256) for kind in KINDS]))
+def test_linear_quant_of_45_groups(arch: str, kind: str, k: int) -> None:
+    """k of Minitron's down projection; 16 rows of it do not fit shared memory at once."""
+    w = random_weights(kind, 48, k)
+    for m in (1, 16):
+        x = values(m, k, dtype=BF16, seed=m)
+        check_linear("linear_quant", arch, x, w, out_of("linear_quant", x, w, F32))
+
+
+@pytest.mark.parametrize("arch, kind, op", in_turn([
+    (kind, op) for kind in KINDS for op in ("linear_quant", "linear_quant_swiglu")
+]))  # fmt: skip
+def test_norm_residual_and_swiglu(arch: str, kind: str, op: str) -> None:
+    k = 768
+    w, norm_weight = random_weights(kind, 70, k), values(k, dtype=BF16, seed=2)
+    for m, has_norm in ((5, True), (11, True), (3, False)):
+        x = values(m, k, dtype=BF16, seed=m)
+        residual = values(m, 70, dtype=BF16, seed=3) if op == "linear_quant" else None
+        check_linear(op, arch, x, w, out_of(op, x, w), norm_weight if has_norm else None, residual)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    arch=st.sampled_from(DEVICES),
+    kind=st.sampled_from(KINDS),
+    dtype=st.sampled_from(HALVES),
+    m=st.integers(0, 16),
+    n=st.integers(1, 300),
+    blocks=st.integers(1, 8),
+    padding=st.tuples(*[st.sampled_from([0, 1, 8, 24])] * 2),
+    offset=st.tuples(*[st.sampled_from([0, 0, 8, 3])] * 2),
+    has_norm=st.booleans(),
+    is_f32=st.booleans(),
+    seed=st.integers(0, 2**16),
+)
+def test_linear_quant_strides(
+    arch: str,
+    kind: str,
+    dtype: torch.dtype,
+    m: int,
+    n: int,
+    blocks: int,
+    padding: tuple[int, ...],
+    offset: tuple[int, ...],
+    has_norm: bool,
+    is_f32: bool,
+    seed: int,
+) -> None:
+    k = QUANT_TYPES[kind].elements * blocks
+    w = random_weights(kind, n, k, seed)
+    x = strided(values(m, k, dtype=dtype, seed=seed), padding[0], offset[0])
+    out_dtype = F32 if is_f32 or dtype == F16 else dtype  # random sums may be too large for f16
+    out = poisoned(out_of("linear_quant", x, w, out_dtype), padding[1], offset[1])
+    norm_weight = strided(values(1, k, dtype=dtype, seed=seed + 2), 0, offset[1])[0]
+    check_linear("linear_quant", arch, x, w, out, norm_weight if has_norm else None, None, seed)
+
+
+@archs
+@pytest.mark.parametrize("dtype", HALVES)
+def test_rows_of_any_size(arch: str, dtype: torch.dtype) -> None:
+    """Each row is scaled by itself: huge, tiny, zero and denormal rows beside each other; an
+    infinity or a NaN gives a row of NaNs, and leaves the others alone."""
+    k, w = 512, random_weights("Q4_K", 33, 512)
+    x = values(9, k, dtype=F32)
+    huge, tiny = (2.0**100, 2.0**-100) if dtype == BF16 else (2.0**10, 2.0**-20)
+    factors = torch.tensor([1, huge, tiny, 0, -1, huge / 16, tiny * 16, 1, 1.0])[:, None]
+    rows = (x * factors).to(dtype)
+    if dtype == F16:
+        rows = rows.clamp(-65504, 65504)
+    out = out_of("linear_quant", rows, w, F32)
+    rows[7, 100], rows[8, 3] = float("inf"), float("nan")
+    run_linear("linear_quant", arch, rows, w, out)
+    assert out[7:].isnan().all()
+    assert (out[3] == 0).all()
+    finite = rows[:7].double() @ w.dense.T
+    error = (out[:7].double() - finite).abs()
+    small = torch.finfo(F32).tiny if dtype == BF16 else 0.0
+    assert (error <= 2.0**-20 * (rows[:7].double().abs() @ w.terms.T) + small).all()
+
+
+@archs
+def test_extreme_blocks(arch: str) -> None:
+    """The largest and least q and integer scales: -128 of Q8_0 and of Q6_K's scales among them."""
+    for kind in KINDS:
+        block = QUANT_TYPES[kind]
+        rows = torch.zeros(64, 3 * block.nbytes, dtype=torch.uint8)
+        rows[0::4], rows[1::4], rows[2::4] = 0xFF, 0x80, 0x7F
+        for offset in block.scale_offsets:
+            scales = rows.view(-1, block.nbytes)[:, offset : offset + 2]
+            scales.copy_(torch.tensor([0.0, 0.5 / 64], dtype=F16).view(torch.uint8)[2:].expand(
+                len(scales), 2))  # fmt: skip
+        w = weights_of(QuantizedTensor(rows, kind, (64, 3 * block.elements)))
+        x = values(3, 3 * block.elements, dtype=BF16)
+        check_linear("linear_quant", arch, x, w, out_of("linear_quant", x, w, F32))
+
+
+# ------------------------------------------------------------------------------------------ qkv
+
+
+def qkv_params(case: Qkv, w: list[Weights]) -> tuple[ctypes.Structure, list[Tensor]]:
+    strides = case.k_cache.stride()
+    qkv = abi.structs()["mk_qkv_rope_append_params"](
+        **{n: getattr(case, n).data_ptr() for n in ("x", "q", "k_cache", "v_cache", "slots")},
+        norm_weight=None if case.norm_weight is None else case.norm_weight.data_ptr(),
+        x_stride=case.x.stride(0), q_stride=case.q.stride(0), q_head_stride=case.q.stride(1),
+        cache_page_stride=strides[0], cache_stride=strides[1], cache_head_stride=strides[2],
+        tokens=case.x.shape[0], hidden=case.x.shape[1],
+        num_q_heads=case.heads[0], num_kv_heads=case.heads[1], head_dim=case.head_dim,
+        num_pages=case.k_cache.shape[0], page_size=case.k_cache.shape[1], eps=EPS,
+        slots_dtype=dtype_id(case.slots), dtype=dtype_id(case.x),
+        rope=rope_struct(case.positions, case.rotary_dim, case.interleaved, case.angles),
+    )  # fmt: skip
+    params = abi.structs()["mk_qkv_rope_append_quant_params"](qkv=qkv)
+    for i, each in enumerate(w):
+        params.w[i] = each.native()
+    tensors = [case.x, case.q, case.k_cache, case.v_cache, *(each.tiles for each in w)]
+    tensors += [] if case.norm_weight is None else [case.norm_weight]
+    return params, [*map(storage_of, tensors), case.slots, case.positions, *case.angles]
+
+
+@pytest.mark.parametrize(
+    "arch, kinds, tokens, hidden, heads, d",
+    in_turn([
+        (("Q4_K", "Q4_K", "Q6_K"), 1, 768, (4, 2), 64),
+        (("Q5_0", "Q8_0", "Q4_1"), 5, 576, (9, 3), 64),
+        (("Q2_K", "Q3_K", "Q5_K"), 16, 512, (2, 1), 128),
+        (("Q4_0", "Q5_1", "Q4_0"), 9, 96, (3, 1), 16),
+        (("Q6_K", "Q6_K", "Q6_K"), 8, 256, (2, 2), 32),
+    ]),
+)  # fmt: skip
+@pytest.mark.parametrize("interleaved", [False, True], ids=["halves", "interleaved"])
+def test_qkv_of_three_types(
+    arch: str,
+    kinds: tuple[str, ...],
+    tokens: int,
+    hidden: int,
+    heads: tuple[int, int],
+    d: int,
+    interleaved: bool,
+) -> None:
+    case = Qkv.random(
+        tokens, hidden, heads, d, d,
+        dtype=BF16, interleaved=interleaved, has_norm=True, padding=8, seed=tokens,
+    )  # fmt: skip
+    counts = (heads[0], heads[1], heads[1])
+    w = [
+        random_weights(kind, count * d, hidden, i)
+        for i, (kind, count) in enumerate(zip(kinds, counts, strict=True))
+    ]
+    check_qkv(case, w, arch)
+
+
+def check_qkv(case: Qkv, matrices: list[Weights], arch: str) -> None:
+    """Runs it, and compares q and the caches, all of them, with the exact results."""
+    params, tensors = qkv_params(case, matrices)
+    run("qkv_rope_append_quant", arch, params, tensors, seed=1)
+    assert case.norm_weight is not None
+    w = torch.cat([each.dense for each in matrices])
+    x = normalised(arch, case.x, case.norm_weight)
+    (hq, hk), d = case.heads, case.head_dim
+    cos, sin = (t[case.positions.long()] for t in case.angles)
+    kept = (case.slots >= 0) & (case.slots < case.k_cache.shape[0] * case.k_cache.shape[1])
+
+    def heads(y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        y = y.unflatten(1, (hq + 2 * hk, d))
+        ordered = torch.empty_like(y)
+        ordered[..., case.features()] = y
+        return ordered[:, :hq], ordered[:, hq : hq + hk], y[:, hq + hk :]
+
+    exact, scale = heads(x.double() @ w.T), heads(magnitude(x, w))
+    rounded = heads(x @ w.to(x.dtype).T)
+    for i, name in enumerate(("q", "k_cache", "v_cache")):
+        e, r, s = exact[i], rounded[i], scale[i]
+        if name == "v_cache":
+            s = s + e.abs()
+        else:
+            s = rope_scale(s, cos, sin, case.interleaved)
+            s = s + rope_scale(e, cos, sin, case.interleaved)
+            e = reference.rotate(e, cos, sin, case.interleaved)
+            r = reference.rotate(r, cos, sin, case.interleaved).to(r.dtype)
+        got = getattr(case, name)
+        if name != "q":
+            rows = got.flatten(0, 1)
+            untouched = torch.ones(len(rows), dtype=torch.bool)
+            untouched[case.slots[kept]] = False
+            assert rows[untouched].isnan().all(), f"{name}: another slot was written"
+            got, e, r, s = rows[case.slots[kept]], e[kept], r[kept], s[kept]
+        assert_close(got, e, r, name, s)
+
+
+# ----------------------------------------------------------------------------------- same bits
+
+
+@pytest.mark.parametrize("arch, kind", in_turn([(kind,) for kind in KINDS]))
+def test_bits_depend_on_the_row_only(arch: str, kind: str) -> None:
+    """Alone or among others, at another place, by elements or by 16 bytes, for any interleaving."""
+    k, n = (768 if kind in K_KINDS else 736), 130
+    x, w = values(16, k, dtype=BF16), random_weights(kind, n, k)
+    whole = out_of("linear_quant", x, w, F32)
+    run_linear("linear_quant", arch, x, w, whole)
+    for seed, (first, m, offset) in enumerate([(0, 1, 0), (3, 8, 0), (5, 9, 0), (2, 3, 1)]):
+        rows = strided(x[first : first + m], 0, offset)
+        out = out_of("linear_quant", rows, w, F32)
+        run_linear("linear_quant", arch, rows, w, out, seed=seed)
+        assert torch.equal(out, whole[first : first + m]), (first, m, offset)
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q6_K"])
+def test_bits_are_those_of_all_devices(kind: str) -> None:
+    """They have 108 to 148 SMs and 99 to 227 KB: other rounds, and chunks of k on one of them."""
+    k = 23 * 256
+    x, w = values(16, k, dtype=BF16), random_weights(kind, 16 * 120, k)
+    outs = []
+    for arch in BUILT:
+        out = out_of("linear_quant", x, w, F32)
+        run_linear("linear_quant", arch, x, w, out)
+        outs.append(out)
+    for m in (1, 8):
+        out = out_of("linear_quant", x[:m], w, F32)
+        run_linear("linear_quant", BUILT[0], x[:m], w, out)
+        outs.append(out)
+    for out in outs[1:]:
+        assert torch.equal(out, outs[0][: len(out)])
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    arch=st.sampled_from(DEVICES),
+    dtype=st.sampled_from(HALVES),
+    m=st.integers(1, 16),
+    blocks=st.integers(1, 40),
+    seed=st.integers(0, 2**16),
+)
+def test_norm_has_the_bits_of_rms_norm(
+    arch: str, dtype: torch.dtype, m: int, blocks: int, seed: int
+) -> None:
+    k = 32 * blocks
+    x, norm_weight = (values(*s, k, dtype=dtype, seed=seed) for s in ((m,), ()))
+    w = random_weights("Q5_1", 19, k, seed)
+    fused, after = (out_of("linear_quant", x, w, F32) for _ in range(2))
+    run_linear("linear_quant", arch, x, w, fused, norm_weight, seed=seed)
+    run_linear("linear_quant", arch, normalised(arch, x, norm_weight), w, after)
+    assert torch.equal(fused, after)
+
+
+# ---------------------------------------------------------------------------- plans, counters
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    arch=st.sampled_from(list(abi.DEVICES)),
+    kind=st.sampled_from(KINDS),
+    m=st.integers(1, 16),
+    n=st.one_of(st.integers(1, 2**24), st.integers(1, 20000)),
+    blocks=st.integers(1, 4096),
+)
+def test_plan_fits(arch: str, kind: str, m: int, n: int, blocks: int) -> None:
+    pointer, k = 1 << 20, QUANT_TYPES[kind].elements * blocks
+    bf16 = abi.constants()["MK_BF16"]
+    linear = abi.structs()["mk_linear_params"](
+        x=pointer, out=pointer, x_stride=k, out_stride=n, m=m, n=n, k=k, dtype=bf16, out_dtype=bf16
+    )
+    params = abi.structs()["mk_linear_quant_params"](linear=linear)
+    params.w = abi.structs()["mk_quant_matrix"](tiles=pointer, type=GGML_NUMBERS[kind], rows=n)
+    plan, device = abi.plan("linear_quant", params, arch), abi.device(arch)
+    assert plan.entry.decode().endswith("_m16" if m > 8 else "_m8")
+    assert plan.smem_bytes <= device.smem_per_block
+    tiles = ceil_div(n, 16)
+    assert 1 <= plan.grid[0] <= min(device.num_sms, tiles)
+    assert ceil_div(tiles, plan.grid[0]) == ceil_div(tiles, device.num_sms)
+
+
+# Lane-instructions per weight (PTX, without mov) at m = 1 and m = 8, K 4096, N 11520.
+BUDGET = {
+    "Q4_0": (1.75, 2.3), "Q4_1": (1.75, 2.3), "Q8_0": (1.82, 2.35), "Q4_K": (1.85, 2.4),
+    "Q5_0": (2.15, 2.7), "Q5_1": (2.15, 2.7), "Q5_K": (2.25, 2.8), "Q6_K": (2.5, 3.05),
+    "Q2_K": (2.25, 2.8), "Q3_K": (2.55, 3.1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_instructions_and_bytes_per_weight(kind: str) -> None:
+    """What is read and executed does not depend on the values."""
+    if "80" not in BUILT:
+        pytest.skip("sm_80 is not in this build")
+    n, k = 11520, 4096
+    block = QUANT_TYPES[kind]
+    stored = n * k // block.elements * block.nbytes
+    zeros = torch.zeros(n, k // block.elements * block.nbytes, dtype=torch.uint8)
+    w = Weights.__new__(Weights)
+    w.blocks = QuantizedTensor(zeros, kind, (n, k))
+    size = ctypes.c_int64()
+    abi.check(abi.library().mk_quant_packed_bytes(GGML_NUMBERS[kind], n, k, ctypes.byref(size)))
+    w.tiles = torch.zeros(size.value, dtype=torch.uint8)
+    for m, budget in zip((1, 8), BUDGET[kind], strict=True):
+        x = values(m, k, dtype=BF16)
+        out = out_of("linear_quant", x, w)
+        params, tensors = quant_params(x, w, out)
+        c = run("linear_quant", "80", params, tensors)
+        assert c is not None
+        lanes = (sum(c.lanes.values()) - c.lanes["mov"]) / (n * k)
+        assert lanes <= budget, f"m {m}: {lanes:.3f} lane-instructions per weight"
+        assert c.unique_read_sectors * 32 <= 1.03 * stored + x.nbytes
+        assert c.unique_write_sectors == out.nbytes // 32
+        # Only the block sums are stored with conflicts, once a block: 5.3 wavefronts for 256 k.
+        blocks = abi.plan("linear_quant", params, "80").grid[0]
+        conflicts = c.shared_wavefronts - c.shared_wavefronts_min
+        assert conflicts <= 5.5 * blocks * m * k / 256
+
+
+# ---------------------------------------------------------------------------------- can it fail
+
+
+def test_comparison_sees_one_wrong_bit() -> None:
+    """The lowest bit of one quant of 4096."""
+    x, w = values(3, 4096, dtype=BF16), random_weights("Q4_0", 16, 4096)
+    blocks = w.blocks.blocks.clone()
+    blocks[5, 18 * 7 + 4] ^= 0x01
+    wrong = weights_of(QuantizedTensor(blocks, "Q4_0", (16, 4096)))
+    out = out_of("linear_quant", x, w, F32)
+    run_linear("linear_quant", BUILT[0], x, wrong, out)
+    with pytest.raises(AssertionError, match="times the error allowed"):
+        compare("linear_quant", x, w, out)
+    compare("linear_quant", x, wrong, out)
