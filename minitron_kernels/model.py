@@ -294,7 +294,6 @@ class MinitronForCausalLM(nn.Module):
         wanted_dtype = _one_of("dtype", dtype, "torch_dtype", torch_dtype)
         checkpoint = open_checkpoint(resolve(source, revision))
         torch_type = _dtype(wanted_dtype, checkpoint.config)
-        expand = expand or devices.has_graphs(device)  # until the kernels of tiles are there
         weights = Weights(checkpoint, torch_type, expand, allow_nonfinite)
         weights.check_memory(device)
         with torch.device("meta"):

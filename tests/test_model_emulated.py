@@ -26,6 +26,7 @@ from minitron_kernels import (
     SamplingParams,
     cuda_ops,
     devices,
+    quantized_ops,
 )
 from minitron_kernels.cli import main
 from minitron_kernels.config import ModelConfig
@@ -35,6 +36,7 @@ from minitron_kernels.model import Batch
 from minitron_kernels.sampling import SamplingState, sample
 from tests import emulator
 from tests.emulated_device import EmulatedGPU, emulated
+from tests.test_model_quantized import LAYERS, UNIFORM, write_model
 from tests.tiny_checkpoint import write_tiny_checkpoint
 
 Tensor = torch.Tensor
@@ -485,6 +487,10 @@ def test_smollm2_greedy_tokens_equal_the_cpus(place: str, smollm2_gguf: Path) ->
     expected = run("cpu")
     with at(place) as where:
         actual = run(where.name)
+    check_greedy(expected, actual)
+
+
+def check_greedy(expected: GenerationResult, actual: GenerationResult) -> None:
     assert expected.logprobs is not None and actual.logprobs is not None
     for theirs, ours in zip(expected.logprobs, actual.logprobs, strict=True):
         (_, best), (_, second) = theirs["top"][:2]
@@ -492,6 +498,144 @@ def test_smollm2_greedy_tokens_equal_the_cpus(place: str, smollm2_gguf: Path) ->
         distance = max(abs(found[token] - value) for token, value in theirs["top"][:2])
         assert best - second > 2 * distance, f"lead {best - second:.3f}, paths {distance:.3f} apart"
     assert actual.token_ids == expected.token_ids
+
+
+# ----------------------------------------------------------------------------- quantised weights
+
+
+@pytest.fixture(scope="module")
+def gguf_files(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """ "mixed": all ten types and floats, three types in a QKV; "uniform": Q4_K, tied.
+
+    "typed" is mixed less the floats beside a quantised gate, which need a torch.cat.
+    """
+    made: dict[str, Path] = {}
+
+    def get(name: str) -> Path:
+        if name not in made:
+            path = tmp_path_factory.mktemp(name) / "m.gguf"
+            typed = (*LAYERS[:2], (*LAYERS[2][:5], "Q5_1", "F32"))
+            options = {
+                "mixed": (LAYERS,),
+                "typed": (typed,),
+                "uniform": (UNIFORM, "Q4_K", None),
+            }[name]
+            made[name] = write_model(path, *options)
+        return made[name]
+
+    return get
+
+
+@places("sm_80")
+def test_quantised_weights_are_packed_on_the_host(place: str, gguf_files: Any) -> None:
+    """The device never holds more than the packed weights; the state dict has the file's blocks."""
+    path = gguf_files("mixed")
+    on_cpu = MinitronForCausalLM.from_pretrained(path, device="cpu")
+    expected = dict(on_cpu.state_dict())
+    with at(place) as where:
+        model = MinitronForCausalLM.from_pretrained(path, device=where.name)
+        weights = sum(p.nbytes for p in model.parameters())
+        assert weights <= 1.03 * sum(p.nbytes for p in on_cpu.parameters())
+        if where.gpu is not None:
+            assert weights <= where.gpu.peak_bytes <= weights + (1 << 16)
+        layer = model.model.layers[1]  # gate and up of one type; those of layer 0 differ
+        assert layer.mlp.gate_proj is None and layer.self_attn.q_proj is not None
+        state = {name: weight.cpu() for name, weight in model.state_dict().items()}
+        assert list(state) == list(expected)
+        assert all(torch.equal(state[name], expected[name]) for name in expected)
+        for weight in model.parameters():
+            getattr(weight, "tiles", weight).zero_()
+        model.load_state_dict(expected)
+        state = {name: weight.cpu() for name, weight in model.state_dict().items()}
+        assert all(torch.equal(state[name], expected[name]) for name in expected)
+
+
+@places("sm_80", "sm_90", slow=["sm_89", "sm_100"])
+@pytest.mark.parametrize("file", ["mixed", "uniform"])
+def test_logits_of_quantised_weights(place: str, file: str, gguf_files: Any) -> None:
+    """Whole prompt, and in chunks and single tokens, against the file expanded to float32."""
+    path, ids = gguf_files(file), random_ids(45)
+    exact = MinitronForCausalLM.from_pretrained(path, dtype="float32", device="cpu", expand=True)
+    expected = exact.logits(torch.tensor([ids]))[0]
+    eager = exact.bfloat16().logits(torch.tensor([ids]))[0]
+    with at(place) as where:
+        model = MinitronForCausalLM.from_pretrained(path, device=where.name)
+        whole = model.logits(torch.tensor([ids]))[0].cpu()
+        cache = model.new_cache(256)
+        parts, start = [], 0
+        for count in (1, 9, 8, 17, 1, 1, 8):
+            new = ids[start : start + count]
+            batch = Batch.build([[11, 3, 7]], [start], [new], cache.page_size, model.device)
+            parts.append(model(batch, cache).cpu())
+            start += count
+    check_logits(whole, eager, expected)
+    check_logits(torch.cat(parts), eager, expected)
+
+
+@places("sm_80", slow=["sm_89", "sm_90", "sm_100"])
+def test_quantised_batches_graphs_and_chunks_change_no_bit(place: str, gguf_files: Any) -> None:
+    path = gguf_files("typed")
+    prompts = [random_ids(n, seed=n) for n in (1, 7, 33)]
+    params = SamplingParams(max_new_tokens=5, ignore_eos=True, logprobs=2)
+    with at(place) as where:
+        model = MinitronForCausalLM.from_pretrained(path, device=where.name)
+        options: dict[str, Any] = {"prefill_chunk": 16}
+        alone = [
+            generate(model, None, [p], params, cuda_graphs=False, **options)[0] for p in prompts
+        ]
+        batch = generate(model, None, prompts, params, cuda_graphs=True, **options)
+    assert told(batch) == told(alone)
+
+
+@places("sm_80", slow=["sm_89", "sm_90", "sm_100"])
+def test_greedy_tokens_of_quantised_weights_equal_the_cpus(place: str, gguf_files: Any) -> None:
+    """Compared as in test_smollm2_greedy_tokens_equal_the_cpus. 25 rows at first, then 2."""
+    path = gguf_files("typed")
+    prompts = [random_ids(5, seed=45), random_ids(20, seed=8)]  # whose tokens have clear leads
+    params = SamplingParams(max_new_tokens=6, ignore_eos=True, logprobs=5)
+    on_cpu = MinitronForCausalLM.from_pretrained(path, device="cpu")
+    expected = generate(on_cpu, None, prompts, params)
+    with at(place) as where:
+        model = MinitronForCausalLM.from_pretrained(path, device=where.name)
+        actual = generate(model, None, prompts, params)
+    for theirs, ours in zip(expected, actual, strict=True):
+        check_greedy(theirs, ours)
+
+
+@places("sm_80")
+def test_launches_of_a_decode_step_with_quantised_weights(place: str, gguf_files: Any) -> None:
+    """As many as with dense ones where gate and up have one type."""
+    params = SamplingParams(max_new_tokens=5, ignore_eos=True)
+    with at(place) as where:
+        model = MinitronForCausalLM.from_pretrained(gguf_files("uniform"), device=where.name)
+        engine = Engine(model, None, 256, max_batch_size=3, cuda_graphs=True)
+        for i in range(3):
+            engine.add(random_ids(4 + i, seed=i), params)
+        for _ in range(4):
+            assert len(engine.step()) == 3
+        if where.gpu is not None:
+            (capture,) = where.gpu.captures
+            assert capture.num_launches == [5 * model.config.num_hidden_layers + 3]
+
+
+@places("sm_80")
+def test_blocks_moved_by_hand(
+    place: str, gguf_files: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """They are packed at first use, which is told once; pack() has the same bits."""
+    path, ids = gguf_files("mixed"), torch.tensor([random_ids(9)])
+    model = MinitronForCausalLM.from_pretrained(path, device="cpu")
+    with at(place) as where:
+        packed = MinitronForCausalLM.from_pretrained(path, device=where.name)
+        model.to(packed.device)
+        quantized_ops._log_packing.cache_clear()
+        expected = packed.logits(ids).cpu()
+        assert not caplog.records
+        # Q and K of a layer, and dense weights, are packed in other orders: other roundings.
+        assert (model.logits(ids).cpu() - expected).abs().max() <= 0.02 * expected.abs().max()
+        assert caplog.text.count("packed at first use") == 1
+        model.pack()
+        assert torch.equal(model.logits(ids).cpu(), expected)
 
 
 # ---------------------------------------------------------------------------------- command line
