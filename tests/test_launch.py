@@ -528,6 +528,9 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     ],
     "attention": [{"head_dim": d, "rope.rotary_dim": 64} for d in (64, 128)],
     "embedding_quant": [{}],
+    "linear_quant": [{"m": 8}, {"m": 16}],
+    "linear_quant_swiglu": [{"m": 8}, {"m": 16}],
+    "qkv_rope_append_quant": [{"tokens": 8}, {"tokens": 16}],
 }
 PLANNED: dict[str, set[str]] = {arch: set() for arch in ARCHS}
 

@@ -60,6 +60,9 @@ struct QuantDecodeShape {
     int32_t round_bytes;  // from one round's sums to the next one's, where there are two buffers
     int32_t smem_bytes;
 };
+// Totals that a thread keeps from chunk to chunk.
+constexpr int kQuantKeptSteps = 4;
+
 // Threads that add the groups of a tile, each of two rows and a token.
 constexpr int quant_tile_threads(int m) { return 64 * quant_token_tiles(m); }
 
@@ -73,7 +76,8 @@ constexpr QuantDecodeShape quant_decode_shape(int m, int k, int num_tiles, int n
     const int slot = quant_slot_bytes(m);
     // Enough for every warp to have two groups, and for the sums of squares of a norm.
     const int least = 2 * kQuantWarps * slot;
-    const int most_kept = kQuantThreads / quant_tile_threads(m);  // totals are in registers
+    // Of a round with chunks: the totals are in registers.
+    const int most_kept = kQuantKeptSteps * (kQuantThreads / quant_tile_threads(m));
     for (s.num_chunks = 1;; ++s.num_chunks) {
         s.chunk_groups = (s.num_groups + s.num_chunks - 1) / s.num_chunks;
         s.x_stride = quant_x_stride(s.chunk_groups);
