@@ -115,11 +115,9 @@ __device__ __forceinline__ uint32_t mov_u32_tid_x() {
     return d;
 }
 
-// The halves of a register, low one first.
-__device__ __forceinline__ ushort2 mov_b32_b16x2(uint32_t a) {
-    ushort2 d;
-    asm("mov.b32 {%0, %1}, %2;" : "=h"(d.x), "=h"(d.y) : "r"(a));
-    return d;
+// The halves of a register.
+__device__ __forceinline__ void mov_b32(uint16_t& low, uint16_t& high, uint32_t a) {
+    asm("mov.b32 {%0, %1}, %2;" : "=h"(low), "=h"(high) : "r"(a));
 }
 
 // ISA#logic-and-shift-instructions-lop3  kTable: the result for a = 0xF0, b = 0xCC, c = 0xAA

@@ -19,10 +19,10 @@
 // come two ways: each lane converts its own four (or eight), and gets those of its rows that the
 // other three lanes converted from 512 (1024) bytes of shared memory of the warp.
 // Shared memory: quant_tiles.h. Where x does not fit, k goes in chunks, totals stay in registers.
-// Counted for n = 11520, k = 4096 on A100, lane-instructions per weight at m = 1, 8, 16 (PTX without
-// mov): Q4_K 1.81, 2.31, 3.89; Q4_0 1.69, 2.20, 3.74. Per tile Q4_K executes 200, of which 80 unpack.
-// Lost: one switch per tile with registers common to all types: 168 registers, 10 instructions more.
-// 12 warps of 168 registers spill in some entries, 16 of 128 in all.
+// Counted for n = 11520, k = 4096 on A100, lane-instructions per weight at m = 1, 8, 16 (PTX, no
+// mov): Q4_K 1.81, 2.31, 3.89; Q4_0 1.69, 2.20, 3.74. Per tile Q4_K executes 200, of which 80
+// unpack. Lost: one switch per tile with registers common to all types: 168 registers, 10
+// instructions more. 12 warps of 168 registers spill in some entries, 16 of 128 in all.
 #pragma once
 
 #include "linear/linear_epilogue.cuh"

@@ -180,8 +180,9 @@ static_assert(quant_has_integer_patterns(MK_Q2_K) && quant_has_integer_patterns(
               quant_has_integer_patterns(MK_Q5_K) && !quant_has_integer_patterns(MK_Q6_K));
 
 __device__ __forceinline__ float2 f16_pair(uint32_t pair) {
-    const ushort2 halves = ptx::mov_b32_b16x2(pair);
-    return {ptx::cvt_f32_f16(halves.x), ptx::cvt_f32_f16(halves.y)};
+    uint16_t low, high;
+    ptx::mov_b32(low, high, pair);
+    return {ptx::cvt_f32_f16(low), ptx::cvt_f32_f16(high)};
 }
 __device__ __forceinline__ uint32_t both_halves_low(uint32_t a) {
     return __byte_perm(a, 0, 0x1010);

@@ -21,8 +21,6 @@
 // are served at once.
 #pragma once
 
-#include <type_traits>
-
 #include "common/vec.cuh"
 
 namespace mk {
@@ -58,6 +56,8 @@ struct XConvert;
 
 template <>
 struct XConvert<Bf16> {
+    static constexpr bool kHasFirst = false;
+
     static __device__ __forceinline__ XScale scale(uint32_t max_bits) {
         const uint32_t exponent = max(max_bits >> 7, 14u);  // e is 140 less it
         const uint32_t field = 267 - exponent;
@@ -75,6 +75,7 @@ struct XConvert<Bf16> {
 
 template <>
 struct XConvert<F16> {
+    static constexpr bool kHasFirst = true;
     static constexpr uint32_t kOne = 0x3C003C00u;
 
     static __device__ __forceinline__ XScale scale(uint32_t max_bits) {
@@ -96,7 +97,7 @@ struct XConvert<F16> {
 template <class Dtype>
 __device__ __forceinline__ uint4 to_x16(uint4 x, const XScale& scale) {
     using C = XConvert<Dtype>;
-    if constexpr (std::is_same_v<Dtype, F16>) {
+    if constexpr (C::kHasFirst) {
         if (scale.first != C::kOne) {
             x = {F16::mul(x.x, scale.first), F16::mul(x.y, scale.first), F16::mul(x.z, scale.first),
                  F16::mul(x.w, scale.first)};
