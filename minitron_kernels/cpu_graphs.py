@@ -59,11 +59,11 @@ def _is_view(func: Any, args: tuple[Any, ...], result: Any) -> bool:
     return all(t.untyped_storage().data_ptr() == start for t in results)
 
 
-class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _Watch(TorchDispatchMode):
     """Keeps the memory that is allocated; names the first operation that replaying would miss."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.kept: list[Tensor] = []
         self.missed: str | None = None
 
