@@ -127,6 +127,18 @@ def check_norm(x: Tensor, weight: Tensor) -> None:
         )
 
 
+def check_out_dtype(
+    x: Tensor, out_dtype: torch.dtype | None, residual: Tensor | None
+) -> torch.dtype:
+    """The dtype of a product of x: x's (None), or float32 if nothing is added."""
+    out_dtype = x.dtype if out_dtype is None else out_dtype
+    if out_dtype is not x.dtype and (out_dtype is not torch.float32 or residual is not None):
+        raise ValueError(
+            f"out_dtype must be x's {x.dtype}, or float32 without residual, got {out_dtype}"
+        )
+    return out_dtype
+
+
 def check_positions(rope: Rope, num_tokens: int, device: torch.device) -> None:
     if rope.positions is None:
         raise ValueError("rope.positions is required here")

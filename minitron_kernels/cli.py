@@ -4,6 +4,9 @@ Standard output carries the result only (text as it is produced, or one JSON obj
 else goes to standard error. Exit codes: 0 done, 2 a mistake of the user's (one line `error: ...`),
 130 interrupted by Ctrl-C. Heavy modules are imported inside the commands, so that `minitron --help`
 answers at once.
+
+Started by torchrun as several processes, generate, chat and score share the model among them (see
+`parallel`): the first process reads and prints, and one of them tells of an error.
 """
 
 from __future__ import annotations
@@ -19,9 +22,9 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import redirect_stdout, suppress
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -36,9 +39,11 @@ if TYPE_CHECKING:
 
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130  # what a shell reports for SIGINT
+PARALLEL_COMMANDS = ("generate", "chat", "score")
 USER_ERRORS = (click.ClickException, ValueError, OSError, NotImplementedError, MemoryError)
 
 _Command = Callable[..., Any]
+_T = TypeVar("_T")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -50,14 +55,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):  # show the escape of what the encoding lacks
             stream.reconfigure(errors="backslashreplace")
     try:
-        return cli.main(args=argv, prog_name="minitron", standalone_mode=False) or 0
+        with _silence() if _rank() else nullcontext():
+            return cli.main(args=argv, prog_name="minitron", standalone_mode=False) or 0
     except click.Abort:
         return EXIT_INTERRUPTED
     except USER_ERRORS as error:
         if os.environ.get("MK_TRACEBACK") == "1":
             traceback.print_exc()
-        click.echo(f"error: {_one_line(error)}", err=True)
+        if _is_first_to_fail():
+            click.echo(f"error: {_one_line(error)}", err=True)
         return EXIT_USAGE
+    except RuntimeError:
+        if _is_first_to_fail():
+            raise
+        return EXIT_USAGE  # another process has failed, and told why
 
 
 def _one_line(error: Exception) -> str:
@@ -68,6 +79,42 @@ def _one_line(error: Exception) -> str:
     else:
         message = str(error)
     return "; ".join(line.strip() for line in message.splitlines() if line.strip()) or repr(error)
+
+
+# --- several processes ---
+
+
+def _rank() -> int | None:
+    """This process's number among those that torchrun started; None: it is the only one."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:  # so that torch is not imported
+        return None
+    from minitron_kernels import parallel
+
+    return int(os.environ["RANK"]) if parallel.is_launched() else None
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Print nothing; for all processes but the first."""
+    with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        yield
+
+
+def _is_first_to_fail() -> bool:
+    if _rank() is None:
+        return True
+    from minitron_kernels import parallel
+
+    return parallel.is_first_to_fail()
+
+
+def _from_first(function: Callable[[], _T]) -> _T:
+    """What the first process gets of ``function``, which the others do not call."""
+    if _rank() is None:
+        return function()
+    from minitron_kernels import parallel
+
+    return parallel.from_first(parallel.join(), function)
 
 
 # --- options that several commands share ---
@@ -145,6 +192,7 @@ class ModelOptions:
             device=self.device,
             expand=self.expand,
             allow_nonfinite=self.allow_nonfinite,
+            tensor_parallel=_rank() is not None,
         )
         return model, tokenizer
 
@@ -283,6 +331,11 @@ def cli(ctx: click.Context) -> None:
     """Text from Mistral-NeMo-Minitron-8B and other Llama-shaped models."""
     if ctx.invoked_subcommand is None:
         click.echo(ctx.get_help())
+    elif ctx.invoked_subcommand not in PARALLEL_COMMANDS and _rank() is not None:
+        raise click.UsageError(
+            f"{ctx.invoked_subcommand} runs in one process: start it without torchrun; "
+            f"{', '.join(PARALLEL_COMMANDS)} take several"
+        )
 
 
 @cli.command()
@@ -318,10 +371,7 @@ def generate(
         raise click.UsageError("PROMPT and --batch-file exclude each other")
     if sampling["logprobs"] is not None and not as_json:
         raise click.UsageError("--logprobs needs --json")
-    if batch_file is None:
-        requests = [Request("", _read_prompt(prompt), {})]
-    else:
-        requests = list(_read_batch(batch_file))
+    requests = _from_first(lambda: _read_requests(prompt, batch_file))
     defaults = _sampling_params(sampling)
     params = [request.sampling_params(defaults) for request in requests]
     streaming = not (as_json or no_stream or batch_file)
@@ -405,6 +455,12 @@ class Request:
             return dataclasses.replace(defaults, **overrides)
         except (ValueError, TypeError, AttributeError) as error:
             raise ValueError(f"{self.origin}{error}") from None
+
+
+def _read_requests(prompt: str | None, batch_file: Path | None) -> list[Request]:
+    if batch_file is None:
+        return [Request("", _read_prompt(prompt), {})]
+    return list(_read_batch(batch_file))
 
 
 def _read_prompt(argument: str | None) -> str:
@@ -497,11 +553,12 @@ def chat(
     from minitron_kernels.generate import stream
 
     context = model.config.max_position_embeddings
-    interactive = sys.stdin.isatty()
+    interactive = _from_first(sys.stdin.isatty)
     if system is not None:
         system = _utf8(system, "--system")
     turns: list[dict[str, str]] = []
-    for line in _user_lines(interactive):
+    lines = _user_lines(interactive)
+    while (line := _from_first(lambda: next(lines, None))) is not None:
         command, _, argument = line.partition(" ")
         if command == "/exit":
             break

@@ -38,9 +38,13 @@ _EMPTY = frozenset({"aten::empty.memory_format", "aten::new_empty", "aten::empty
 _CHECKS = frozenset({"aten::aminmax", "aten::item", "aten::_local_scalar_dense"})
 
 
-def records(model: MinitronForCausalLM) -> bool:
-    """Whether the model computes by native CPU calls."""
-    return model.device.type == "cpu" and not cuda_ops.emulate
+def why_not(model: MinitronForCausalLM) -> str | None:
+    """Why decode steps of a model cannot be recorded; None: they can."""
+    if model.device.type != "cpu" or cuda_ops.emulate:
+        return f"the model is on {model.device}"
+    if model.shard is not None:
+        return "its results are exchanged between processes"
+    return None
 
 
 def _is_view(func: Any, args: tuple[Any, ...], result: Any) -> bool:

@@ -183,8 +183,10 @@ class Engine:
             else:
                 level = logging.WARNING if cuda_graphs else logging.DEBUG
                 _log.log(level, "decoding without CUDA graphs: %s", reason)
-                if cpu_graphs.records(model):
+                if (reason := cpu_graphs.why_not(model)) is None:
                     self._recordings = DecodeRecordings(model, self.cache)
+                else:
+                    _log.debug("decoding without recorded steps: %s", reason)
 
     def add(self, prompt_ids: Sequence[int], params: SamplingParams) -> GenerationResult:
         """Queue a prompt of token ids; the returned result fills as steps are run."""
@@ -208,6 +210,9 @@ class Engine:
         if tokenizer is not None:
             eos |= set(tokenizer.stop_token_ids)
         decoder = None if tokenizer is None else tokenizer.stream_decoder(skip_special_tokens=True)
+        if params.seed is None and self.model.shard is not None:
+            seed = self.model.shard.same(SamplingState(params, ()).seed)
+            params = replace(params, seed=seed)
         return _Request(
             index=index,
             tokens=prompt_ids,
@@ -469,9 +474,12 @@ def _affordable_tokens(model: MinitronForCausalLM, needs: Sequence[int]) -> int:
     """Cache tokens for ``needs`` (longest first), or as many of them as memory allows."""
     if not needs:
         return 1
-    free = devices.free_memory(model.device)
-    per_token = model.config.kv_bytes_per_token(model.dtype.itemsize)
+    device, shard = model.device, model.shard
+    free = devices.free_memory(device) if shard is None else shard.free_memory(device)
+    per_token = model.own_config.kv_bytes_per_token(model.dtype.itemsize)
     budget = int(free * CACHE_MEMORY_SHARE) // per_token
+    if shard is not None:  # else the ranks would admit different requests
+        budget = shard.least(budget)
     if needs[0] > budget:
         raise MemoryError(
             f"the KV cache of {needs[0]} tokens needs {needs[0] * per_token / 2**30:.2f} GiB, "

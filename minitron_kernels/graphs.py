@@ -40,6 +40,8 @@ def why_not(model: MinitronForCausalLM) -> str | None:
     """Why decode steps of a model cannot be captured; None: they can."""
     if not devices.has_graphs(model.device):
         return f"the model is on {model.device}, which has no CUDA graphs"
+    if model.shard is not None:
+        return "its results are exchanged between processes, which is not captured"
     if not cuda_ops.serves(model.model.norm.weight):
         return f"there are no kernels for {model.dtype}"
     if model.config.head_dim not in cuda_attention.HEAD_DIMS:

@@ -203,17 +203,19 @@ class SwiGLUMLP(Packable):
         assert self.packed_weight is not None
         return ops.unpack_gate_up(ops.PackedGateUp(self.packed_weight))
 
+    def gate_up(self) -> ops.PackedGateUp | tuple[Tensor, Tensor]:
+        """The first matrices as `ops.swiglu_mlp` takes them."""
+        if self.packed_weight is None:
+            return self.gate_proj.weight, self.up_proj.weight
+        return ops.PackedGateUp(self.packed_weight)
+
     def forward(
         self, x: Tensor, norm: ops.Norm | None = None, residual: Tensor | None = None
     ) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         added = None if residual is None else residual.reshape(rows.shape)
-        gate_up: ops.PackedGateUp | tuple[Tensor, Tensor]
-        if self.packed_weight is None:
-            gate_up = self.gate_proj.weight, self.up_proj.weight
-        else:
-            gate_up = ops.PackedGateUp(self.packed_weight)
-        return ops.swiglu_mlp(rows, gate_up, self.down_proj.weight, norm, added).view(x.shape)
+        w_gate_up, w_down = self.gate_up(), self.down_proj.weight
+        return ops.swiglu_mlp(rows, w_gate_up, w_down, norm, added).view(x.shape)
 
 
 class Embedding(MatrixModule):

@@ -36,7 +36,10 @@ from minitron_kernels.layers import (
 from minitron_kernels.quantized import QuantizedTensor
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
     from minitron_kernels.loaders.checkpoint import Checkpoint, Weights
+    from minitron_kernels.parallel import Shard
 
 Tensor = torch.Tensor
 
@@ -246,12 +249,16 @@ class MinitronForCausalLM(nn.Module):
 
     checkpoint: Checkpoint | None = None
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, shard: Shard | None = None) -> None:
         super().__init__()
-        self.config = config
-        self.model = Decoder(config)
+        self.config, self.shard = config, shard
+        # What is in this process: all of it, or its shard (see `parallel`).
+        self.own_config = own = config if shard is None else shard.config
+        self.model = Decoder(own)
         if not config.tie_word_embeddings:
-            self.lm_head = Linear(config.hidden_size, config.vocab_size)
+            self.lm_head = Linear(own.hidden_size, own.vocab_size)
+        if shard is not None:
+            shard.prepare(self)
         self._rope: ops.Rope | None = None
         self.requires_grad_(False).eval()
 
@@ -266,6 +273,7 @@ class MinitronForCausalLM(nn.Module):
         progress: bool | None = None,
         expand: bool = False,
         allow_nonfinite: bool = False,
+        tensor_parallel: bool | ProcessGroup = False,
         torch_dtype: torch.dtype | str | None = None,
         device_map: torch.device | str | None = None,
     ) -> MinitronForCausalLM:
@@ -283,6 +291,10 @@ class MinitronForCausalLM(nn.Module):
         CPU quantised ones, stay memory-mapped; the rest is converted one tensor at a time. On a GPU
         weights are packed for the fused kernels (see `pack`), layer by layer.
 
+        With ``tensor_parallel`` the processes that torchrun started (True), or those of a process
+        group, share the model: each reads its part only, all must make the same calls and get the
+        same results (see `parallel`). An error of one is raised in all.
+
         Raises ValueError for a bad argument or a damaged file (naming file and field),
         FileNotFoundError, NotImplementedError for an unsupported model, MemoryError beforehand if
         the machine has too little memory.
@@ -292,13 +304,29 @@ class MinitronForCausalLM(nn.Module):
 
         device = devices.parse(_one_of("device", device, "device_map", device_map))
         wanted_dtype = _one_of("dtype", dtype, "torch_dtype", torch_dtype)
-        checkpoint = open_checkpoint(resolve(source, revision))
-        torch_type = _dtype(wanted_dtype, checkpoint.config)
-        weights = Weights(checkpoint, torch_type, expand, allow_nonfinite)
+
+        def open_weights() -> Weights:
+            checkpoint = open_checkpoint(resolve(source, revision))
+            torch_type = _dtype(wanted_dtype, checkpoint.config)
+            return Weights(checkpoint, torch_type, expand, allow_nonfinite)
+
+        if tensor_parallel is not False:
+            from minitron_kernels import parallel
+
+            if (group := parallel.group_of(tensor_parallel)) is not None:
+                with parallel.together(group):
+                    weights = parallel.ShardWeights.of(open_weights(), group)
+                    return cls._loaded(weights, parallel.own_device(device, group), progress)
+        return cls._loaded(open_weights(), device, progress)
+
+    @classmethod
+    def _loaded(
+        cls, weights: Weights, device: torch.device, progress: bool | None
+    ) -> MinitronForCausalLM:
         weights.check_memory(device)
         with torch.device("meta"):
-            model = cls(checkpoint.config)
-        model.checkpoint = checkpoint
+            model = cls(weights.checkpoint.config, weights.shard)
+        model.checkpoint = weights.checkpoint
         model._load(weights, device, progress)
         return model
 
@@ -373,7 +401,7 @@ class MinitronForCausalLM(nn.Module):
     def new_cache(self, num_tokens: int, page_size: int = 16) -> PagedKVCache:
         """An empty cache with room for ``num_tokens`` tokens (whole pages)."""
         pages = max(1, -(-num_tokens // page_size))
-        return PagedKVCache(self.config, pages, page_size, self.dtype, self.device)
+        return PagedKVCache(self.own_config, pages, page_size, self.dtype, self.device)
 
     def _rope_for(self, positions: Tensor) -> ops.Rope:
         if self._rope is None or self._rope.cos.device != self.device:
@@ -393,7 +421,8 @@ class MinitronForCausalLM(nn.Module):
             x = ops.embedding(batch.rows, x)  # rows of x
         head = self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head
         norm = self.model.norm.as_norm()
-        return ops.linear(x, head.weight, norm=norm, out_dtype=torch.float32)
+        logits = ops.linear(x, head.weight, norm=norm, out_dtype=torch.float32)
+        return logits if self.shard is None else self.shard.join(logits)
 
     def logits(self, ids: Tensor) -> Tensor:
         """Logits [B, S, V] of unpadded sequences ``ids`` [B, S], with a cache of their own."""

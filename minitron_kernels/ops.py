@@ -29,6 +29,7 @@ from minitron_kernels.checks import (
     check_index,
     check_max_seqlen,
     check_norm,
+    check_out_dtype,
     check_packed_qkv,
     check_positions,
     check_rope,
@@ -218,11 +219,7 @@ def _linear(
         )
     if norm_weight is not None:
         check_norm(x, norm_weight)
-    out_dtype = x.dtype if out_dtype is None else out_dtype
-    if out_dtype is not x.dtype and (out_dtype is not torch.float32 or residual is not None):
-        raise ValueError(
-            f"out_dtype must be x's {x.dtype}, or float32 without residual, got {out_dtype}"
-        )
+    out_dtype = check_out_dtype(x, out_dtype, residual)
     if cuda_ops.serves(x):
         return cuda_ops.linear(x, w, residual, norm_weight, eps, out_dtype)
     rows = x.reshape(-1, x.shape[-1])
@@ -239,12 +236,14 @@ def swiglu_mlp(
     w_down: Tensor,
     norm: Norm | None = None,
     residual: Tensor | None = None,
+    *,
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """down(silu(gate(x)) * up(x)) (+ residual), x optionally RMS-normalised first (Shazeer 2020).
 
     x [T, H]; w_gate_up a PackedGateUp, [2I, H] with gate's rows first, or the pair (gate [I, H],
     up [I, H]); w_down [H, I]; residual [T, H]. Each matrix is dense or a QuantizedTensor of a type
-    of its own. Returns a new [T, H].
+    of its own. Returns a new [T, H] of ``out_dtype``, as in `linear`.
 
     On a GPU packed weights take two launches (and the norm one more when T > 64): gate and up are
     not written to memory, and silu(gate) * up is rounded once. Unpacked ones take four, with gate
@@ -252,9 +251,10 @@ def swiglu_mlp(
     """
     gate, up = _gate_up(w_gate_up)
     if is_quantized(gate) or is_quantized(up) or is_quantized(w_down):
-        return linear(_quantized_swiglu(x, gate, up, norm), w_down, residual)
+        hidden = _quantized_swiglu(x, gate, up, norm)
+        return linear(hidden, w_down, residual, out_dtype=out_dtype)
     weight, eps = norm if norm is not None else (None, 0.0)
-    return _swiglu_mlp(x, gate, up, w_down, weight, eps, residual)
+    return _swiglu_mlp(x, gate, up, w_down, weight, eps, residual, out_dtype)
 
 
 def _gate_up(w: PackedGateUp | Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor | None]:
@@ -279,9 +279,9 @@ def _quantized_swiglu(x: Tensor, gate: Tensor, up: Tensor | None, norm: Norm | N
 
 @op(
     "swiglu_mlp(Tensor x, Tensor gate, Tensor? up, Tensor w_down, Tensor? norm_weight, float eps, "
-    "Tensor? residual) -> Tensor",
-    lambda x, gate, up, w_down, norm_weight, eps, residual: x.new_empty(
-        (x.shape[0], w_down.shape[0])
+    "Tensor? residual, ScalarType? out_dtype=None) -> Tensor",
+    lambda x, gate, up, w_down, norm_weight, eps, residual, out_dtype=None: x.new_empty(
+        (x.shape[0], w_down.shape[0]), dtype=out_dtype
     ),
 )
 def _swiglu_mlp(
@@ -292,6 +292,7 @@ def _swiglu_mlp(
     norm_weight: Tensor | None,
     eps: float,
     residual: Tensor | None,
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """``up`` None: gate is packed, its rows are gate 0, up 0, gate 1, ..."""
     packed = gate
@@ -319,15 +320,17 @@ def _swiglu_mlp(
         )
     if norm_weight is not None:
         check_norm(x, norm_weight)
+    out_dtype = check_out_dtype(x, out_dtype, residual)
     if cuda_ops.serves(x):
         if packed is not gate:
             hidden = cuda_ops.linear_swiglu(x, packed, norm_weight, eps)
         else:
             hidden = cuda_ops.gate_up_silu(x, gate, up, norm_weight, eps)
-        return cuda_ops.linear(hidden, w_down, residual)
+        return cuda_ops.linear(hidden, w_down, residual, out_dtype=out_dtype)
     if norm_weight is not None:
         x = torch_ops.rms_norm(x, norm_weight, eps)
-    return torch_ops.matmul(torch_ops.matmul(x, gate, swiglu_up=up), w_down, add=residual)
+    hidden = torch_ops.matmul(x, gate, swiglu_up=up)
+    return torch_ops.matmul(hidden, w_down, add=residual, out_dtype=out_dtype)
 
 
 def rope_append(

@@ -22,6 +22,7 @@ from minitron_kernels.checks import (
     check_float,
     check_index,
     check_norm,
+    check_out_dtype,
     check_positions,
     check_range,
     check_rope,
@@ -185,11 +186,7 @@ def _linear(
     shape = (*x.shape[:-1], rows)
     if residual is not None and residual.shape != shape:
         raise ValueError(f"residual must be {'x'.join(map(str, shape))}, got {shape_of(residual)}")
-    out_dtype = x.dtype if out_dtype is None else out_dtype
-    if out_dtype is not x.dtype and (out_dtype is not torch.float32 or residual is not None):
-        raise ValueError(
-            f"out_dtype must be x's {x.dtype}, or float32 without residual, got {out_dtype}"
-        )
+    out_dtype = check_out_dtype(x, out_dtype, residual)
     cols = x.shape[-1]
     if cuda_ops.serves(x):
         tiles = _tiles(w, kind, rows, cols)

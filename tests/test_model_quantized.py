@@ -80,6 +80,8 @@ def write_model(
     layers: tuple[tuple[str, ...], ...] = LAYERS,
     embedding: str = "Q6_K",
     output: str | None = "Q5_0",
+    matrices: dict[str, tuple[int, int]] = MATRICES,
+    metadata: dict[str, Any] = METADATA,
 ) -> Path:
     """A model of random weights; without ``output`` it is tied."""
     rng = np.random.default_rng(5)
@@ -88,13 +90,13 @@ def write_model(
         tensors["output.weight"] = (output, model_rows(output, VOCAB, 256, rng))
     norms = ["output_norm.weight"]
     for i, kinds in enumerate(layers):
-        for (name, shape), kind in zip(MATRICES.items(), kinds, strict=True):
+        for (name, shape), kind in zip(matrices.items(), kinds, strict=True):
             tensors[f"blk.{i}.{name}.weight"] = (kind, model_rows(kind, *shape, rng))
         norms += [f"blk.{i}.attn_norm.weight", f"blk.{i}.ffn_norm.weight"]
     for name in norms:
         weight = (1 + 0.2 * rng.standard_normal(256)).astype(np.float32)
         tensors[name] = ("F32", weight.view(np.uint8))
-    write_gguf(path, tensors, METADATA)
+    write_gguf(path, tensors, metadata)
     return path
 
 

@@ -207,6 +207,20 @@ def test_swiglu_mlp(dtype: torch.dtype, tokens: int, packed: bool) -> None:
     check(actual, exact, eager)
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_swiglu_mlp_in_float32(packed: bool) -> None:
+    """The sums that a bfloat16 result is rounded from; nothing is added to them."""
+    half = {"dtype": torch.bfloat16}
+    x, gate, up = randn(9, 64, **half), randn(101, 64, **half), randn(101, 64, seed=1, **half)
+    down, norm = randn(64, 101, seed=2, **half), ops.Norm(randn(64, seed=3, **half), 1e-5)
+    matrices = ops.pack_gate_up(gate, up) if packed else (gate, up)
+    sums = ops.swiglu_mlp(x, matrices, down, norm, out_dtype=torch.float32)
+    assert sums.dtype == torch.float32 and not torch.equal(sums, sums.bfloat16().float())
+    assert torch.equal(sums.bfloat16(), ops.swiglu_mlp(x, matrices, down, norm))
+    with pytest.raises(ValueError, match="out_dtype"):
+        ops.swiglu_mlp(x, matrices, down, norm, x, out_dtype=torch.float32)
+
+
 def test_swiglu_rows_do_not_depend_on_the_batch() -> None:
     x, gate, up, down = (randn(*s) for s in ((97, 48), (75, 48), (75, 48), (48, 75)))
     together = ops.swiglu_mlp(x, (gate, up), down)

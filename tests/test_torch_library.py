@@ -71,6 +71,9 @@ def arguments(t: int) -> dict[str, tuple[Any, ...]]:
         "linear logits": (x.bfloat16(), gate.bfloat16(), None, None, 0.0, torch.float32),
         "swiglu_mlp": (x, gate, up, down, weight, 1e-5, x),
         "swiglu_mlp packed": (x, packed_gate_up, None, down, weight, 1e-5, x),
+        "swiglu_mlp sums": (
+            *(each.bfloat16() for each in (x, gate, up, down)), None, 0.0, None, torch.float32,
+        ),
         "attention": (q, k, v, cu, cu, t, True, None, None, cos, sin, False, True),
         "rope_append": (k, v, *rope, *caches(), positions),
         "qkv_rope_append": (x, weight, 1e-5, wq, wk, wv, *rope, *caches(), positions),
@@ -123,6 +126,9 @@ def public(name: str) -> Callable[..., Any]:
         "swiglu_mlp": lambda x, g, u, d, w, eps, r: ops.swiglu_mlp(x, (g, u), d, (w, eps), r),
         "swiglu_mlp packed": lambda x, g, u, d, w, eps, r: ops.swiglu_mlp(
             x, ops.PackedGateUp(g), d, (w, eps), r
+        ),
+        "swiglu_mlp sums": lambda x, g, u, d, *_: ops.swiglu_mlp(
+            x, (g, u), d, out_dtype=torch.float32
         ),
         "attention": lambda q, k, v, a, b, n, causal, scale, window, c, s, i, lse: ops.attention(
             q, k, v, a, b, max_seqlen_q=n, rope=ops.Rope(c, s, None, i), return_lse=lse

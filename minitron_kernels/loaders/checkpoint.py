@@ -8,13 +8,16 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 from minitron_kernels.config import ModelConfig
 from minitron_kernels.devices import free_memory
-from minitron_kernels.quantized import QUANT_TYPES, QuantizedTensor
+from minitron_kernels.quantized import QUANT_TYPES, QuantizedTensor, nonfinite_scale_row
+
+if TYPE_CHECKING:
+    from minitron_kernels.parallel import Shard
 
 # The types that GGUF and safetensors share, and that load() returns.
 TORCH_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -112,6 +115,7 @@ class Weights:
     dtype: torch.dtype
     expand: bool = False
     allow_nonfinite: bool = False
+    shard: Shard | None = None  # the part that a process has of them (parallel.ShardWeights)
 
     def stays_quantized(self, name: str) -> bool:
         """Whether `load` gives a QuantizedTensor."""
@@ -161,10 +165,14 @@ class Weights:
             self.dtype, keep_quantized=not self.expand, interleaved=True
         )
 
+    def free_memory(self, device: torch.device) -> int:
+        """Bytes of a device's memory that the weights may take."""
+        return free_memory(device)
+
     def check_memory(self, device: torch.device) -> None:
         """Raise MemoryError, naming need and have, when they do not fit on a device."""
         is_cpu = device.type == "cpu"
-        need, have = self.ram_needed() if is_cpu else self.nbytes(), free_memory(device)
+        need, have = self.ram_needed() if is_cpu else self.nbytes(), self.free_memory(device)
         if need > have:
             raise MemoryError(
                 f"{self.checkpoint.path}: the weights as {dtype_name(self.dtype)} need "
@@ -221,6 +229,19 @@ def check_finite(low: float, high: float, dtype: torch.dtype, info: TensorInfo) 
         raise ValueError(
             f"{info.file}: tensor {info.name!r} ({info.type}) has values that are not finite "
             f"as {dtype_name(dtype)}: minimum {low}, maximum {high}"
+        )
+
+
+def check_scales(blocks: torch.Tensor, info: TensorInfo, first_row: int = 0) -> None:
+    """Raise ValueError for a block scale that is infinite or NaN.
+
+    ``blocks``: the stored rows of a quantised matrix from ``first_row`` on.
+    """
+    row = nonfinite_scale_row(blocks, info.type)
+    if row is not None:
+        raise ValueError(
+            f"{info.file}: tensor {info.name!r} ({info.type}): stored row {first_row + row} has a "
+            "block scale that is not finite (allow_nonfinite loads it anyway)"
         )
 
 

@@ -27,6 +27,7 @@ from minitron_kernels.loaders.checkpoint import (
     check_finite,
     check_load,
     check_load_quantized,
+    check_scales,
     convert,
     require_file,
 )
@@ -36,7 +37,6 @@ from minitron_kernels.quantized import (
     BlockType,
     QuantizedTensor,
     decode,
-    nonfinite_scale_row,
 )
 
 # Tensor types by their number in the file.
@@ -423,12 +423,8 @@ class GGUFCheckpoint:
         file, stored_name = self._stored[name]
         rows = file.rows(stored_name)
         blocks = torch.from_numpy(rows)
-        row = None if allow_nonfinite else nonfinite_scale_row(blocks, info.type)
-        if row is not None:
-            raise ValueError(
-                f"{info.file}: tensor {name!r} ({info.type}): stored row {row} has a block scale "
-                "that is not finite (allow_nonfinite loads it anyway)"
-            )
+        if not allow_nonfinite:
+            check_scales(blocks, info)
         if (heads := self._permuted_heads(name)) and not interleaved:
             blocks = torch.from_numpy(_unpermute_rows(rows, heads, info))
         return QuantizedTensor(blocks, info.type, info.shape)
