@@ -1,4 +1,4 @@
-"""examples/rms_norm.c: compiled as C99 with the installed header and library, and run."""
+"""The examples in C and C++: compiled with the installed header and library, and run."""
 
 from __future__ import annotations
 
@@ -12,16 +12,23 @@ from minitron_kernels import native
 from tests import emulator
 from tests.native_emulator import ARCHS
 
-SOURCE = Path(__file__).resolve().parent.parent / "examples" / "rms_norm.c"
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+COMPILERS = {".c": ("gcc", "-std=c99"), ".cpp": ("g++", "-std=c++17")}
+PLANS = {  # what each prints first
+    "rms_norm.c": "mk_rms_norm_sm{sm}_bf16 grid 3x1x1 block 512x1x1",
+    "linear_quant.cpp": "mk_linear_quant_sm{sm}_bf16_m8 grid 3x1x1 block 256x1x1",
+}
 
 
-@pytest.fixture(scope="module")
-def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("example") / "rms_norm"
+@pytest.fixture(scope="module", params=PLANS)
+def program(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    source = EXAMPLES / request.param
+    path = tmp_path_factory.mktemp("example") / source.name
     library = Path(native.get_library())
-    flags = ["-std=c99", "-pedantic", "-Wall", "-Wextra", "-Werror", f"-I{native.get_include()}"]
+    flags = ["-pedantic", "-Wall", "-Wextra", "-Werror", f"-I{native.get_include()}"]
     libraries = [library, f"-Wl,-rpath,{library.parent}", "-ldl", "-lm"]
-    subprocess.run(["gcc", *flags, SOURCE, *libraries, "-o", path], check=True)
+    compiler = COMPILERS[source.suffix]
+    subprocess.run([*compiler, *flags, source, *libraries, "-o", path], check=True)
     return path
 
 
@@ -32,20 +39,20 @@ def run(program: Path, **environment: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-def test_c_example_on_the_emulator(program: Path, arch: str) -> None:
+def test_example_on_the_emulator(program: Path, arch: str) -> None:
     sm = arch.rstrip("a")
     done = run(program, MK_CUDA_DRIVER=str(emulator.build()), MK_EMU_DEVICE=f"sm_{sm}")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.startswith(f"mk_rms_norm_sm{sm}_bf16 grid 3x1x1 block 512x1x1")
+    assert done.stdout.startswith(PLANS[program.name].format(sm=sm))
 
 
-def test_c_example_without_a_driver(program: Path) -> None:
+def test_example_without_a_driver(program: Path) -> None:
     done = run(program, MK_CUDA_DRIVER="/nonexistent/libcuda.so")
     assert done.returncode == 1 and "/nonexistent/libcuda.so" in done.stderr
 
 
 @pytest.mark.gpu
-def test_c_example_on_the_gpu(program: Path) -> None:
+def test_example_on_the_gpu(program: Path) -> None:
     import torch
 
     if not torch.cuda.is_available():
