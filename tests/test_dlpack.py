@@ -246,7 +246,7 @@ def test_jax_arrays_cannot_be_written() -> None:
 
 def test_jax_tracers_are_refused() -> None:
     jax = pytest.importorskip("jax", reason="jax is not installed (extra jax)")
-    with pytest.raises(TypeError, match="x must be an array .* got DynamicJaxprTracer"):
+    with pytest.raises(TypeError, match=r"x must be an array .* got DynamicJaxprTracer"):
         jax.jit(lambda x: dlpack.rms_norm(x, W, EPS))(X)
 
 
