@@ -295,7 +295,8 @@ class Shard:
 
 def _block(weights: Weights, module: str) -> int:
     """Elements of the largest block in the rows of a module's matrices, over all layers."""
-    names = [name for name in weights.checkpoint.tensors if name.endswith(f".{module}.weight")]
+    shapes = weights.checkpoint.config.weight_shapes()
+    names = [name for name in shapes if name.endswith(f".{module}.weight")]
     kinds = {weights.checkpoint.tensors[n].type for n in names if weights.stays_quantized(n)}
     return max((block_type(kind).elements for kind in kinds), default=1)
 
@@ -364,6 +365,8 @@ class ShardWeights(Weights):
 
     @classmethod
     def of(cls, weights: Weights, group: ProcessGroup) -> ShardWeights:
+        """Raises ValueError if a weight is missing or of another shape, and as Shard does."""
+        weights.check(weights.checkpoint.config.weight_shapes())
         return cls(
             weights.checkpoint,
             weights.dtype,
@@ -410,12 +413,12 @@ class ShardWeights(Weights):
         return size if part is None else size * len(part[1]) // info.shape[part[0]]
 
     def nbytes(self) -> int:
-        return sum(map(self._held, self.checkpoint.tensors))
+        return sum(map(self._held, self.checkpoint.config.weight_shapes()))
 
     def ram_needed(self) -> int:
         total = 0
-        for name, info in self.checkpoint.tensors.items():
-            part = self._part(name)
+        for name in self.checkpoint.config.weight_shapes():
+            part, info = self._part(name), self.checkpoint.tensors[name]
             if self.stays_quantized(name):
                 is_copied = part is not None and part[0] == 1
             else:

@@ -17,8 +17,10 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file, save_file
 
 from minitron_kernels import MinitronForCausalLM, SamplingParams, cpu_graphs, graphs
+from minitron_kernels.cli import main
 from minitron_kernels.generate import Engine, generate, score
 from minitron_kernels.layers import Packable
 from minitron_kernels.parallel import split
@@ -37,15 +39,16 @@ GREEDY = SamplingParams(max_new_tokens=12, ignore_eos=True)
 
 
 class Ranks:
-    """Two processes that form a group; a call runs a function of this module in both."""
+    """Processes that form a group; a call runs a function of this module in all of them."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, size: int = 2) -> None:
         context = mp.get_context("spawn")
         self.pipes: list[Connection] = []
         self.processes = []
-        for rank in range(2):
+        for rank in range(size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=serve, args=(rank, folder / "rendezvous", theirs))
+            args = (rank, size, folder / "rendezvous", theirs)
+            process = context.Process(target=serve, args=args)
             process.start()
             self.pipes.append(ours)
             self.processes.append(process)
@@ -58,19 +61,20 @@ class Ranks:
         return [pipe.recv() for pipe in self.pipes]
 
     def close(self) -> None:
-        for pipe, process in zip(self.pipes, self.processes, strict=True):
+        for pipe in self.pipes:
             pipe.send(None)
+        for process in self.processes:
             process.join(10)
             process.kill()
 
 
-def serve(rank: int, rendezvous: Path, pipe: Connection) -> None:
+def serve(rank: int, size: int, rendezvous: Path, pipe: Connection) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
         init_method=f"file://{rendezvous}",
         rank=rank,
-        world_size=2,
+        world_size=size,
         timeout=timedelta(seconds=TIMEOUT),
     )
     while (job := pipe.recv()) is not None:
@@ -90,11 +94,12 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
 
 
 def same(results: list[Any]) -> Any:
-    """The result that both ranks have, bit for bit."""
-    first, second = results
+    """The result that all ranks have, bit for bit."""
+    first, *others = results
     if isinstance(first, Exception):
         raise first
-    assert torch.equal(first, second) if isinstance(first, Tensor) else first == second
+    for other in others:
+        assert torch.equal(first, other) if isinstance(first, Tensor) else first == other
     return first
 
 
@@ -205,6 +210,41 @@ def rows_alone_and_together(source: Path) -> bool:
 
 def test_a_row_does_not_depend_on_the_batch(ranks: Ranks, dense: tuple[Any, Path]) -> None:
     assert same(ranks(rows_alone_and_together, dense[1]))
+
+
+@pytest.mark.slow
+def test_three_processes(make_hf_model: Callable[..., Any], tmp_path: Path) -> None:
+    """Four KV heads, five units of the MLP and an odd vocabulary for three."""
+    hf_model, source = make_hf_model(num_attention_heads=8, num_key_value_heads=4)
+    ids = torch.tensor([[1, 300, 17, 45, 45, 200, 8], [2, 9, 9, 9, 310, 4, 77]])
+    three = Ranks(tmp_path, 3)
+    try:
+        actual = same(three(logits_of, source, ids))
+        tokens = {dtype: same(three(tokens_of, source, dtype)) for dtype in ("float32", "bfloat16")}
+        assert same(three(rows_alone_and_together, source))
+    finally:
+        three.close()
+    with torch.no_grad():
+        error = (hf_model(ids).logits - (exact := hf_model.double()(ids).logits)).abs().max()
+    assert (actual - exact).abs().max() <= 2 * error
+    for dtype, generated in tokens.items():
+        assert generated == tokens_of(source, dtype, parallel=False)
+
+
+def test_tensors_of_no_module_are_left_alone(
+    ranks: Ranks, make_hf_model: Callable[..., Any]
+) -> None:
+    _, source = make_hf_model()
+    ids = torch.tensor([[1, 300, 17, 45]])
+    expected = same(ranks(logits_of, source, ids))
+    weights = load_file(source / "model.safetensors")
+    weights |= {"extra": torch.ones(3), "model.layers.0.self_attn.o_proj.bias": torch.ones(3)}
+    save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
+    assert torch.equal(same(ranks(logits_of, source, ids)), expected)
+    del weights["model.norm.weight"]
+    save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
+    kind, message = same(ranks(error_of, [source] * 2, {}))
+    assert kind == "ValueError" and "tensor model.norm.weight is missing" in message
 
 
 def other_calls(source: Path) -> tuple[Any, ...]:
@@ -368,15 +408,20 @@ def is_joined(module: torch.nn.Module) -> bool:
     return isinstance(module, Packable) and "gate_proj" in module.matrices
 
 
-def test_quantized_tokens_on_an_emulated_gpu(ranks: Ranks, quantized_tied: Path) -> None:
-    """Each rank packs its part into tiles; the kernels' tokens are those of the CPU."""
-    (first, packed), (second, other) = ranks(emulated_tokens_of, quantized_tied)
-    params = SamplingParams(max_new_tokens=3, ignore_eos=True)
-    model = load(quantized_tied, False, dtype="bfloat16")
-    expected = [r.token_ids for r in generate(model, None, PROMPTS[:2], params)]
-    assert first == second == expected
-    down = "model.layers.0.mlp.down_proj.weight"
-    assert packed[down] == [256, 512] and other[down] == [256, 256]
+def test_tokens_on_an_emulated_gpu(ranks: Ranks, quantized_tied: Path, tmp_path: Path) -> None:
+    """Each rank packs its part, into tiles or rows; the kernels' tokens are those of the CPU."""
+    metadata = QUANTIZED | {"llama.block_count": 1}
+    layers = (("BF16",) * 7,)
+    dense = write_model(tmp_path / "m.gguf", layers, "BF16", "BF16", MATRICES, metadata)
+    for source in (quantized_tied, dense):
+        (first, packed), (second, other) = ranks(emulated_tokens_of, source)
+        params = SamplingParams(max_new_tokens=3, ignore_eos=True)
+        model = load(source, False, dtype="bfloat16")
+        expected = [r.token_ids for r in generate(model, None, PROMPTS[:2], params)]
+        assert first == second == expected
+        down = "model.layers.0.mlp.down_proj.weight"
+        if source != dense:
+            assert packed[down] == [256, 512] and other[down] == [256, 256]
 
 
 # ------------------------------------------------------------------------------------ limits
@@ -517,6 +562,14 @@ def test_command_line_tells_of_an_error_once(tmp_path: Path) -> None:
     assert "exitcode  : 2" in done.stderr  # of the ranks, as torchrun reports it
 
 
-def test_command_line_of_one_process_only(tmp_path: Path) -> None:
-    done = torchrun("quantize", str(tmp_path), "out.gguf", "--type", "Q8_0")
-    assert "error: quantize runs in one process" in done.stderr
+def test_command_line_of_one_process_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Only the first process says so."""
+    told = []
+    for rank in ("0", "1"):
+        for name, value in {"WORLD_SIZE": "2", "RANK": rank, "MASTER_ADDR": "localhost"}.items():
+            monkeypatch.setenv(name, value)
+        assert main(["quantize", str(tmp_path), "out.gguf", "--type", "Q8_0"]) == 2
+        told.append(capfd.readouterr().err)
+    assert told[0].startswith("error: quantize runs in one process") and told[1] == ""
