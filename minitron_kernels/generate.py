@@ -430,7 +430,7 @@ def stream(
     engine = Engine(
         model,
         tokenizer,
-        _affordable_tokens(model, paged[:max_batch_size]),
+        affordable_tokens(model, paged[:max_batch_size]),
         max_batch_size=max_batch_size,
         prefill_chunk=prefill_chunk,
         page_size=page_size,
@@ -470,7 +470,7 @@ def _encode(tokenizer: Tokenizer | None, prompt: Prompt, index: int) -> list[int
     return ids
 
 
-def _affordable_tokens(model: MinitronForCausalLM, needs: Sequence[int]) -> int:
+def affordable_tokens(model: MinitronForCausalLM, needs: Sequence[int]) -> int:
     """Cache tokens for ``needs`` (longest first), or as many of them as memory allows."""
     if not needs:
         return 1
@@ -502,7 +502,7 @@ def score(
         )
     if not all(0 <= i < config.vocab_size for i in ids):
         raise ValueError(f"ids must lie in 0..{config.vocab_size - 1}")
-    _affordable_tokens(model, [len(ids)])
+    affordable_tokens(model, [len(ids)])
     cache = model.new_cache(len(ids))
     pages = cache.allocator.allocate(cache.pages_for(len(ids)))
     assert pages is not None
