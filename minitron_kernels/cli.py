@@ -200,7 +200,7 @@ class ModelOptions:
 _model_option = click.option(
     "--model",
     metavar="SOURCE",
-    help="Folder, .gguf or .nemo file, Hub id, Hub id:QUANT, or one of the names minitron-8b, "
+    help="Folder, .gguf file, Hub id, Hub id:QUANT, or one of the names minitron-8b, "
     f"minitron-8b:QUANT, {SMOLLM2}.  [default: {SMOLLM2}]",
 )
 

@@ -227,9 +227,14 @@ def _allocate(sequences: Sequence[_Sequence], cache: PagedKVCache) -> None:
         if part:
             copies.append((theirs[whole], own[0]))
     if copies:
-        source, target = devices.upload(torch.tensor(copies).T.contiguous(), cache.k.device)
-        for tensor in (cache.k, cache.v):
-            tensor[:, target] = tensor[:, source]
+        _copy_pages(cache, copies)
+
+
+def _copy_pages(cache: PagedKVCache, pairs: Sequence[tuple[int, int]]) -> None:
+    """Copy pages, each pair from the first to the second, in all layers."""
+    source, target = devices.upload(torch.tensor(pairs).T.contiguous(), cache.k.device)
+    for tensor in (cache.k, cache.v):
+        tensor[:, target] = tensor[:, source]
 
 
 def _run(

@@ -15,6 +15,7 @@ import pytest
 
 from minitron_kernels.cli import main
 from tests.tiny_checkpoint import write_tiny_checkpoint
+from tests.toy_tasks import NAMES, write_toy_tasks
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -79,6 +80,9 @@ def test_readme_command(
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(typed.encode())))
     name, *args = shlex.split(command)
     assert name == "minitron"
+    if args[0] == "eval":  # a toy task under the name of the real one
+        toys = write_toy_tasks(tmp_path, names=("mmlu", *NAMES[1:]))
+        monkeypatch.setattr("minitron_kernels.integrations.lm_eval.TASKS", toys)
     assert main(args) == 0
     out = capfd.readouterr().out
     assert out.strip()

@@ -20,7 +20,9 @@ fewshot_split: train
 doc_to_text: "{{question}}"
 doc_to_choice: "{{choices}}"
 doc_to_target: "{{answer}}"
-metric_list: [{metric: acc}, {metric: acc_norm}]
+metric_list:
+  - {metric: acc, aggregation: mean, higher_is_better: true}
+  - {metric: acc_norm, aggregation: mean, higher_is_better: true}
 """,
     "toy_generate": """
 output_type: generate_until
@@ -28,13 +30,15 @@ fewshot_split: train
 doc_to_text: "Question: {{question}}\\nAnswer:"
 doc_to_target: "{{target}}"
 generation_kwargs: {until: ["e", "\\n\\n"], do_sample: false, max_gen_toks: 12}
-metric_list: [{metric: exact_match}, {metric: bleu}]
+metric_list:
+  - {metric: exact_match, aggregation: mean, higher_is_better: true}
 """,
     "toy_perplexity": """
 output_type: loglikelihood_rolling
 doc_to_text: ""
 doc_to_target: "{{text}}"
-metric_list: [{metric: word_perplexity}, {metric: byte_perplexity}, {metric: bits_per_byte}]
+metric_list:
+  - {metric: bits_per_byte, aggregation: bits_per_byte, higher_is_better: false}
 """,
 }
 

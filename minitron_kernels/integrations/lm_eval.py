@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from lm_eval import utils
+from lm_eval.api.group import Group
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.models.utils import (
@@ -257,8 +258,8 @@ def load_tasks(names: Sequence[str], include_path: Path | None = None) -> list[A
     """Tasks and groups by name, pattern (``mmlu_*``) or path of a YAML file, data sets included.
 
     ``include_path`` is a folder of definitions that come before those of this package and of
-    lm-eval. Raises ValueError for an unknown name, with those that are close, and whatever a
-    definition or its data set raises.
+    lm-eval. Raises ValueError for an unknown name, with those that are close, and for a definition
+    or a data set that cannot be loaded.
     """
     folders = [TASKS] if include_path is None else [TASKS, include_path]
     if include_path is not None and not include_path.is_dir():
@@ -275,7 +276,10 @@ def load_tasks(names: Sequence[str], include_path: Path | None = None) -> list[A
             hint = f"; did you mean {', '.join(near)}?" if near else ""
             raise ValueError(f"unknown task {name!r}{hint}")
         for each in found:
-            part = manager.load([each])
+            try:
+                part = manager.load([each])
+            except Exception as error:  # of YAML, of the task's code, of the data set, of the Hub
+                raise ValueError(f"cannot load task {each!r}: {_told(error)}") from error
             groups = part.get("groups", {})
             loaded |= {each: groups[each]} if each in groups else part["tasks"]
     return list(loaded.values())
@@ -287,6 +291,10 @@ def _find(manager: TaskManager, name: str) -> list[str]:
     if name.endswith((".yaml", ".yml")) and Path(name).is_file():
         return [name]
     return fnmatch.filter(manager.all_tasks, name) if set(name) & set("*?[") else []
+
+
+def _told(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def evaluate(
@@ -311,6 +319,13 @@ def evaluate(
     """
     from lm_eval import simple_evaluate
 
+    for task in tasks:
+        for each in task.get_all_tasks() if isinstance(task, Group) else [task]:
+            if getattr(each, "UNSAFE_CODE", False) and not run_unsafe_code:
+                raise ValueError(
+                    f"task {each.task_name} executes code that the model wrote; to allow it: "
+                    "--run-unsafe-code, run_unsafe_code=True"
+                )
     lm = MinitronLM(model, tokenizer, batch_size=batch_size)
     started = time.perf_counter()
     results: dict[str, Any] = simple_evaluate(
