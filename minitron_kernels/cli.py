@@ -200,7 +200,7 @@ class ModelOptions:
 _model_option = click.option(
     "--model",
     metavar="SOURCE",
-    help="Folder, .gguf file, Hub id, Hub id:QUANT, or one of the names minitron-8b, "
+    help="Folder, .gguf or .nemo file, Hub id, Hub id:QUANT, or one of the names minitron-8b, "
     f"minitron-8b:QUANT, {SMOLLM2}.  [default: {SMOLLM2}]",
 )
 
@@ -814,7 +814,7 @@ def quantize(
     revision: str | None,
     as_json: bool,
 ) -> None:
-    """Write IN (a folder, a .gguf file of floats, a Hub id) as a quantised GGUF file OUT."""
+    """Write IN (a folder, a .gguf file of floats, .nemo, a Hub id) as a quantised GGUF file OUT."""
     with redirect_stdout(sys.stderr):
         from minitron_kernels.loaders.hub import resolve
         from minitron_kernels.quantize import quantize as run

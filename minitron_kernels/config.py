@@ -1,9 +1,10 @@
-"""The shape of a Llama-type model, read from a Hugging Face config.json or from GGUF metadata."""
+"""The shape of a Llama-type model, read from a config.json, GGUF metadata or NeMo's YAML."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -296,6 +297,98 @@ class ModelConfig:
             dtype="bfloat16",
             source=source,
         )
+
+    @classmethod
+    def from_nemo(
+        cls,
+        data: Mapping[str, Any],
+        *,
+        vocab_size: int,
+        dtype: str,
+        bos_token_id: int | None = None,
+        eos_token_ids: tuple[int, ...] = (),
+        source: str = "model_config.yaml",
+    ) -> ModelConfig:
+        """Read the model_config.yaml of a .nemo archive of Megatron's GPT model.
+
+        What it does not say (vocabulary, type, special tokens) is told by the other files. A field
+        that is missing has NeMo's default, which for several is a model that is not computed here.
+        Raises ValueError for a missing or impossible field and NotImplementedError as from_hf does.
+        """
+        numbers = {}
+        for field in ("layernorm_epsilon", "rotary_base", "seq_len_interpolation_factor"):
+            with suppress(TypeError, ValueError):  # YAML takes 1e-5, without a point, for text
+                numbers[field] = float(data[field]) if isinstance(data.get(field), str) else None
+        get = _Reader({**data, **{k: v for k, v in numbers.items() if v is not None}}, source)
+        for field, default, accepted in _NEMO_KINDS:
+            value = data.get(field)
+            value = default if value is None else value
+            if value not in accepted:
+                wanted = ", ".join(map(str, accepted))
+                raise NotImplementedError(
+                    f"{source}: {field} {value!r:.80} is not supported; accepted: {wanted}"
+                )
+        heads, hidden = get.integer("num_attention_heads"), get.integer("hidden_size")
+        head_dim = get.integer("kv_channels", None)
+        if head_dim is None:
+            if heads <= 0 or hidden % heads:
+                raise ValueError(
+                    f"{source}: hidden_size ({hidden}) is not a multiple of num_attention_heads "
+                    f"({heads}), and kv_channels is not given"
+                )
+            head_dim = hidden // heads
+        factor = get.number("seq_len_interpolation_factor", 1.0)
+        return cls(
+            vocab_size=vocab_size,
+            hidden_size=hidden,
+            intermediate_size=get.integer("ffn_hidden_size"),
+            num_hidden_layers=get.integer("num_layers"),
+            num_attention_heads=heads,
+            num_key_value_heads=get.integer("num_query_groups", heads),
+            head_dim=head_dim,
+            max_position_embeddings=get.integer("max_position_embeddings"),
+            rms_norm_eps=get.number("layernorm_epsilon", 1e-5),
+            rope_theta=get.number("rotary_base", 10000.0),
+            rope_factors=None if factor == 1 else (factor,) * (head_dim // 2),
+            tie_word_embeddings=bool(data.get("share_embeddings_and_output_weights", True)),
+            sliding_window=_nemo_window(data.get("window_size"), source),
+            bos_token_id=bos_token_id,
+            eos_token_ids=eos_token_ids,
+            dtype=dtype,
+            source=source,
+        )
+
+
+# Field of model_config.yaml, NeMo's default, and the values that mean what is computed here.
+_NEMO_KINDS: tuple[tuple[str, Any, tuple[Any, ...]], ...] = (
+    ("position_embedding_type", "learned_absolute", ("rope",)),
+    ("normalization", "layernorm", ("rmsnorm",)),
+    ("activation", "gelu", ("fast-swiglu", "swiglu")),
+    ("bias", True, (False,)),
+    ("transformer_block_type", "pre_ln", ("pre_ln",)),
+    ("rotary_percentage", 1.0, (1.0,)),
+    ("rotary_interleaved", False, (False,)),
+    ("num_moe_experts", 0, (0,)),
+    ("qk_layernorm", False, (False,)),
+    ("layernorm_zero_centered_gamma", False, (False,)),
+    ("scale_positional_embedding", False, (False,)),  # Llama 3.1's scaling of RoPE
+)
+
+
+def _nemo_window(value: Any, source: str) -> int | None:
+    """Keys that a query sees, itself included; NeMo counts those to its left and to its right."""
+    if value is None or value == [-1, 0] or value == [-1, -1]:
+        return None
+    if not (
+        isinstance(value, list)
+        and len(value) == 2
+        and all(type(side) is int for side in value)
+        and value[0] >= 0
+        and value[1] == 0
+    ):
+        raise ValueError(f"{source}: window_size must be [keys to the left, 0], got {value!r:.80}")
+    left: int = value[0]
+    return left + 1
 
 
 _REQUIRED: Any = object()

@@ -279,7 +279,7 @@ class MinitronForCausalLM(nn.Module):
     ) -> MinitronForCausalLM:
         """Load a model.
 
-        ``source``: a folder with config.json and safetensors, a .gguf file, a Hub id (also
+        ``source``: a folder with config.json and safetensors, a .gguf or .nemo file, a Hub id (also
         ``repo:QUANT`` and ``repo/file.gguf`` for GGUF repositories), or a built-in name
         (smollm2-135m, minitron-8b, minitron-8b:Q4_K_M). ``dtype`` ("auto": as stored, bfloat16 for
         quantised GGUF) and ``device`` also go by transformers' names torch_dtype and device_map.

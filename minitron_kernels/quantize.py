@@ -7,9 +7,11 @@ more bits. Matrices are read, encoded and written a million weights at a time, o
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import shutil
+import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -29,7 +31,6 @@ from minitron_kernels.loaders import gguf_writer
 from minitron_kernels.loaders.checkpoint import TORCH_DTYPES, Checkpoint, open_checkpoint
 from minitron_kernels.loaders.gguf import GGUFCheckpoint, GGUFFile, gguf_name
 from minitron_kernels.loaders.gguf_writer import TensorHead
-from minitron_kernels.loaders.safetensors import SafetensorsCheckpoint
 from minitron_kernels.quantized import QUANT_TYPES, nonfinite_scale_row
 
 _log = logging.getLogger(__name__)
@@ -84,10 +85,10 @@ def quantize(
 ) -> Report:
     """Write the checkpoint ``source`` as the GGUF file ``out``, of one of MIXES.
 
-    ``source`` is a folder with safetensors, or a GGUF file of F32, F16 or BF16 matrices. ``pure``
-    gives all matrices the mix's base type. ``progress`` shows a bar (None: on a terminal). Memory
-    stays at some 20 MB a thread besides the mapped pages of the source. ``out`` appears when it is
-    complete; an error or Ctrl-C leaves nothing.
+    ``source`` is a folder with safetensors, a .nemo file, or a GGUF file of F32, F16 or BF16
+    matrices. ``pure`` gives all matrices the mix's base type. ``progress`` shows a bar (None: on a
+    terminal). Memory stays at some 20 MB a thread besides the mapped pages of the source. ``out``
+    appears when it is complete; an error or Ctrl-C leaves nothing.
 
     Raises ValueError for an unknown kind, an ``out`` that exists (without ``force``), a damaged or
     quantised source and for weights that are not finite or too large for their type, naming the
@@ -168,8 +169,7 @@ def _open(path: Path) -> Source:
     _check_complete(checkpoint)
     if isinstance(checkpoint, GGUFCheckpoint):
         return _open_gguf(checkpoint)
-    assert isinstance(checkpoint, SafetensorsCheckpoint)
-    return _open_safetensors(checkpoint)
+    return _open_floats(checkpoint)
 
 
 def _check_complete(checkpoint: Checkpoint) -> None:
@@ -184,23 +184,21 @@ def _check_complete(checkpoint: Checkpoint) -> None:
             )
 
 
-def _open_safetensors(checkpoint: SafetensorsCheckpoint) -> Source:
+def _open_floats(checkpoint: Checkpoint) -> Source:
     from minitron_kernels.loaders.tokenizer import Tokenizer
 
     config = checkpoint.config
     tensors = []
+    load = _one_at_a_time(checkpoint)
     for name, shape in config.weight_shapes().items():
         info = checkpoint.tensors[name]
-        stored = checkpoint.load(name, TORCH_DTYPES[info.type])  # a view of the mapped file
-        order = _pair_order(name, config)
-        tensors.append(
-            SourceTensor(gguf_name(name), shape, info.type, info.file, _torch_rows(stored, order))
-        )
+        rows = _torch_rows(functools.partial(load, name), _pair_order(name, config))
+        tensors.append(SourceTensor(gguf_name(name), shape, info.type, info.file, rows))
     if config.rope_factors is not None:
         factors = torch.tensor(config.rope_factors)
         shape = tuple(factors.shape)
         file = Path(config.source)
-        rows = _torch_rows(factors, None)
+        rows = _torch_rows(lambda: factors, None)
         tensors.append(SourceTensor("rope_freqs.weight", shape, "F32", file, rows))
     tokenizer = Tokenizer.from_file(checkpoint.path)
     name = checkpoint.path.resolve().name
@@ -221,12 +219,27 @@ def _pair_order(name: str, config: ModelConfig) -> torch.Tensor | None:
     return rows.view(heads, 2, config.head_dim // 2).transpose(1, 2).flatten()
 
 
-def _torch_rows(
-    stored: torch.Tensor, order: torch.Tensor | None
-) -> Callable[[int, int], npt.NDArray[np.float32]]:
-    matrix = stored if stored.ndim == 2 else stored[None]
+def _one_at_a_time(checkpoint: Checkpoint) -> Callable[[str], torch.Tensor]:
+    """Weights as stored; the last one is kept, for its rows are asked for by several threads."""
+    lock = threading.Lock()
 
+    @functools.lru_cache(maxsize=1)
+    def load(name: str) -> torch.Tensor:
+        return checkpoint.load(name, TORCH_DTYPES[checkpoint.tensors[name].type])
+
+    def locked(name: str) -> torch.Tensor:
+        with lock:
+            return load(name)
+
+    return locked
+
+
+def _torch_rows(
+    load: Callable[[], torch.Tensor], order: torch.Tensor | None
+) -> Callable[[int, int], npt.NDArray[np.float32]]:
     def rows(start: int, end: int) -> npt.NDArray[np.float32]:
+        stored = load()
+        matrix = stored if stored.ndim == 2 else stored[None]
         part = matrix[start:end] if order is None else matrix[order[start:end]]
         if part.dtype == torch.bfloat16:
             return _from_bfloat16(part.view(torch.uint16).numpy())

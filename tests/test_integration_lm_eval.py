@@ -332,7 +332,7 @@ def few_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
     """One of lm-eval's folders in the place of all, whose list takes many seconds."""
     some = Path(harness.__file__).parent / "tasks/hellaswag"
 
-    def manager(include_path: list[Path], include_defaults: bool = True) -> TaskManager:
+    def manager(include_path: Sequence[Path] = (), include_defaults: bool = True) -> TaskManager:
         return TaskManager(include_path=[some, *include_path], include_defaults=False)
 
     monkeypatch.setattr(lm_eval, "TaskManager", manager)

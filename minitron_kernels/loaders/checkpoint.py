@@ -14,6 +14,7 @@ import torch
 
 from minitron_kernels.config import ModelConfig
 from minitron_kernels.devices import free_memory
+from minitron_kernels.loaders.hub import is_nemo
 from minitron_kernels.quantized import QUANT_TYPES, QuantizedTensor, nonfinite_scale_row
 
 if TYPE_CHECKING:
@@ -87,12 +88,18 @@ class Checkpoint(Protocol):
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """Open a folder with config.json and safetensors, or a GGUF file (any part of a split one).
+    """Open a folder of config.json and safetensors, a GGUF file (any part of a split one) or .nemo.
+
+    A folder with model_config.yaml in the place of config.json is an unpacked .nemo file.
 
     Raises OSError when the path is missing, ValueError for a corrupt or incomplete checkpoint
     and NotImplementedError for a model or tensor type this package has no code for.
     """
     path = Path(path)
+    if is_nemo(path):
+        from minitron_kernels.loaders.nemo import NemoCheckpoint
+
+        return NemoCheckpoint(path)
     if path.is_dir():
         from minitron_kernels.loaders.safetensors import SafetensorsCheckpoint
 

@@ -34,7 +34,7 @@ SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db
 
 BUILT_IN = ("minitron-8b", SMOLLM2)
 ACCEPTED = (
-    f"a folder with config.json and .safetensors files, a .gguf file, a built-in name "
+    f"a folder with config.json and .safetensors files, a .gguf or .nemo file, a built-in name "
     f"({BUILT_IN[0]}, {BUILT_IN[0]}:Q4_K_M, {SMOLLM2}) or a Hub id "
     "(org/name, org/name:QUANT, org/name/file.gguf)"
 )
@@ -54,15 +54,15 @@ _SIDE_FILES = re.compile(
 
 
 def resolve(source: str | os.PathLike[str], revision: str | None = None) -> Path:
-    """The checkpoint folder or GGUF file that `source` names, downloaded if need be.
+    """The checkpoint folder, GGUF file or .nemo file that `source` names, downloaded if need be.
 
     Args:
         source: in this order of precedence: a path that exists; a built-in name (`smollm2-135m`,
             `minitron-8b`, `minitron-8b:QUANT`); `org/name`, a Hub repository of safetensors;
             `org/name:QUANT`, the file or split set of a GGUF repository whose name carries that
             quant (any case); `org/name/file.gguf`. What starts with `.`, `/` or `~`, or ends in
-            .gguf or .safetensors, is a path, unless it has the last form and no folder `org`
-            exists here.
+            .gguf, .nemo or .safetensors, is a path, unless it has the last form and no folder
+            `org` exists here.
         revision: branch, tag or commit of a Hub repository; None is its default branch.
 
     Returns:
@@ -110,11 +110,18 @@ def cache_dir() -> Path:
 # ---- local paths
 
 
+def is_nemo(path: Path) -> bool:
+    """Whether ``path`` is a .nemo file or the folder that one unpacks to."""
+    if path.is_dir():
+        return (path / "model_config.yaml").is_file() and not (path / "config.json").exists()
+    return path.suffix.lower() == ".nemo"
+
+
 def _is_path(text: str) -> bool:
     """Whether `text`, which does not exist here, is meant as a path and not as a Hub id."""
     if text.startswith((".", "/", "~")) or ".." in text.split("/"):
         return True
-    if not text.lower().endswith((".gguf", ".safetensors")):
+    if not text.lower().endswith((".gguf", ".nemo", ".safetensors")):
         return False
     hub_id = _HUB_ID.fullmatch(text)
     names_hub_file = hub_id is not None and hub_id["file"] is not None
@@ -122,9 +129,9 @@ def _is_path(text: str) -> bool:
 
 
 def _local(path: Path) -> Path:
-    if not path.is_dir() and path.suffix.lower() != ".gguf":
+    if not path.is_dir() and path.suffix.lower() not in (".gguf", ".nemo"):
         hint = f"; its folder is {str(path.parent)!r}" if path.suffix == ".safetensors" else ""
-        raise ValueError(f"{path}: neither a folder nor a .gguf file{hint}")
+        raise ValueError(f"{path}: neither a folder nor a .gguf or .nemo file{hint}")
     return path
 
 

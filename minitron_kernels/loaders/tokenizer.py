@@ -22,6 +22,7 @@ import tokenizers
 from tokenizers import AddedToken
 
 from minitron_kernels.loaders import byte_level, chat_template
+from minitron_kernels.loaders.hub import is_nemo
 
 if TYPE_CHECKING:
     import torch
@@ -227,7 +228,7 @@ class Tokenizer:
 
     @classmethod
     def from_file(cls, path: str | Path) -> Tokenizer:
-        """Load a folder with tokenizer.json or tekken.json, either file itself, or a .gguf file.
+        """Load a folder with tokenizer.json or tekken.json, either file, a .gguf or a .nemo file.
 
         Beside tokenizer.json these are read where present: tokenizer_config.json,
         special_tokens_map.json, chat_template.jinja, generation_config.json, config.json.
@@ -238,6 +239,10 @@ class Tokenizer:
             NotImplementedError: a GGUF tokenizer of another kind.
         """
         path = Path(path)
+        if is_nemo(path):
+            from minitron_kernels.loaders.nemo import read_tokenizer
+
+            return read_tokenizer(path)
         if path.is_dir():
             for name in ("tokenizer.json", "tekken.json"):
                 if (path / name).is_file():
