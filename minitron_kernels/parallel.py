@@ -139,13 +139,14 @@ def from_first(group: ProcessGroup | None, function: Callable[[], _T]) -> _T:
     """What ``function`` returns or raises in the first rank, which alone calls it, in all ranks."""
     if group is None:
         return function()
-    box: list[Any] = [None]
+    own: _T | None = None
     with together(group):
         if group.rank() == 0:
-            box[0] = function()
-    dist.broadcast_object_list(box, group=group, group_src=0)
-    result: _T = box[0]
-    return result
+            own = function()
+    values: list[Any] = [None] * group.size()
+    dist.all_gather_object(values, own, group)
+    first: _T = values[0]
+    return first
 
 
 def is_first_to_fail() -> bool:
