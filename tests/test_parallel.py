@@ -553,6 +553,16 @@ def test_command_line(smollm2_gguf: Path) -> None:
     assert 0.45 * weights < own < 0.62 * weights
 
 
+@pytest.mark.gpu
+def test_command_line_on_two_gpus(smollm2_gguf: Path) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("fewer than two CUDA devices")
+    args = ["generate", "The capital of France is", "--device", "cuda", "--max-new-tokens", "8"]
+    done = torchrun(*args, "--model", str(smollm2_gguf), "--json")
+    assert done.returncode == 0, done.stderr
+    assert "Paris" in json.loads(done.stdout)["text"]
+
+
 def test_command_line_tells_of_an_error_once(tmp_path: Path) -> None:
     done = torchrun("generate", "hi", "--model", str(tmp_path / "missing.gguf"))
     assert done.returncode != 0
