@@ -386,11 +386,13 @@ class ShardWeights(Weights):
         if part is None:
             return super().load(name)
         if not info.is_quantized_matrix:
-            stored = self.checkpoint.load(name, TORCH_DTYPES[info.type])
-            return convert(cut(stored, *part), self.dtype, info)
-        whole = self.checkpoint.load_quantized(
-            name, interleaved=self.is_interleaved(name), allow_nonfinite=True
-        )
+            stored = TORCH_DTYPES[info.type]
+            dense = cut(self.checkpoint.load(name, stored), *part)
+            if self.checkpoint.copies(name, stored):  # of which the rest need not live on
+                dense = dense.clone(memory_format=torch.contiguous_format)
+            return convert(dense, self.dtype, info)
+        interleaved = self.is_interleaved(name)
+        whole = self.checkpoint.load_quantized(name, interleaved=interleaved, allow_nonfinite=True)
         dim, wanted = part
         block = block_type(info.type).elements if dim == 1 else 1
         blocks = range(wanted.start // block * block, -(-wanted.stop // block) * block)
@@ -399,13 +401,17 @@ class ShardWeights(Weights):
         if not self.allow_nonfinite:
             check_scales(own.blocks, info, first_row=0 if dim else wanted.start)
         if self.stays_quantized(name):
-            return own
+            return own.clone() if self._is_reordered(name) else own
         dense = own.dequantize(self.dtype)
         if not self.allow_nonfinite:
             low, high = dense.aminmax()
             check_finite(float(low), float(high), self.dtype, info)
         first = wanted.start - blocks.start
         return cut(dense, dim, range(first, first + len(wanted))).contiguous()
+
+    def _is_reordered(self, name: str) -> bool:
+        """Whether a quantised matrix comes in another order of rows than the file's, as a copy."""
+        return name.endswith(("q_proj.weight", "k_proj.weight")) and not self.is_interleaved(name)
 
     def _held(self, name: str) -> int:
         """Bytes of this rank's part of a weight."""
@@ -419,11 +425,11 @@ class ShardWeights(Weights):
     def ram_needed(self) -> int:
         total = 0
         for name in self.checkpoint.config.weight_shapes():
-            part, info = self._part(name), self.checkpoint.tensors[name]
+            part = self._part(name)
             if self.stays_quantized(name):
-                is_copied = part is not None and part[0] == 1
+                is_copied = self._is_reordered(name) or (part is not None and part[0] == 1)
             else:
-                is_copied = TORCH_DTYPES.get(info.type) != self.dtype
+                is_copied = self.checkpoint.copies(name, self.dtype)
             total += self._held(name) if is_copied else 0
         return total
 

@@ -23,10 +23,12 @@ from minitron_kernels import MinitronForCausalLM, SamplingParams, cpu_graphs, gr
 from minitron_kernels.cli import main
 from minitron_kernels.generate import Engine, generate, score
 from minitron_kernels.layers import Packable
-from minitron_kernels.parallel import split
+from minitron_kernels.loaders.checkpoint import Weights, open_checkpoint
+from minitron_kernels.parallel import ShardWeights, split
 from minitron_kernels.quant_packing import PackedQuantizedTensor
 from minitron_kernels.quantized import QuantizedTensor
 from tests.emulated_device import emulated
+from tests.nemo_files import nemo_parts, write_tar
 from tests.test_loaders_gguf import in_file_mapping
 from tests.test_model_quantized import METADATA, write_model
 
@@ -245,6 +247,35 @@ def test_tensors_of_no_module_are_left_alone(
     save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
     kind, message = same(ranks(error_of, [source] * 2, {}))
     assert kind == "ValueError" and "tensor model.norm.weight is missing" in message
+
+
+def allocated(source: Path, dtype: torch.dtype) -> tuple[int, int]:
+    """Bytes that the weights of a rank keep outside of the file, and those foretold."""
+    assert dist.group.WORLD is not None
+    weights = ShardWeights.of(Weights(open_checkpoint(source), dtype), dist.group.WORLD)
+    copied = 0
+    for name in weights.checkpoint.config.weight_shapes():
+        weight = weights.load(name)
+        stored = weight.blocks if isinstance(weight, QuantizedTensor) else weight
+        if not in_file_mapping(stored, weights.checkpoint.tensors[name].file):
+            copied += stored.untyped_storage().nbytes()
+    return copied, weights.ram_needed()
+
+
+def test_memory_is_foretold_for_every_format(
+    ranks: Ranks, make_hf_model: Callable[..., Any], quantized: Path, tmp_path: Path
+) -> None:
+    """And what is copied is this rank's part only."""
+    hf_model, folder = make_hf_model(vocab_size=332)
+    config = json.loads((folder / "config.json").read_text())
+    parts = nemo_parts(dict(hf_model.state_dict()), config)
+    nemo = write_tar(tmp_path / "model.nemo", parts)
+    for source in (folder, nemo, quantized):
+        for dtype in (torch.float32, torch.bfloat16):
+            for copied, foretold in ranks(allocated, source, dtype):
+                assert copied == foretold, (source, dtype)
+    ids = torch.tensor([[1, 300, 17, 45]])
+    assert torch.equal(same(ranks(logits_of, nemo, ids)), same(ranks(logits_of, folder, ids)))
 
 
 def other_calls(source: Path) -> tuple[Any, ...]:

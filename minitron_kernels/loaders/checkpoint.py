@@ -77,6 +77,10 @@ class Checkpoint(Protocol):
         """
         ...
 
+    def copies(self, name: str, dtype: torch.dtype) -> bool:
+        """Whether `load` allocates the weight, and does not return a view of the mapped file."""
+        ...
+
     def ram_needed(
         self, dtype: torch.dtype, *, keep_quantized: bool = False, interleaved: bool = False
     ) -> int:

@@ -429,16 +429,19 @@ class GGUFCheckpoint:
             blocks = torch.from_numpy(_unpermute_rows(rows, heads, info))
         return QuantizedTensor(blocks, info.type, info.shape)
 
+    def copies(self, name: str, dtype: torch.dtype) -> bool:
+        """See Checkpoint.copies."""
+        return TORCH_DTYPES.get(self.tensors[name].type) != dtype or self._permuted_heads(name) > 0
+
     def ram_needed(
         self, dtype: torch.dtype, *, keep_quantized: bool = False, interleaved: bool = False
     ) -> int:
         """See Checkpoint.ram_needed."""
         total = 0
         for name, info in self.tensors.items():
-            permuted = self._permuted_heads(name) > 0
             if keep_quantized and info.is_quantized_matrix:
-                total += info.nbytes if permuted and not interleaved else 0
-            elif TORCH_DTYPES.get(info.type) != dtype or permuted:
+                total += 0 if interleaved or not self._permuted_heads(name) else info.nbytes
+            elif self.copies(name, dtype):
                 total += info.numel * dtype.itemsize
         return total
 

@@ -100,19 +100,24 @@ class NemoCheckpoint:
         info = check_load_quantized(self, name)
         raise AssertionError(f"{info.type} passed for a quantised type")
 
+    def copies(self, name: str, dtype: torch.dtype) -> bool:
+        """See Checkpoint.copies."""
+        part = self._parts[name]
+        joined = part.axis is not None and len(self._ranks) > 1
+        is_view = self._find(self._ranks[0], part.names).is_view
+        split = part.of_qkv and self.config.num_key_value_heads > 1
+        is_converted = TORCH_DTYPES[self.tensors[name].type] != dtype
+        return joined or split or not is_view or is_converted
+
     def ram_needed(
         self, dtype: torch.dtype, *, keep_quantized: bool = False, interleaved: bool = False
     ) -> int:
         """See Checkpoint.ram_needed."""
-        total = 0
-        for name, info in self.tensors.items():
-            part = self._parts[name]
-            joined = part.axis is not None and len(self._ranks) > 1
-            is_view = self._find(self._ranks[0], part.names).is_view
-            split = part.of_qkv and self.config.num_key_value_heads > 1
-            if joined or split or not is_view or TORCH_DTYPES[info.type] != dtype:
-                total += info.numel * dtype.itemsize
-        return total
+        return sum(
+            info.numel * dtype.itemsize
+            for name, info in self.tensors.items()
+            if self.copies(name, dtype)
+        )
 
     def _describe(self, name: str, shape: tuple[int, ...]) -> TensorInfo:
         """The tensor under its Hugging Face name; the ranks' parts of it are checked."""

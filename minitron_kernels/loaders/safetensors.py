@@ -67,14 +67,18 @@ class SafetensorsCheckpoint:
         info = check_load_quantized(self, name)
         raise AssertionError(f"{info.type} passed for a quantised type")
 
+    def copies(self, name: str, dtype: torch.dtype) -> bool:
+        """See Checkpoint.copies."""
+        return TORCH_DTYPES[self.tensors[name].type] != dtype
+
     def ram_needed(
         self, dtype: torch.dtype, *, keep_quantized: bool = False, interleaved: bool = False
     ) -> int:
         """See Checkpoint.ram_needed."""
         return sum(
             info.numel * dtype.itemsize
-            for info in self.tensors.values()
-            if TORCH_DTYPES[info.type] != dtype
+            for name, info in self.tensors.items()
+            if self.copies(name, dtype)
         )
 
     def _add(self, file: Path, names: list[str] | None) -> None:
