@@ -73,8 +73,11 @@ def dispatched(x: torch.Tensor, w: torch.Tensor, out: torch.Tensor) -> Callable[
 
 
 @pytest.mark.parametrize("layer", [c_call, binding, eager, dispatched], ids=lambda f: f.__name__)
-def bench_call(layer: Callable[..., Any], tensors: Any, benchmark: Any) -> None:
+def bench_call(
+    layer: Callable[..., Any], tensors: Any, benchmark: Any, request: pytest.FixtureRequest
+) -> None:
     call = layer(*tensors)
     status = call()
     assert isinstance(status, torch.Tensor) or not status
-    benchmark.pedantic(call, rounds=200, iterations=500, warmup_rounds=2)
+    rounds = 1 if request.config.getoption("--smoke") else 200
+    benchmark.pedantic(call, rounds=rounds, iterations=500, warmup_rounds=1)

@@ -22,7 +22,7 @@ from typing import Any
 import click
 
 from bench.accounting import RESOURCES, Case, Measured, issued, measure, ratios, times
-from bench.architectures import ARCHITECTURES, Architecture
+from minitron_kernels.architectures import ARCHITECTURES, Architecture
 from bench.cases import all_cases, supported
 from bench.sass import find_tool
 from minitron_kernels import native
@@ -57,7 +57,7 @@ leaves out (masks, rescaling of the accumulator, but also the loads of a tile th
 so that the first number is a lower bound.
 
 **Modelled**: the time that each resource needs for what was counted at its published rate
-(`bench/architectures.py`).
+(`minitron_kernels/architectures.py`).
 
 | resource | work | rate |
 |---|---|---|

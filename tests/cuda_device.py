@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
 from minitron_kernels import cuda_attention, cuda_ops, native
@@ -59,6 +59,8 @@ class EmulatedMemory(TorchDispatchMode):
         return result
 
     def add(self, tensor: Tensor) -> None:
+        if is_traceable_wrapper_subclass(tensor):  # quantised: what it wraps has come by itself
+            return
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in self.storages and storage.nbytes():
             self.storages[storage.data_ptr()] = storage  # kept: its address is not used again

@@ -12,7 +12,7 @@ import torch
 
 from bench import accounting, cases, modelled, sass
 from bench.accounting import Binary, Case, Plan
-from bench.architectures import ARCHITECTURES
+from minitron_kernels.architectures import ARCHITECTURES
 from minitron_kernels import native
 from tests import native_abi as abi
 from tests.emulator import Counters
@@ -30,6 +30,7 @@ PEAKS = {  # dense bf16 TFLOP/s, TB/s, SMs, as published
     "L40S": (362, 0.864, 142),
     "RTX 4090": (165, 1.008, 128),
     "H100": (989, 3.35, 132),
+    "H200": (989, 4.8, 132),
     "B200": (2250, 8.0, 148),
 }
 

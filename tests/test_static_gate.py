@@ -13,7 +13,7 @@ import pytest
 
 from bench import sass
 from bench.accounting import Case, Plan, mma_flop
-from bench.architectures import ARCHITECTURES
+from minitron_kernels.architectures import ARCHITECTURES
 from bench.cases import all_cases, is_peer, linear, ptx_by_entry, supported
 from minitron_kernels import native
 from tests.native_emulator import ARCHS, BUILT, kernel_file

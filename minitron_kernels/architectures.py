@@ -8,6 +8,7 @@ Guide, arithmetic throughput and compute capabilities). `l2_tb_s` is published f
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 WARP_SCHEDULERS = 4  # each issues one warp-instruction per clock
@@ -66,7 +67,17 @@ ARCHITECTURES = {
                      100 << 10, 99 << 10, 1536, 24),
         Architecture("H100", "90a", 132, 1.83, 4096, 3.35, 5.6, "believed",
                      228 << 10, 227 << 10, 2048, 32),
+        Architecture("H200", "90a", 132, 1.83, 4096, 4.8, 5.6, "believed",
+                     228 << 10, 227 << 10, 2048, 32),
         Architecture("B200", "100a", 148, 1.855, 8192, 8.0, 10.0, "believed",
                      228 << 10, 227 << 10, 2048, 32),
     )
 }  # fmt: skip
+
+
+def find(device_name: str) -> Architecture | None:
+    """The row of a device by the name that its driver gives, such as "NVIDIA H100 80GB HBM3"."""
+    for name, gpu in ARCHITECTURES.items():
+        if re.search(rf"\b{name}\b", device_name):
+            return gpu
+    return None

@@ -1,0 +1,125 @@
+"""What a run was measured on: names, clocks, caches, and the peaks that shares are of."""
+
+from __future__ import annotations
+
+import functools
+import os
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from minitron_kernels import architectures, bench, info
+
+ROOT = Path(__file__).resolve().parent.parent
+EMULATED = "emulated"  # the arch of records whose times mean nothing
+CLOCKS = "clocks.sm,clocks.mem,clocks.max.sm,power.draw,temperature.gpu,clocks_event_reasons.active"
+
+
+def name(device: str) -> str:
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    if device == "emulated":
+        return "PTX emulator"
+    about = info.cpu_info()
+    return f"{about['name']}, {about['threads']} threads"
+
+
+def arch(device: str) -> str:
+    """ "sm_90", "avx512", or "emulated"."""
+    if device == "cuda":
+        return "sm_{}{}".format(*torch.cuda.get_device_capability())
+    if device == "emulated":
+        return EMULATED
+    from minitron_kernels import _native
+
+    return str(_native.cpu_isa())
+
+
+def describe(device: str) -> dict[str, Any]:
+    """The head of a results file."""
+    found: dict[str, Any] = {
+        "device": name(device),
+        "commit": commit(),
+        "when": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+        "versions": info.versions() | {"cuda": torch.version.cuda},
+        "threads": torch.get_num_threads(),
+        "wait_policy": os.environ.get("OMP_WAIT_POLICY"),
+        "cache_bytes": cache_bytes(device),
+    }
+    if device == "cuda":
+        properties = torch.cuda.get_device_properties(0)
+        found["multiprocessors"] = properties.multi_processor_count
+        found["memory_bytes"] = properties.total_memory
+    if device != "emulated":
+        for dtype in ("bfloat16", "float32"):
+            flop, num_bytes = peaks(device, dtype)
+            found[f"peak_tflop_s_{dtype}"] = flop and flop / 1e12
+            found["peak_gb_s"] = num_bytes and num_bytes / 1e9
+    return found
+
+
+def commit() -> str | None:
+    """Of the source tree, with a + if it was changed; None outside of a repository."""
+    git = ["git", "-C", str(ROOT)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True)
+        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True)
+    except OSError:
+        return None
+    return head.stdout.strip() + "+" * bool(changed.stdout.strip()) or None
+
+
+def clocks(device: str) -> dict[str, str] | None:
+    """The GPU's clocks, power, temperature and what throttles it, as nvidia-smi tells them now."""
+    if device != "cuda":
+        return None
+    command = ["nvidia-smi", "-i", "0", f"--query-gpu={CLOCKS}", "--format=csv,noheader"]
+    try:
+        told = subprocess.run(command, capture_output=True, text=True, timeout=5).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return dict(zip(CLOCKS.split(","), (v.strip() for v in told.split(",")), strict=False))
+
+
+@functools.cache
+def cache_bytes(device: str) -> int:
+    """Of the last-level cache, 32 MiB if nobody tells."""
+    if device == "cuda":
+        return int(getattr(torch.cuda.get_device_properties(0), "L2_cache_size", 64 << 20))
+    sizes = [0]
+    for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        text = file.read_text().strip()
+        sizes.append(int(text.rstrip("KMG")) << {"K": 10, "M": 20, "G": 30}.get(text[-1], 0))
+    return max(sizes) or 32 << 20
+
+
+@functools.cache
+def peaks(device: str, dtype: str) -> tuple[float | None, float | None]:
+    """(FLOP/s of matrix products, bytes/s of memory): published for a GPU of the table, measured
+    for a CPU, by PyTorch's product of 2048 x 2048 matrices and by reading memory. None: unknown,
+    or it does not matter (fp32 on a GPU, bytes)."""
+    if device == "emulated":
+        return None, None
+    if device == "cuda":
+        gpu = architectures.find(name(device))
+        if gpu is None:
+            return None, None
+        return (None if dtype == "float32" else gpu.tensor_tflop_s * 1e12), gpu.dram_tb_s * 1e12
+    return _cpu_flop(dtype), bench.read_bandwidth()
+
+
+@functools.cache
+def _cpu_flop(dtype: str) -> float | None:
+    if not getattr(torch, dtype).is_floating_point:
+        return None
+    size = 2048
+    x, y = (torch.randn(size, size, dtype=getattr(torch, dtype)) for _ in range(2))
+    best = float("inf")
+    for _ in range(5):
+        started = time.perf_counter()
+        torch.mm(x, y)
+        best = min(best, time.perf_counter() - started)
+    return 2 * size**3 / best
