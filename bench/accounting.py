@@ -20,7 +20,12 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from bench import sass
-from minitron_kernels.architectures import EXP2_PER_CLOCK, L2_BYTES_PER_CLOCK, WARP_SCHEDULERS, Architecture
+from minitron_kernels.architectures import (
+    EXP2_PER_CLOCK,
+    L2_BYTES_PER_CLOCK,
+    WARP_SCHEDULERS,
+    Architecture,
+)
 from tests.emulator import Counters
 
 SECTOR = 32  # bytes

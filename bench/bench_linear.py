@@ -11,9 +11,7 @@ from minitron_kernels import ops
 from minitron_kernels.config import ModelConfig
 
 
-def bench_linear(
-    matrix: str, m: int, dtype: str, config: ModelConfig, compare: Comparison
-) -> None:
+def bench_linear(matrix: str, m: int, dtype: str, config: ModelConfig, compare: Comparison) -> None:
     n, k = shapes.matrices(config)[matrix]
     x = randn(m, k, dtype=dtype, device=compare.device)
     w = randn(n, k, dtype=dtype, device=compare.device, scale=0.02)

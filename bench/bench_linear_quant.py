@@ -28,9 +28,7 @@ def bench_linear_quant(
     moved = blocks.nbytes + 2 * quant_m * (n + k)
     flop = 2 * quant_m * n * k
     compare(
-        Case(
-            f"linear {kind}", "bfloat16", f"{quant_matrix} {n} x {k} M {quant_m}", moved, flop
-        ),
+        Case(f"linear {kind}", "bfloat16", f"{quant_matrix} {n} x {k} M {quant_m}", moved, flop),
         ours=lambda: ops.linear(x, w),
         eager=lambda: F.linear(x, dense),
         dequantised=lambda: F.linear(x, stored.dequantize(x.dtype)),

@@ -1,4 +1,4 @@
-"""The kernels and shapes of docs/modelled.md: Minitron-8B's, and Triton's kernels beside them.
+"""This project's kernels at Minitron-8B's shapes, as cases of the accounting.
 
 Each case is made of units that hold the same numbers (accounting.py). Inputs that steer branches
 (q and k of attention, whose largest logits decide on rescaling) are normal; all others are 0, which
@@ -11,30 +11,27 @@ import ctypes
 import functools
 import math
 import re
-import subprocess
-import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import triton
-from triton import language as tl
 
-from bench import triton_peers
 from bench.accounting import Bar, Binary, Case, Plan, compiled
+from bench.shapes import MINITRON, PAGE_SIZE, matrices
 from minitron_kernels import native
 from tests import native_abi as abi
-from tests.emulator import Counters, Emulator, triton_cases, triton_kernels
+from tests.emulator import Counters
 from tests.native_emulator import dtype_id, kernel_file, ptx_of, run
 
 Tensor = torch.Tensor
 BF16 = torch.bfloat16
-HIDDEN, Q_HEADS, KV_HEADS, HEAD_DIM, MLP, VOCAB = 4096, 32, 8, 128, 11520, 131072
+HIDDEN, MLP, VOCAB = MINITRON.hidden_size, MINITRON.intermediate_size, MINITRON.vocab_size
+Q_HEADS, KV_HEADS = MINITRON.num_attention_heads, MINITRON.num_key_value_heads
+HEAD_DIM, MATRICES = MINITRON.head_dim, matrices(MINITRON)
 GROUP = Q_HEADS // KV_HEADS
-PAGE_SIZE, MAX_POSITION = 16, 8200  # of the cache; the longest context and a few tokens more
+MAX_POSITION = 8200  # the longest context and a few tokens more
+ALL_ARCHS = ("80", "89", "90a", "100a")
 SOFTMAX_SCALE = HEAD_DIM**-0.5
 ALIGNMENT = 256
 
@@ -256,6 +253,7 @@ def decode(batch: int, context: int) -> Case:
         compulsory_bytes=batch * (new + 2 * 2 * context * KV_HEADS * HEAD_DIM),
         flop=batch * 4 * (context + 1) * HEAD_DIM * Q_HEADS,
         bars=(Bar("dram", 1.03), COALESCED, CONFLICT_FREE),
+        archs=ALL_ARCHS,
     )
 
 
@@ -309,6 +307,7 @@ def linear(name: str, n: int, k: int, m: int) -> Case:
         compulsory_bytes=2 * (m * k + n * k) + m * columns_out * out_dtype.itemsize,
         flop=2 * m * n * k,
         bars=(bar, COALESCED, CONFLICT_FREE),
+        archs=ALL_ARCHS if m == 1 and name in ("o", "gate_up") else ("80", "89"),
     )
 
 
@@ -325,6 +324,7 @@ def rows_case(op: str, rows: int, shape: str, moved: int, build: Build) -> Case:
         exact_units=rows,
         compulsory_bytes=moved,
         bars=(COALESCED,),
+        archs=ALL_ARCHS,
     )
 
 
@@ -387,139 +387,3 @@ def embedding(rows: int) -> Case:
 
     moved = rows * (8 + 2 * 2 * HIDDEN)
     return rows_case("embedding", rows, f"{rows} x {HIDDEN}", moved, build)
-
-
-# --------------------------------------------------------------------------------- Triton's kernels
-
-
-@dataclass(frozen=True)
-class TritonKernel:
-    """A Triton kernel with its tile, compiled for sm_80. build(units) -> Problem without
-    reference: that the emulator runs Triton's code rightly is what test_emulator_triton shows."""
-
-    kernel: Any
-    constexprs: dict[str, Any]
-    build: Callable[[int], Any]
-    num_warps: int
-    num_stages: int
-
-    @functools.cached_property
-    def compiled(self) -> Any:
-        case = triton_cases.Case(
-            self.kernel.__name__, self.kernel, self.constexprs, lambda _: self.build(1),
-            num_warps=self.num_warps, num_stages=self.num_stages,
-        )  # fmt: skip
-        return triton_cases.compile_case(case, 80)
-
-    def plan(self, arch: str, units: int) -> Plan:
-        compiled = self.compiled
-        return Plan(compiled.name, self.build(units).grid, compiled.block, compiled.smem)
-
-    def run(self, arch: str, units: int) -> Counters:
-        compiled, problem = self.compiled, self.build(units)
-        kernel = Emulator(f"sm_{arch}").load(compiled.ptx).kernel(compiled.name)
-        args = compiled.args(problem)
-        return kernel.launch(problem.grid, compiled.block, args, smem=compiled.smem)
-
-    def binary(self, arch: str, plan: Plan) -> Binary:
-        ptxas = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
-        with tempfile.TemporaryDirectory() as folder:
-            ptx, cubin = Path(folder) / "kernel.ptx", Path(folder) / "kernel.cubin"
-            ptx.write_text(self.compiled.ptx)
-            command = [ptxas, "-v", f"--gpu-name=sm_{arch}", ptx, "-o", cubin]
-            said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-            registers = int(re.search(r"Used (\d+) registers", said)[1])
-            return compiled(self.compiled.name, self.compiled.ptx, registers, 0, cubin)
-
-
-def triton_attention(rows: int, causal: bool) -> Case:
-    """A unit is a KV head with its 4 query heads."""
-    tile, warps, stages = (128, 64), 8, 2
-
-    def build(units: int) -> triton_cases.Problem:
-        same = {"units": units, "dim": 1, "filled": True}
-        q = normal(rows, units * GROUP, HEAD_DIM, seed=1, **same)
-        k, v = (normal(rows, units, HEAD_DIM, seed=s, **same) for s in (2, 3))
-        out, scale = zeros(*q.shape), SOFTMAX_SCALE * math.log2(math.e)
-        strides = [q.stride(0), k.stride(0)]
-        grid = (units * GROUP, rows // tile[0], 1)
-        return triton_cases.Problem([q, k, v, out, rows, *strides, scale], grid, out, out)
-
-    constexprs = {"GROUP": GROUP, "CAUSAL": causal, "HEAD_DIM": HEAD_DIM, "BLOCK_M": tile[0]}
-    constexprs["BLOCK_N"] = tile[1]
-    return triton_case(
-        TritonKernel(triton_peers.flash_attention, constexprs, build, warps, stages),
-        tile,
-        group="prefill attention",
-        shape=f"{rows} x {rows} {'causal' if causal else 'full'}",
-        units=KV_HEADS,
-        compulsory_bytes=2 * 2 * rows * HEAD_DIM * (Q_HEADS + KV_HEADS),
-        flop=attention_flop(rows, causal),
-        work=causal_work(rows, Q_HEADS) if causal else None,
-    )
-
-
-def triton_matmul(
-    name: str, n: int, k: int, m: int, tile: tuple[int, int, int], warps: int, stages: int
-) -> Case:
-    """No epilogue; w as [k, n]. A unit is a column of tiles."""
-
-    def build(units: int) -> triton_cases.Problem:
-        width = units * tile[1]
-        x, w, out = zeros(m, k), zeros(k, width), zeros(m, width)
-        grid = (-(-m // tile[0]), units, 1)
-        return triton_cases.Problem([x, w, out, m, width, k], grid, out, out)
-
-    constexprs = dict(zip(("BLOCK_M", "BLOCK_N", "BLOCK_K"), tile, strict=True))
-    constexprs |= {"ACC": tl.float32, "PRECISION": "tf32"}
-    return triton_case(
-        TritonKernel(triton_kernels.matmul, constexprs, build, warps, stages),
-        tile,
-        group="GEMM, few rows" if m <= 16 else "GEMM",
-        shape=f"{name} {n} x {k}, M {m}",
-        units=n // tile[1],
-        compulsory_bytes=2 * (m * k + n * k + m * n),
-        flop=2 * m * n * k,
-    )
-
-
-def triton_case(kernel: TritonKernel, tile: tuple[int, ...], **options: Any) -> Case:
-    name = f"Triton {kernel.kernel.__name__} {'x'.join(map(str, tile))}, {kernel.num_warps} warps"
-    return Case(
-        kernel=name,
-        plan=kernel.plan,
-        run=kernel.run,
-        binary=kernel.binary,
-        archs=("80",),
-        **options,
-    )
-
-
-# ---------------------------------------------------------------------------------------- the table
-
-MATRICES = {
-    "qkv": (6144, HIDDEN),
-    "o": (HIDDEN, HIDDEN),
-    "gate_up": (2 * MLP, HIDDEN),
-    "down": (HIDDEN, MLP),
-    "lm_head": (VOCAB, HIDDEN),
-}
-
-
-def all_cases() -> list[Case]:
-    cases = []
-    for rows in (1024, 2048, 8192):
-        for causal in (False, True):
-            cases += [prefill(rows, causal), triton_attention(rows, causal)]
-    cases += [prefill(2048, True, paged=True), prefill(2048, True, rope=True)]
-    cases += [decode(batch, context) for context in (1024, 8192) for batch in (1, 8, 64)]
-    for m in (1, 8, 16):
-        cases += [linear(name, *shape, m) for name, shape in MATRICES.items()]
-    cases.append(triton_matmul("o", *MATRICES["o"], 16, (16, 128, 64), 4, 4))
-    for m in (512, 2048):
-        cases += [linear(name, *shape, m) for name, shape in MATRICES.items()]
-    cases.append(triton_matmul("gate_up", *MATRICES["gate_up"], 2048, (128, 256, 64), 8, 3))
-    for rows in (1, 64, 2048):
-        cases += [rms_norm(rows, False), rms_norm(rows, True), apply_rope(rows)]
-        cases += [silu_and_mul(rows), embedding(rows)]
-    return cases

@@ -65,7 +65,7 @@ def layer(
     x: Tensor, weights: dict[str, Tensor], cos: Tensor, sin: Tensor, k_cache: Tensor,
     v_cache: Tensor, start: int,
 ) -> Tensor:  # fmt: skip
-    """A decoder layer. x [B, S, H]; caches [B, Hk, L, D] with `start` tokens, S more are written."""
+    """A decoder layer. x [B, S, H]; caches [B, Hk, L, D] with `start` tokens get S more."""
     batch, new, hidden = x.shape
     kv_heads, dim = k_cache.shape[1], k_cache.shape[3]
     normed = rms_norm(x, weights["input_norm"])

@@ -139,10 +139,12 @@ def captured(call: Call) -> Call:
 
 def relative_error(result: Any, expected: Any) -> float:
     """In the 2-norm, of all tensors of a result together."""
-    got, want = (
-        torch.cat([t.detach().float().flatten().cpu() for t in (r if isinstance(r, tuple) else (r,))])
-        for r in (result, expected)
-    )  # fmt: skip
+
+    def flat(value: Any) -> Tensor:
+        parts = value if isinstance(value, tuple) else (value,)
+        return torch.cat([t.detach().float().flatten().cpu() for t in parts])
+
+    got, want = flat(result), flat(expected)
     return float((got - want).norm() / want.norm().clamp_min(1e-30))
 
 
@@ -253,7 +255,8 @@ class Comparison:
         return {
             "op": case.op, "arch": machine.arch(self.settings.device), "dtype": case.dtype,
             "shape": case.shape, "flop": case.flop, "num_bytes": case.num_bytes,
-            "candidates": entries, "left_out": reasons, "clocks": machine.clocks(self.settings.device),
+            "candidates": entries, "left_out": reasons,
+            "clocks": machine.clocks(self.settings.device),
         }  # fmt: skip
 
 
@@ -284,9 +287,10 @@ def line(record: dict[str, Any]) -> str:
     entries = record["candidates"]
     what = " ".join(record[key] for key in ("op", "arch", "dtype", "shape"))
     if record["arch"] == machine.EMULATED:
-        return f"{what} | emulated: no time | result as {', '.join(k for k in entries if k != 'ours')}"
+        others = ", ".join(name for name in entries if name != "ours")
+        return f"{what} | emulated: no time | same result as {others}"
     ours = entries["ours"]
-    others = {k: v for k, v in entries.items() if k not in ("ours", "ours, graph")}
+    rivals = {k: v for k, v in entries.items() if k not in ("ours", "ours, graph")}
     cells = [
         what,
         f"{ours['us']:.1f} us ({ours['us_low']:.1f}-{ours['us_high']:.1f})",
@@ -298,10 +302,10 @@ def line(record: dict[str, Any]) -> str:
         cells[1] += f", in a graph {entries['ours, graph']['us']:.1f}"
     if "eager" in entries:
         cells.append(f"{entries['eager']['us'] / ours['us']:.2f} x eager")
-    if others:
-        best = min(others, key=lambda name: others[name]["us"])
+    if rivals:
+        best = min(rivals, key=lambda name: rivals[name]["us"])
         mine = min(entries[k]["us"] for k in ("ours", "ours, graph") if k in entries)
-        cells.append(f"{others[best]['us'] / mine:.2f} x best ({best})")
+        cells.append(f"{rivals[best]['us'] / mine:.2f} x best ({best})")
     return " | ".join(cells)
 
 

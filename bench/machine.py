@@ -63,13 +63,16 @@ def describe(device: str) -> dict[str, Any]:
 
 def commit() -> str | None:
     """Of the source tree, with a + if it was changed; None outside of a repository."""
-    git = ["git", "-C", str(ROOT)]
+
+    def git(*args: str) -> str:
+        command = ["git", "-C", str(ROOT), *args]
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+
     try:
-        head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True)
-        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True)
+        changed = bool(git("status", "--porcelain", "-uno"))
+        return git("rev-parse", "--short=12", "HEAD") + "+" * changed or None
     except OSError:
         return None
-    return head.stdout.strip() + "+" * bool(changed.stdout.strip()) or None
 
 
 def clocks(device: str) -> dict[str, str] | None:

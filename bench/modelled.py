@@ -15,22 +15,42 @@ import json
 import math
 import os
 import time
-from dataclasses import asdict
+from collections.abc import Iterator
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 import click
 
-from bench.accounting import RESOURCES, Case, Measured, issued, measure, ratios, times
-from minitron_kernels.architectures import ARCHITECTURES, Architecture
-from bench.cases import all_cases, supported
-from bench.sass import find_tool
+from bench.accounting import (
+    RESOURCES,
+    Binary,
+    Case,
+    Measured,
+    Plan,
+    issued,
+    measure,
+    ratios,
+    times,
+)
+from bench.case_table import all_cases
+from bench.cases import supported
+from bench.sass import MainLoop, find_tool
 from minitron_kernels import native
+from minitron_kernels.architectures import ARCHITECTURES, Architecture
+from tests.emulator import CLASSES, Counters
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results" / "modelled.json"
 PAGE = ROOT / "docs" / "modelled.md"
-DEVICES = {"80": ARCHITECTURES["A100"], "89": ARCHITECTURES["L40S"]}
+# The GPUs of each arch. Launches are planned for the first one.
+DEVICES = {
+    "80": ("A100",),
+    "89": ("L40S", "RTX 4090"),
+    "90a": ("H100", "H200"),
+    "100a": ("B200",),
+}
+DETAILED = {arch: names[:1] for arch, names in DEVICES.items()}  # in docs/modelled.md
 
 # Why a bar is missed, by the start of the case's id and the metric.
 NOTES = {
@@ -94,41 +114,80 @@ tensor time on the A100 <= 0.40 for attention, 0.44 causal, 0.28 for products wi
 
 Row = dict[str, Any]
 
+MEMORY_COUNTERS = tuple(f.name for f in fields(Counters) if f.name not in ("issued", "lanes"))
 
-def row_of(case: Case, arch: str, m: Measured) -> Row:
-    """Everything that the page says of a case on an architecture."""
-    gpu = DEVICES[arch]
+
+def stored(case: Case, arch: str, m: Measured) -> Row:
+    """What the results file keeps of a measurement: what was counted. All else is derived."""
+    c = m.counters
+    return {
+        "case": case.id, "arch": arch, "entry": m.plan.entry, "grid": list(m.plan.grid),
+        "block": list(m.plan.block), "smem": m.plan.smem_bytes, "emulated": list(m.emulated_units),
+        "registers": m.binary.registers, "static_smem": m.binary.smem_bytes,
+        "mma_flop": m.binary.mma_flop,
+        "loop": asdict(m.binary.loop) if m.binary.loop else None,
+        "issued": {k: n for k, n in c.issued.items() if n}, "exp2_lanes": c.lanes["mufu"],
+        "memory": [getattr(c, name) for name in MEMORY_COUNTERS],
+    }  # fmt: skip
+
+
+def loaded(row: Row) -> Measured:
+    """`stored` undone, but for the lanes of other instructions than exp2."""
+    zero = dict.fromkeys(CLASSES, 0)
+    counters = Counters(
+        zero | row["issued"], zero | {"mufu": row["exp2_lanes"]},
+        **dict(zip(MEMORY_COUNTERS, row["memory"], strict=True)),
+    )  # fmt: skip
+    loop = MainLoop(**row["loop"]) if row["loop"] else None
+    binary = Binary(row["registers"], row["static_smem"], row["mma_flop"], loop)
+    plan = Plan(row["entry"], tuple(row["grid"]), tuple(row["block"]), row["smem"])
+    return Measured(plan, binary, counters, tuple(row["emulated"]))
+
+
+def derived(case: Case, arch: str, m: Measured, gpu: Architecture) -> Row:
+    """Everything that a page says of a case on a GPU."""
     metrics = ratios(m, case, gpu)
     threads = math.prod(m.plan.block)
     smem = m.plan.smem_bytes + m.binary.smem_bytes
     return {
         "group": case.group, "kernel": case.kernel, "shape": case.shape, "device": gpu.name,
-        "entry": m.plan.entry, "grid": list(m.plan.grid), "threads": threads, "smem_bytes": smem,
+        "entry": m.plan.entry, "grid": m.plan.grid, "threads": threads, "smem_bytes": smem,
         "registers": m.binary.registers,
         "blocks_per_sm": gpu.occupancy(threads, m.binary.registers, smem),
-        "units": case.units, "emulated_units": list(m.emulated_units),
         "compulsory_bytes": case.compulsory_bytes, "flop": case.flop,
-        "counters": asdict(m.counters), "issued": issued(m.counters),
+        "issued": issued(m.counters),
         "sass_loop": asdict(m.binary.loop) if m.binary.loop else None,
-        "metrics": {k: None if v is None else round(v, 4) for k, v in metrics.items()},
-        "times_us": {k: round(v, 4) for k, v in times(m, case, gpu).items()},
+        "metrics": metrics, "times_us": times(m, case, gpu),
         "bars": [asdict(bar) for bar in case.bars if bar.applies(arch, m.plan.entry)],
     }  # fmt: skip
 
 
-def produce(cases: list[Case], archs: tuple[str, ...]) -> list[Row]:
-    rows = []
-    for number, case in enumerate(cases, 1):
-        for arch in (a for a in case.archs if a in archs):
-            if not supported(case, arch):
-                click.echo(f"[{number}/{len(cases)}] {case.id} sm_{arch}: not in this build")
-                continue
-            start = time.perf_counter()
-            rows.append(row_of(case, arch, measure(case, arch)))
-            took = time.perf_counter() - start
-            click.echo(f"[{number}/{len(cases)}] {case.id} sm_{arch}: {took:.1f} s", nl=False)
-            click.echo(f", {bound_text(rows[-1])}")
-    return rows
+def rows_of(results: dict[str, Any], devices: dict[str, tuple[str, ...]]) -> list[Row]:
+    """The derived rows of stored ones, in the order of the cases, on the GPUs of each arch."""
+    kept = {(row["case"], row["arch"]): row for row in results["rows"]}
+    return [
+        derived(case, arch, loaded(kept[case.id, arch]), ARCHITECTURES[name])
+        for case in all_cases()
+        for arch in case.archs
+        if (case.id, arch) in kept
+        for name in devices[arch]
+    ]
+
+
+def produce(runs: list[tuple[Case, str]]) -> Iterator[Row]:
+    """The stored row of each case on an architecture."""
+    for number, (case, arch) in enumerate(runs, 1):
+        told = f"[{number}/{len(runs)}] {case.id} sm_{arch}"
+        if not supported(case, arch):
+            click.echo(f"{told}: not in this build")
+            continue
+        start = time.perf_counter()
+        measured = measure(case, arch)
+        took = time.perf_counter() - start
+        gpu = ARCHITECTURES[DEVICES[arch][0]]
+        bound_told = bound_text(derived(case, arch, measured, gpu))
+        click.echo(f"{told}: {took:.1f} s, {bound_told}")
+        yield stored(case, arch, measured)
 
 
 def is_quick(case: Case) -> bool:
@@ -207,7 +266,7 @@ def missed_lines(rows: list[Row]) -> list[str]:
 
 def note(row: Row, metric: str) -> str:
     """Why the row misses its bar of this metric; "" if nobody has written it down."""
-    case = row_id(row)[0]
+    case = f"{row['group']}/{row['kernel']}/{row['shape']}"
     return next(
         (n for (start, m), n in NOTES.items() if m == metric and case.startswith(start)), ""
     )
@@ -266,7 +325,7 @@ def grouped(rows: list[Row]) -> dict[str, list[Row]]:
 
 def page(results: dict[str, Any]) -> str:
     """docs/modelled.md: the text, then the tables of the results."""
-    rows = results["rows"]
+    rows = rows_of(results, DETAILED)
     bars = sum(len(row["bars"]) for row in rows)
     misses = sum(len(missed(row)) for row in rows)
     lines = [METHOD]
@@ -280,20 +339,22 @@ def page(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def row_id(row: Row) -> tuple[str, str]:
-    """The case's id, and the device."""
-    return f"{row['group']}/{row['kernel']}/{row['shape']}", row["device"]
-
-
 def merged(old: list[Row], new: list[Row]) -> list[Row]:
     """`new` in the place of what `old` holds of the same, in the order of the cases."""
-    rows = {row_id(row): row for row in [*old, *new]}
-    order = [(case.id, DEVICES[arch].name) for case in all_cases() for arch in case.archs]
+    rows = {(row["case"], row["arch"]): row for row in [*old, *new]}
+    order = [(case.id, arch) for case in all_cases() for arch in case.archs]
     return [rows[key] for key in order if key in rows]
 
 
+def dump(results: dict[str, Any]) -> str:
+    """JSON with a row on each line, so that a changed count is a changed line."""
+    head = json.dumps({k: v for k, v in results.items() if k != "rows"})
+    rows = ",\n".join(json.dumps(row, separators=(",", ":")) for row in results["rows"])
+    return f'{head[:-1]}, "rows": [\n{rows}\n]}}\n'
+
+
 def write_page(results: dict[str, Any]) -> None:
-    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+    RESULTS.write_text(dump(results))
     PAGE.write_text(page(results))
     click.echo(f"wrote {os.path.relpath(PAGE)}")
 
@@ -302,29 +363,41 @@ def write_page(results: dict[str, Any]) -> None:
 @click.option("--only", default="", help="Cases whose name holds this text.")
 @click.option("--quick", is_flag=True, help="Cases that take about a second, printed only.")
 @click.option("--arch", "archs", multiple=True, type=click.Choice(list(DEVICES)), default=DEVICES)
+@click.option("--missing", is_flag=True, help="Only cases that the results do not hold yet.")
 @click.option("--update", is_flag=True, help="Replace the rows of the chosen cases in the page.")
 @click.option("--format", "only_format", is_flag=True, help="Only write the page again.")
-def main(only: str, quick: bool, archs: tuple[str, ...], update: bool, only_format: bool) -> None:
+def main(
+    only: str, quick: bool, archs: tuple[str, ...], missing: bool, update: bool, only_format: bool
+) -> None:
+    results: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"rows": []}
     if only_format:
-        write_page(json.loads(RESULTS.read_text()))
+        write_page(results)
         return
     if not find_tool("cuobjdump"):
         raise click.ClickException("pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm")
-    chosen = [c for c in all_cases() if only in c.id]
-    rows = produce([c for c in chosen if not quick or is_quick(c)], archs)
+    have = {(row["case"], row["arch"]) for row in results["rows"]}
+    runs = [
+        (case, arch)
+        for case in all_cases()
+        for arch in case.archs
+        if only in case.id and arch in archs
+        if (is_quick(case) or not quick) and not (missing and (case.id, arch) in have)
+    ]
     partial = bool(only) or quick or set(archs) != set(DEVICES)
-    if partial and not update:
-        for members in grouped(rows).values():
+    if partial and not (update or missing):
+        rows = list(produce(runs))
+        for members in grouped(rows_of({"rows": rows}, DEVICES)).values():
             click.echo("\n".join([*time_lines(members), *count_lines(members)]))
         return
-    if partial:
-        rows = merged(json.loads(RESULTS.read_text())["rows"], rows)
     versions = {
         "nvcc": native.build_info()["nvcc"],
         "triton": importlib.metadata.version("triton"),
     }
-    RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    write_page({**versions, "rows": rows})
+    kept = results["rows"] if partial or missing else []
+    for row in produce(runs):  # kept at once: a run takes minutes, and may be cut off
+        kept = merged(kept, [row])
+        RESULTS.write_text(dump({**versions, "rows": kept}))
+    write_page({**versions, "rows": kept})
 
 
 if __name__ == "__main__":

@@ -53,7 +53,8 @@ def matrices(config: ModelConfig) -> dict[str, tuple[int, int]]:
 
 
 # rows: of activations. m: rows of x in a product. prefill: (sequences, tokens of each). decode:
-# (sequences, tokens that each has in the cache). step: (sequences, new tokens of each, tokens before) of a layer with weights of such a type.
+# (sequences, tokens that each has in the cache). step: (sequences, new tokens of each, tokens
+# before them), of a layer with weights of such a type.
 SWEEPS: dict[str, dict[str, tuple[Any, ...]]] = {
     "cuda": {
         "dtype": ("bfloat16", "float16"),
@@ -65,7 +66,7 @@ SWEEPS: dict[str, dict[str, tuple[Any, ...]]] = {
         "quant_matrix": ("gate_up", "down"),
         "prefill": ((1, 1024), (1, 2048), (1, 8192), (8, 2048)),
         "decode": tuple((b, n) for n in (1024, 8192) for b in (1, 8, 64)),
-        "step": tuple((b, 1, 1024) for b in (1, 8, 64)) + ((1, 512, 0), (1, 2048, 0)),
+        "step": ((1, 1, 1024), (8, 1, 1024), (64, 1, 1024), (1, 512, 0), (1, 2048, 0)),
         "weights": ("dense", "Q4_K", "Q8_0"),
     },
     "cpu": {

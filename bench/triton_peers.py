@@ -59,3 +59,50 @@ def flash_attention(
             k_stride, True, HEAD_DIM, BLOCK_N,
         )  # fmt: skip
     tl.store(out_ptr + offsets, (acc / row_sum[:, None]).to(out_ptr.dtype.element_ty))
+
+
+@triton.jit
+def rms_norm(x_ptr, w_ptr, out_ptr, stride, cols, eps, BLOCK: tl.constexpr):
+    """A program for each row, in registers. Rounded before the weight, as Llama's code does."""
+    row = tl.program_id(0).to(tl.int64)
+    offsets = tl.arange(0, BLOCK)
+    inside = offsets < cols
+    x = tl.load(x_ptr + row * stride + offsets, mask=inside, other=0.0).to(tl.float32)
+    w = tl.load(w_ptr + offsets, mask=inside, other=0.0)
+    scale = tl.rsqrt(tl.sum(x * x, axis=0) / cols + eps)
+    tl.store(out_ptr + row * stride + offsets, (x * scale).to(w.dtype) * w, mask=inside)
+
+
+@triton.jit
+def silu_and_mul(gate_ptr, up_ptr, out_ptr, stride, cols, BLOCK: tl.constexpr):
+    """A program for each row."""
+    row = tl.program_id(0).to(tl.int64)
+    offsets = tl.arange(0, BLOCK)
+    inside = offsets < cols
+    gate = tl.load(gate_ptr + row * stride + offsets, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(up_ptr + row * stride + offsets, mask=inside, other=0.0)
+    silu = (gate * tl.sigmoid(gate)).to(up.dtype)
+    tl.store(out_ptr + row * stride + offsets, silu * up, mask=inside)
+
+
+@triton.jit
+def _rotate(ptr, cos, sin, HEADS: tl.constexpr, HALF: tl.constexpr):
+    offsets = tl.arange(0, HEADS)[:, None] * (2 * HALF) + tl.arange(0, HALF)[None, :]
+    first = tl.load(ptr + offsets).to(tl.float32)
+    second = tl.load(ptr + offsets + HALF).to(tl.float32)
+    tl.store(ptr + offsets, (first * cos - second * sin).to(ptr.dtype.element_ty))
+    tl.store(ptr + offsets + HALF, (second * cos + first * sin).to(ptr.dtype.element_ty))
+
+
+@triton.jit
+def apply_rope(
+    q_ptr, k_ptr, cos_ptr, sin_ptr, q_stride, k_stride,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
+    """A program for each token: all its heads of q and k, in place. cos and sin [T, HALF]."""
+    row = tl.program_id(0).to(tl.int64)
+    dims = tl.arange(0, HALF)
+    cos = tl.load(cos_ptr + row * HALF + dims).to(tl.float32)[None, :]
+    sin = tl.load(sin_ptr + row * HALF + dims).to(tl.float32)[None, :]
+    _rotate(q_ptr + row * q_stride, cos, sin, HEADS, HALF)
+    _rotate(k_ptr + row * k_stride, cos, sin, KV_HEADS, HALF)

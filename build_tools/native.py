@@ -11,6 +11,7 @@ Everything is compiled below build/native, and only what changed. The products g
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import platform
@@ -155,14 +156,27 @@ def _record(archs: tuple[str, ...], nvcc: cuda.Nvcc | None, seconds: float) -> d
     }
 
 
-def _environment(nvcc: cuda.Nvcc | None) -> dict[str, str]:
-    import pybind11
+def _pybind11_include() -> str:
+    """pybind11's headers: of its wheel among the build requirements, else those that torch has."""
+    try:
+        import pybind11
 
+        return str(pybind11.get_include())
+    except ImportError:
+        torch = importlib.util.find_spec("torch")
+        folders = torch.submodule_search_locations if torch else None
+        for folder in folders or []:
+            if (Path(folder) / "include" / "pybind11" / "pybind11.h").exists():
+                return str(Path(folder) / "include")
+        raise RuntimeError("pybind11 was not found: pip install pybind11") from None
+
+
+def _environment(nvcc: cuda.Nvcc | None) -> dict[str, str]:
     return os.environ | {
         "MK_CXX": os.environ.get("CXX", "g++"),
         "MK_NVCC": str(nvcc.path) if nvcc else "",
         "MK_PYTHON": sys.executable,
-        "MK_PYBIND11_INCLUDE": pybind11.get_include(),
+        "MK_PYBIND11_INCLUDE": _pybind11_include(),
     }
 
 

@@ -183,9 +183,8 @@ def run(
     """
     context = model.config.max_position_embeddings
     if workload.prompt + workload.generate > context:
-        raise ValueError(
-            f"{workload.prompt} + {workload.generate} tokens exceed the model's context of {context}"
-        )
+        total = workload.prompt + workload.generate
+        raise ValueError(f"{total} tokens exceed the model's context of {context}")
     speed, source = bandwidth(model.device)
     ours = Ours(model, cuda_graphs)
     rows = []
@@ -251,7 +250,7 @@ def summary(runs: Sequence[RunTimes], bound: float | None) -> dict[str, Any]:
         "decode_tokens_per_second": statistics.median(decode) if decode else None,
         "time_to_first_token": statistics.median(t for r in runs for t in r.first),
         "time_to_last_first_token": statistics.median(max(r.first) for r in runs),
-        "inter_token_latency": {f"p{p}": percentile(gaps, p) for p in PERCENTILES} if gaps else None,
+        "inter_token_latency": {f"p{p}": percentile(gaps, p) for p in PERCENTILES if gaps},
         "share_of_bandwidth_bound": bound / middle if bound and middle else None,
         "spread": {"prefill": _spread(prefill), "decode": _spread(decode)},
     }
@@ -294,8 +293,8 @@ def _device_name(device: torch.device) -> str:
 def table(report: dict[str, Any]) -> list[str]:
     """The report as lines of text."""
     lines = [
-        f"{report['model']}, {report['dtype']}, {report['device']}, {report['threads']} threads; "
-        f"prompt {report['prompt']}, {report['generate']} new tokens, medians of {report['repeat']}",
+        "{model}, {dtype}, {device}, {threads} threads; prompt {prompt}, {generate} new tokens, "
+        "medians of {repeat}".format(**report),
         f"{'':16} {'batch':>5} {'prefill':>9} {'decode':>9} {'first':>8} "
         f"{'p50':>8} {'p90':>8} {'p99':>8} {'memory':>8} {'bound':>6}",
         f"{'':16} {'':5} {'tokens/s':>9} {'tokens/s':>9} {'ms':>8} "
@@ -306,7 +305,7 @@ def table(report: dict[str, Any]) -> list[str]:
         if "error" in row:
             lines.append(f"{start} {row['error']}")
             continue
-        gaps = row["inter_token_latency"] or {}
+        gaps = row["inter_token_latency"]
         memory, share = row.get("peak_memory_bytes"), row["share_of_bandwidth_bound"]
         cells = [
             _cell(row["prefill_tokens_per_second"], 9),

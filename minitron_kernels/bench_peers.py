@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -48,10 +49,10 @@ class Transformers:
     def __init__(self, model: MinitronForCausalLM) -> None:
         from transformers import MistralConfig, MistralForCausalLM
 
-        with torch.device("meta"):
+        with torch.device("meta"), _default_dtype(model.dtype):
             self._model: Any = MistralForCausalLM(MistralConfig(**model.config.to_hf()))
         self._device = model.device
-        self._model = self._model.to(model.dtype).to_empty(device=model.device).eval()
+        self._model.to_empty(device=model.device).eval()
         # Its buffers are no weights.
         rotary = self._model.model.rotary_emb
         self._model.model.rotary_emb = type(rotary)(self._model.config, device=model.device)
@@ -84,6 +85,16 @@ class Transformers:
         times.decode_tokens = len(prompts) * (new_tokens - 1)
         times.decode_seconds = last - started - times.prefill_seconds
         return times
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 class LlamaCpp:

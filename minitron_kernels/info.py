@@ -11,10 +11,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
-from minitron_kernels.loaders.checkpoint import Weights, dtype_name, open_checkpoint
 from minitron_kernels.native import build_info
 from minitron_kernels.quantized_ops import is_quantized
 
@@ -41,6 +39,8 @@ def versions() -> dict[str, str | None]:
 
 def cpu_info() -> dict[str, Any]:
     """The processor, the threads that PyTorch uses, the instruction sets, and memory in bytes."""
+    import psutil
+
     fields: dict[str, str] = {}
     with suppress(OSError):  # not Linux
         for line in Path("/proc/cpuinfo").read_text().splitlines():
@@ -102,6 +102,8 @@ def model_info(path: Path, dtype: str, expand: bool = False) -> dict[str, Any]:
 
     `dtype` is "auto" (that of the checkpoint) or one of config.DTYPES; `expand` as from_pretrained.
     """
+    from minitron_kernels.loaders.checkpoint import Weights, open_checkpoint
+
     checkpoint = open_checkpoint(path)
     config = checkpoint.config
     dtype = config.dtype if dtype == "auto" else dtype
@@ -132,7 +134,8 @@ def weights_info(model: torch.nn.Module) -> dict[str, dict[str, int]]:
     """Number and bytes of a model's weights by type: a dtype, or that of quantised blocks."""
     types: dict[str, dict[str, int]] = {}
     for weight in model.parameters():
-        kind = weight.quant_type if is_quantized(weight) else dtype_name(weight.dtype)
+        is_plain = not is_quantized(weight)
+        kind = str(weight.dtype).removeprefix("torch.") if is_plain else weight.quant_type
         _count(types, kind, weight.nbytes)
     return dict(sorted(types.items()))
 
@@ -153,6 +156,8 @@ def peak_memory() -> dict[str, int]:
         status = Path("/proc/self/status").read_text()
         peak = int(status.split("VmHWM:")[1].split()[0]) * 1024
     except (OSError, IndexError):  # not Linux
+        import psutil
+
         memory = psutil.Process().memory_info()
         peak = getattr(memory, "peak_wset", memory.rss)
     report = {"peak_memory_bytes": peak}

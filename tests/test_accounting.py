@@ -10,16 +10,18 @@ from typing import Any
 import pytest
 import torch
 
-from bench import accounting, cases, modelled, sass
+from bench import accounting, cases, cases_triton, modelled, sass
 from bench.accounting import Binary, Case, Plan
-from minitron_kernels.architectures import ARCHITECTURES
+from bench.case_table import all_cases
 from minitron_kernels import native
+from minitron_kernels.architectures import ARCHITECTURES
 from tests import native_abi as abi
 from tests.emulator import Counters
-from tests.native_emulator import BUILT
+from tests.native_emulator import ARCHS, BUILT
 
 RESULTS = json.loads(modelled.RESULTS.read_text())
-COMMITTED = {modelled.row_id(row): row for row in RESULTS["rows"]}
+COMMITTED = {(row["case"], row["arch"]): row for row in RESULTS["rows"]}
+CASES = {case.id: case for case in all_cases()}
 needs_kernels = pytest.mark.skipif("80" not in BUILT, reason="sm_80 is not in this build")
 
 
@@ -203,8 +205,8 @@ def skip_unless_supported(case: Case) -> None:
 SCALED = [
     cases.rms_norm(8, True),
     cases.apply_rope(8),
-    replace(cases.triton_attention(256, True), units=4),
-    replace(cases.triton_matmul("o", 1024, 256, 128, (128, 256, 64), 8, 3), units=4),
+    replace(cases_triton.triton_attention(256, True), units=4),
+    replace(cases_triton.triton_matmul("o", 1024, 256, 128, (128, 256, 64), 8, 3), units=4),
     replace(cases.prefill(256, True), units=4),
     cases.prefill(512, False),
     cases.decode(4, 300),
@@ -226,7 +228,7 @@ def test_scaled_counts_are_those_of_a_whole_run(case: Case) -> None:
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
 def test_the_peer_is_right(causal: bool) -> None:
     """Triton's attention computes attention: what it is compared by is the whole job."""
-    case = cases.triton_attention(256, causal)
+    case = cases_triton.triton_attention(256, causal)
     kernel = case.run.__self__  # type: ignore[attr-defined]
     problem = kernel.build(2)
     object.__setattr__(kernel, "build", lambda units: problem)
@@ -245,23 +247,32 @@ def test_page_is_what_the_script_makes_of_the_results() -> None:
     assert modelled.PAGE.read_text() == modelled.page(RESULTS)
 
 
+def test_results_are_kept_as_they_are() -> None:
+    for row in RESULTS["rows"]:
+        assert modelled.stored(CASES[row["case"]], row["arch"], modelled.loaded(row)) == row
+    assert modelled.dump(RESULTS) == modelled.RESULTS.read_text()
+    assert json.loads(modelled.dump(RESULTS)) == RESULTS
+
+
 def test_page_says_modelled_on_each_line() -> None:
-    for line in modelled.time_lines(RESULTS["rows"])[2:]:
+    rows = modelled.rows_of(RESULTS, modelled.DEVICES)
+    assert {row["device"] for row in rows} == set(ARCHITECTURES)
+    for line in modelled.time_lines(rows)[2:]:
         assert "| modelled " in line
 
 
 def test_each_missed_bar_has_its_reason() -> None:
-    for row in RESULTS["rows"]:
+    for row in modelled.rows_of(RESULTS, modelled.DETAILED):
         for bar in modelled.missed(row):
-            assert modelled.note(row, bar["metric"]), (modelled.row_id(row), bar)
+            assert modelled.note(row, bar["metric"]), (row["kernel"], row["shape"], bar)
 
 
-@pytest.mark.skipif(not {"80", "89"} <= set(BUILT), reason="sm_80 or sm_89 is not in this build")
+@pytest.mark.skipif(set(ARCHS) != set(BUILT), reason="not all architectures are in this build")
 def test_results_hold_every_case() -> None:
     """Of kernels that exist; and no other."""
     wanted = {
-        (case.id, modelled.DEVICES[arch].name)
-        for case in cases.all_cases()
+        (case.id, arch)
+        for case in all_cases()
         for arch in case.archs
         if cases.supported(case, arch)
     }
@@ -269,7 +280,7 @@ def test_results_hold_every_case() -> None:
 
 
 CHEAP = [
-    c for c in cases.all_cases()
+    c for c in all_cases()
     if c.shape in ("64 x 4096", "context 1024, batch 1", "1024 x 1024 causal",
                    "o 4096 x 4096, M 1", "qkv 6144 x 4096, M 8")
 ]  # fmt: skip
@@ -280,14 +291,17 @@ CHEAP = [
 def test_committed_results_are_those_of_this_build(case: Case) -> None:
     """Within 2 %, by the same compiler: else the page is to be written again."""
     skip_unless_supported(case)
-    committed = COMMITTED[case.id, "A100"]
+    committed = COMMITTED[case.id, "80"]
     peer = cases.is_peer(case)
     version = importlib.metadata.version("triton") if peer else native.build_info()["nvcc"]
     if version != RESULTS["triton" if peer else "nvcc"]:
         pytest.skip(f"the page was written with another compiler than {version}")
-    row = modelled.row_of(case, "80", accounting.measure(case, "80"))
-    known = {k: v for k, v in row["metrics"].items() if v is not None}  # SASS: with cuobjdump
-    wanted = {k: v for k, v in committed["metrics"].items() if "sass" not in k or k in known}
-    wanted = {k: v for k, v in wanted.items() if v is not None}
-    assert known == pytest.approx(wanted, rel=0.02), modelled.USE
-    assert row["times_us"] == pytest.approx(committed["times_us"], rel=0.02), modelled.USE
+    gpu = ARCHITECTURES["A100"]
+    now, then = (
+        modelled.derived(case, "80", m, gpu)
+        for m in (accounting.measure(case, "80"), modelled.loaded(committed))
+    )
+    for name, value in now["metrics"].items():  # SASS: with cuobjdump
+        if value is not None or "sass" not in name:
+            assert value == pytest.approx(then["metrics"][name], rel=0.02), modelled.USE
+    assert now["times_us"] == pytest.approx(then["times_us"], rel=0.02), modelled.USE

@@ -1,0 +1,53 @@
+"""Every case of the accounting: the rows of docs/modelled.md, in its order."""
+
+from __future__ import annotations
+
+from bench.accounting import Case
+from bench.cases import (
+    MATRICES,
+    apply_rope,
+    decode,
+    embedding,
+    linear,
+    prefill,
+    rms_norm,
+    silu_and_mul,
+)
+from bench.cases_quant import linear_quant, quant_prepare_x
+from bench.cases_triton import (
+    triton_apply_rope,
+    triton_attention,
+    triton_int4_matmul,
+    triton_matmul,
+    triton_rms_norm,
+    triton_silu_and_mul,
+)
+from bench.shapes import KINDS
+
+
+def all_cases() -> list[Case]:
+    cases = []
+    for rows in (1024, 2048, 8192):
+        for causal in (False, True):
+            cases += [prefill(rows, causal), triton_attention(rows, causal)]
+    cases += [prefill(2048, True, paged=True), prefill(2048, True, rope=True)]
+    cases += [decode(batch, context) for context in (1024, 8192) for batch in (1, 8, 64)]
+    for m in (1, 8, 16):
+        cases += [linear(name, *shape, m) for name, shape in MATRICES.items()]
+    cases.append(triton_matmul("o", *MATRICES["o"], 16, (16, 128, 64), 4, 4))
+    for m in (512, 2048):
+        cases += [linear(name, *shape, m) for name, shape in MATRICES.items()]
+    cases.append(triton_matmul("gate_up", *MATRICES["gate_up"], 2048, (128, 256, 64), 8, 3))
+    cases += [linear_quant("down", kind, 1) for kind in KINDS]
+    cases += [linear_quant("gate_up", kind, 1) for kind in ("Q4_K", "Q6_K")]
+    for m in (1, 16):
+        cases.append(triton_int4_matmul("down", *MATRICES["down"], m, (16, 64, 128), 4, 4))
+    for m in (8, 16):
+        cases += [linear_quant("down", kind, m) for kind in ("Q4_0", "Q4_K", "Q6_K")]
+    cases += [linear_quant("down", kind, 2048) for kind in ("Q4_K", "Q6_K", "Q8_0")]
+    for rows in (1, 64, 2048):
+        cases += [rms_norm(rows, False), triton_rms_norm(rows), rms_norm(rows, True)]
+        cases += [apply_rope(rows), triton_apply_rope(rows)]
+        cases += [silu_and_mul(rows), triton_silu_and_mul(rows), embedding(rows)]
+    cases.append(quant_prepare_x(2048))
+    return cases

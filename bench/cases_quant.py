@@ -1,0 +1,112 @@
+"""The products with quantised weights at Minitron-8B's shapes, as cases of the accounting.
+
+Tiles are zeros, which no count depends on: kernels decode without branches.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+
+from bench.accounting import Bar, Case
+from bench.cases import (
+    ALL_ARCHS,
+    BF16,
+    COALESCED,
+    HIDDEN,
+    MATRICES,
+    dtype_id,
+    native_case,
+    pointers,
+    zeros,
+)
+from minitron_kernels.quantized import GGML_NUMBERS, QUANT_TYPES
+from tests import native_abi as abi
+
+Tensor = torch.Tensor
+MAX_DECODE_M = abi.constants()["MK_QUANT_MAX_DECODE_M"]
+
+
+def packed(kind: str, rows: int, k: int) -> tuple[ctypes.Structure, Tensor]:
+    """An empty matrix of tiles, and its memory."""
+    number, size = GGML_NUMBERS[kind], ctypes.c_int64()
+    abi.check(abi.library().mk_quant_packed_bytes(number, rows, k, ctypes.byref(size)))
+    tiles = zeros(size.value, dtype=torch.uint8)
+    return abi.structs()["mk_quant_matrix"](tiles=tiles.data_ptr(), type=number, rows=rows), tiles
+
+
+def stored_bytes(kind: str, rows: int, k: int) -> int:
+    return rows * QUANT_TYPES[kind].row_nbytes(k)
+
+
+def linear_quant(name: str, kind: str, m: int) -> Case:
+    """A unit is 256 rows of w. gate_up has the norm and the activation, down and o the residual."""
+    n, k = MATRICES[name]
+    few = m <= MAX_DECODE_M
+    op = "linear_quant_swiglu" if name == "gate_up" else "linear_quant"
+
+    def build(units: int, filled: bool) -> tuple[ctypes.Structure, list[Tensor]]:
+        width = units * 256
+        x = torch.ones(m, k, dtype=BF16) if filled else zeros(m, k)
+        out = zeros(m, width // 2 if name == "gate_up" else width)
+        norm = zeros(k) if name == "gate_up" else None
+        residual = None if name == "gate_up" else zeros(m, width)
+        w, tiles = packed(kind, width, k)
+        linear = abi.structs()["mk_linear_params"](
+            **pointers(x=x, norm_weight=norm, residual=residual, out=out), x_stride=k,
+            out_stride=out.stride(0), residual_stride=0 if residual is None else width,
+            m=m, n=width, k=k, eps=1e-5, dtype=dtype_id(x), out_dtype=dtype_id(out),
+        )  # fmt: skip
+        params = abi.structs()["mk_linear_quant_params"](linear=linear, w=w)
+        tensors = [t for t in (x, tiles, out, norm, residual) if t is not None]
+        if not few:
+            size = ctypes.c_int64()
+            sized = abi.library().mk_linear_quant_workspace_bytes
+            abi.check(sized(ctypes.byref(params), ctypes.byref(size)))
+            workspace = zeros(size.value, dtype=torch.uint8)
+            params.workspace, params.workspace_bytes = workspace.data_ptr(), size.value
+            tensors.append(workspace)
+        return params, tensors
+
+    columns_out = n // 2 if name == "gate_up" else 2 * n  # and the residual
+    return native_case(
+        op,
+        build,
+        group="quantised, few rows" if few else "quantised GEMM",
+        shape=f"{name} {n} x {k} {kind}, M {m}",
+        units=n // 256,
+        exact_units=2,
+        compulsory_bytes=stored_bytes(kind, n, k) + 2 * m * (k + columns_out),
+        flop=2 * m * n * k,
+        archs=ALL_ARCHS if m == 1 else ("80", "89"),
+        bars=(Bar("dram", 1.05), COALESCED) if few else (COALESCED,),
+    )
+
+
+def quant_prepare_x(m: int) -> Case:
+    """What precedes a product of more than 16 rows, once for all that read the same x."""
+
+    def build(units: int, filled: bool) -> tuple[ctypes.Structure, list[Tensor]]:
+        x, norm = zeros(units, HIDDEN), zeros(HIDDEN)
+        size = ctypes.c_int64()
+        linear = abi.structs()["mk_linear_params"](m=units, n=16, k=HIDDEN, dtype=dtype_id(x))
+        sizing = abi.structs()["mk_linear_quant_params"](linear=linear)
+        sized = abi.library().mk_linear_quant_workspace_bytes
+        abi.check(sized(ctypes.byref(sizing), ctypes.byref(size)))
+        workspace = zeros(size.value, dtype=torch.uint8)
+        params = abi.structs()["mk_quant_prepare_x_params"](
+            **pointers(x=x, norm_weight=norm, workspace=workspace), workspace_bytes=size.value,
+            x_stride=HIDDEN, m=units, k=HIDDEN, eps=1e-5, dtype=dtype_id(x),
+        )  # fmt: skip
+        return params, [x, norm, workspace]
+
+    return native_case(
+        "quant_prepare_x",
+        build,
+        group="row-wise",
+        shape=f"{m} x {HIDDEN}",
+        units=m,
+        exact_units=m,
+        compulsory_bytes=2 * HIDDEN * (2 * m + 1),
+    )
