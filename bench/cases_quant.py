@@ -79,7 +79,7 @@ def linear_quant(name: str, kind: str, m: int) -> Case:
         exact_units=2,
         compulsory_bytes=stored_bytes(kind, n, k) + 2 * m * (k + columns_out),
         flop=2 * m * n * k,
-        archs=ALL_ARCHS if m == 1 else ("80", "89"),
+        archs=ALL_ARCHS if (m, name, kind) == (1, "down", "Q4_K") else ("80",),
         bars=(Bar("dram", 1.05), COALESCED) if few else (COALESCED,),
     )
 

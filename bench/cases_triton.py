@@ -167,7 +167,7 @@ def triton_rows(rows: int, shape: str, moved: int, kernel: TritonKernel) -> Case
         units=rows,
         exact_units=rows,
         compulsory_bytes=moved,
-        archs=ALL_ARCHS,
+        archs=ALL_ARCHS if rows == 2048 else ("80",),
     )
 
 

@@ -116,11 +116,10 @@ short_tests=(tests/test_cuda_ops.py tests/test_cuda_attention.py tests/test_kern
     tests/test_linear.py tests/test_quant_decode.py tests/test_quant_gemm.py
     tests/test_quant_embedding.py)
 short_names="test_norms or test_rope_and_append or test_silu_and_embedding or test_swiglu_mlp
- or test_attention or test_decoding_token_by_token or test_argmax or test_sampling_equals
- or (test_linear and 16-) or (test_qkv and test_linear.py and 8-) or test_qkv_of_three_types
- or test_rows_have_ggufs_bits or test_large_tile or test_extreme_blocks or test_rows_of_any_size
- or test_norm_residual_and_swiglu"
-short_names=${short_names//$'\n'/}
+    or test_attention or test_argmax or test_sampling_equals or test_linear_of_any_strides
+    or test_qkv_rope_append or test_qkv_of_three_types or test_rows_have_ggufs_bits
+    or test_large_tile or test_extreme_blocks or test_norm_residual_and_swiglu"
+short_names=$(echo $short_names)  # on one line
 if [ -n "$dry" ]; then
     run_tests tests-short 100 -m "not slow" -k "test_norms and emu-sm_80" tests/test_cuda_ops.py
 else
@@ -129,8 +128,8 @@ else
     if command -v compute-sanitizer >/dev/null; then
         for tool in memcheck racecheck; do
             step "sanitizer-$tool" 25 compute-sanitizer --tool $tool --error-exitcode 9 "$python" -m pytest \
-                -p no:cacheprovider -q -m gpu -k "test_rms_norm and 64 or test_attention and rope" \
-                tests/test_kernels_memory.py tests/test_cuda_attention.py
+                -p no:cacheprovider -q -m gpu -k "test_norms or test_attention" \
+                tests/test_cuda_ops.py tests/test_cuda_attention.py
         done
     else
         say "compute-sanitizer is not there"

@@ -119,7 +119,8 @@ def roofline(about: dict[str, Any], records: list[Record]) -> Figure:
     axes.set_title(
         f"measured: {about['device']}, bfloat16; filled: {OURS}, open: eager PyTorch", fontsize=9
     )
-    axes.legend(fontsize=8)
+    if shown:
+        axes.legend(fontsize=8)
     return figure
 
 
