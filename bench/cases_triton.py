@@ -66,7 +66,8 @@ class TritonKernel:
         return kernel.launch(problem.grid, compiled.block, args, smem=compiled.smem)
 
     def binary(self, arch: str, plan: Plan) -> Binary:
-        ptxas = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+        tool = "ptxas" if arch in ("80", "89") else "ptxas-blackwell"  # as Triton picks them
+        ptxas = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / tool
         with tempfile.TemporaryDirectory() as folder:
             ptx, cubin = Path(folder) / "kernel.ptx", Path(folder) / "kernel.cubin"
             kernel = self.compiled(arch)

@@ -134,8 +134,8 @@ def weights_info(model: torch.nn.Module) -> dict[str, dict[str, int]]:
     """Number and bytes of a model's weights by type: a dtype, or that of quantised blocks."""
     types: dict[str, dict[str, int]] = {}
     for weight in model.parameters():
-        is_plain = not is_quantized(weight)
-        kind = str(weight.dtype).removeprefix("torch.") if is_plain else weight.quant_type
+        dtype = str(weight.dtype).removeprefix("torch.")
+        kind = weight.quant_type if is_quantized(weight) else dtype
         _count(types, kind, weight.nbytes)
     return dict(sorted(types.items()))
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench import accounting, cases, cases_triton, modelled, sass
+from bench import accounting, cases, cases_quant, cases_triton, eager, modelled, sass
 from bench.accounting import Binary, Case, Plan
 from bench.case_table import all_cases
 from minitron_kernels import native
@@ -212,6 +212,7 @@ SCALED = [
     cases.decode(4, 300),
     replace(cases.linear("gate_up", 2048, 256, 130), units=8),
     replace(cases.linear("qkv", 6144, 256, 40), units=8),
+    replace(cases_quant.linear_quant("o", "Q4_K", 512), units=4),
 ]
 
 
@@ -238,6 +239,32 @@ def test_the_peer_is_right(causal: bool) -> None:
     k, v = (t.repeat_interleave(cases.GROUP, 0) for t in (k, v))
     expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal)
     torch.testing.assert_close(problem.out.transpose(0, 1).double(), expected, atol=0.01, rtol=0.02)
+
+
+@pytest.mark.parametrize("arch", ["80", "100a"])
+@pytest.mark.parametrize("name", ["rms_norm", "silu_and_mul", "apply_rope"])
+def test_row_wise_peers_are_right(name: str, arch: str) -> None:
+    kernel = getattr(cases_triton, f"triton_{name}")(3).run.__self__
+    problem = kernel.build(3)
+    object.__setattr__(kernel, "build", lambda units: problem)
+    generator = torch.Generator().manual_seed(1)
+    tensors = [a for a in problem.args if isinstance(a, torch.Tensor)]
+    for tensor in tensors:
+        tensor.copy_(torch.randn(tensor.shape, generator=generator))
+    before = [t.clone() for t in tensors]
+    kernel.run(arch, 3)
+    if name == "rms_norm":
+        expected = [eager.rms_norm(*before[:2])]
+        got = tensors[2:]
+    elif name == "silu_and_mul":
+        expected = [eager.silu_and_mul(torch.cat(before[:2], -1))]
+        got = tensors[2:]
+    else:
+        q, k, cos, sin = before
+        expected = list(eager.apply_rope(q, k, cos.repeat(1, 2), sin.repeat(1, 2)))
+        got = tensors[:2]
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=0.02, atol=0.02)
 
 
 # --------------------------------------------------------------------------------------- the page
