@@ -218,7 +218,7 @@ def modelled_bars(results: dict[str, Any], device: str = "A100") -> Figure:
                 y + 0.4 - (i + 0.5) * height, row["times_us"][resource] / best, height,
                 color=COLORS[i], label=resource if y == 0 else None,
             )  # fmt: skip
-        axes.annotate(f"{bound:.3g} us", (bound / best, y), xytext=(4, -3),
+        axes.annotate(f"{modelled.number(bound)} us", (bound / best, y), xytext=(4, -3),
                       textcoords="offset points", fontsize=7)  # fmt: skip
     names = [f"{r['kernel'].split(',')[0]}: {r['shape']}" for r in shown]
     axes.set_yticks(range(len(shown))[::-1], names, fontsize=7)

@@ -1,4 +1,4 @@
-"""The `minitron` command: generate, chat, score, eval, info, quantize.
+"""The `minitron` command: generate, chat, score, eval, bench, info, quantize.
 
 Standard output carries the result only (text as it is produced, or one JSON object); everything
 else goes to standard error. Exit codes: 0 done, 2 a mistake of the user's (one line `error: ...`),
@@ -862,3 +862,7 @@ def _size(count: int) -> str:
             return f"{size:.4g} {unit}"
         size /= 1024
     return f"{size:.2f} GiB"
+
+
+# Commands in files of their own, which take what is shared from here.
+from minitron_kernels import cli_bench  # noqa: E402, F401

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -12,7 +13,7 @@ from minitron_kernels.cli import (
     ModelOptions,
     _cuda_graphs_option,
     _json_option,
-    _loading_options,
+    _model_options,
     _print_json,
     _write,
     cli,
@@ -27,8 +28,7 @@ def _integers(ctx: click.Context, param: click.Parameter, value: str) -> list[in
 
 
 @cli.command()
-@click.argument("model", required=False)
-@_loading_options
+@functools.partial(_model_options, model=click.argument("model", required=False))
 @click.option("--prompt", default=512, show_default=True, help="Tokens of each prompt.")
 @click.option("--generate", default=128, show_default=True, help="New tokens of each sequence.")
 @click.option(
