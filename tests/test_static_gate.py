@@ -13,9 +13,10 @@ import pytest
 
 from bench import sass
 from bench.accounting import Case, Plan, mma_flop
-from bench.architectures import ARCHITECTURES
-from bench.cases import all_cases, is_peer, linear, ptx_by_entry, supported
+from bench.case_table import all_cases
+from bench.cases import is_peer, linear, ptx_by_entry, supported
 from minitron_kernels import native
+from minitron_kernels.architectures import ARCHITECTURES
 from tests.native_emulator import ARCHS, BUILT, kernel_file
 
 pytestmark = pytest.mark.skipif(not BUILT, reason="built without kernels (MK_ARCHS=none)")
