@@ -19,7 +19,7 @@ from minitron_kernels.quantized import QuantizedTensor
 from tests.emulated_device import emulated
 from tests.test_loaders_gguf import in_file_mapping
 from tests.test_model_emulated import check_logits
-from tests.test_model_quantized import LAYERS, UNIFORM, random_ids, write_model
+from tests.test_model_quantized import LAYERS, UNIFORM, VOCAB, random_ids, write_model
 
 Tensor = torch.Tensor
 
@@ -38,6 +38,7 @@ def expanded(path: Path) -> Any:
     loaded = AutoModelForCausalLM.from_pretrained(
         path.parent, gguf_file=path.name, dtype=torch.float32
     )
+    loaded.config.vocab_size = VOCAB
     plain = type(loaded)(loaded.config).eval()
     plain.load_state_dict(loaded.state_dict())
     return plain
