@@ -239,6 +239,41 @@ def test_sliding_window(cache: str, side: str, models: Any, caplog: Any) -> None
     assert not caplog.records
 
 
+def test_a_window_is_mistrals_only() -> None:
+    """Llama's class on a Mistral config that has one: transformers does not look at it."""
+    model, ids = random_model("llama", sliding_window=5, use_cache=False), random_ids(2, 29)
+    stock, exact = all_logits(model, ids, None, "none"), in_double(model, ids, None, "none")
+    with patched(model):
+        check(all_logits(model, ids, None, "none"), stock, exact)
+
+
+@pytest.mark.parametrize("has_bf16_products", [True, False])
+def test_bfloat16(has_bf16_products: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many rows and few, with PyTorch's products of many and with our own."""
+    monkeypatch.setattr(
+        "minitron_kernels.integrations.transformers._has_bf16_products", lambda: has_bf16_products
+    )
+    model, ids = random_model("mistral").bfloat16(), random_ids(3, 41)
+    mask = padding(ids, "left")
+    stock = all_logits(model, ids, mask, "dynamic", 5)
+    exact = in_double(model, ids, mask, "none")
+    products: list[int] = []
+    linear = torch.nn.functional.linear
+
+    def counted(x: Tensor, w: Tensor, *args: Any) -> Tensor:
+        products.append(x.shape[0])
+        return linear(x, w, *args)
+
+    with patched(model):
+        with monkeypatch.context() as context:
+            context.setattr(torch.nn.functional, "linear", counted)
+            whole = all_logits(model, ids, mask, "none")
+        assert len(products) == 1 + 2 * 7 * has_bf16_products  # the output matrix, and layers
+        actual = all_logits(model, ids, mask, "dynamic", 5)
+    for logits in (actual, whole):
+        check_bf16_logits(logits[mask.bool()], stock[mask.bool()], exact[mask.bool()])
+
+
 def test_scaled_rope_and_other_heads_of_a_model(models: Any) -> None:
     """Rotary tables are the model's own; the rest of the model may be anything."""
     rope = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0}

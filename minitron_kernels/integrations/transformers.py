@@ -326,6 +326,8 @@ def _about_attention(
         return "output_attentions is set, and only eager attention has them"
     if mask is not None and not isinstance(mask, Tensor):
         return f"the mask is a {type(mask).__name__}"
+    if kwargs.get("is_causal") is False or not attention.is_causal:
+        return "attention is not to be causal"
     if attention.training and attention.attention_dropout:
         return "dropout is wanted"
     if position_embeddings is None or position_embeddings[0].shape[-1] != attention.head_dim:
@@ -413,7 +415,9 @@ def _attention(
     batch, seqlen, hidden = x.shape
     d, index = attention.head_dim, attention.layer_idx
     heads, kv_heads = (getattr(attention, n).weight.shape[0] // d for n in ("q_proj", "k_proj"))
-    window = getattr(attention.config, "sliding_window", None)
+    window = None
+    if isinstance(attention, mistral.MistralAttention):
+        window = attention.config.sliding_window
     step = _step_of(attention, *position_embeddings, mask, batch)
     rows = x.reshape(-1, hidden)
     at = None

@@ -159,7 +159,9 @@ def _bounds(columns: Tensor, end: int, q_length: int, kv_length: int) -> tuple[b
 
 def is_bounds(mask: Any) -> bool:
     """Whether a mask is ends or bounds, not a dense one."""
-    return isinstance(mask, Tensor) and mask.dtype == torch.int32 and mask.ndim == 4
+    if not isinstance(mask, Tensor) or mask.dtype != torch.int32 or mask.ndim != 4:
+        return False
+    return mask.shape[1] == mask.shape[2] == 1 and mask.shape[3] in (1, 2)
 
 
 def _dense(mask: Tensor | None, q: Tensor, keys: int, window: int | None) -> Tensor:
