@@ -1,6 +1,6 @@
 """Speed of an evaluation against lm-eval's own HFLM: same machine, weights, dtype, tasks.
 
-    python bench/compare_lm_eval.py --threads 2
+    python -m bench.compare_lm_eval --threads 2
 
 SmolLM2-135M in float32 answers a toy multiple-choice task with two examples before each question,
 continues prompts, and reads texts. Only the time that the two model classes take is measured, not

@@ -113,6 +113,17 @@ def check_answers(ours: Sequence[Any], theirs: Sequence[Any]) -> None:
             assert mine == other
 
 
+@pytest.mark.slow
+def test_tables_of_smollm2_equal_hflms(capfd: pytest.CaptureFixture[str]) -> None:
+    """A real model, through the benchmark: it prints one table if they are the same."""
+    from bench.compare_lm_eval import main as compare
+
+    compare(["--docs", "4", "--shots", "1"], standalone_mode=False)
+    out = capfd.readouterr().out
+    assert out.count("|toy_choice ") == 1
+    assert "loglikelihood_rolling" in out
+
+
 # ---- shared prefixes
 
 
@@ -336,6 +347,35 @@ def few_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
         return TaskManager(include_path=[some, *include_path], include_defaults=False)
 
     monkeypatch.setattr(lm_eval, "TaskManager", manager)
+
+
+def test_groups(minitron: Callable[..., Any], checkpoint: Path, tmp_path: Path) -> None:
+    """Such as mmlu: one name for several tasks, and a score of all."""
+    tasks = write_toy_tasks(tmp_path, docs=3)
+    (tasks / "group.yaml").write_text(
+        "group: toys\ntask: [toy_choice, toy_generate]\n"
+        "aggregate_metric_list: [{metric: acc, weight_by_size: true}]\n"
+    )
+    options = ["eval", checkpoint, "--tasks", "toys,toy_perplexity", "--include-path", tasks]
+    code, text, err = minitron(*options)
+    assert code == 0, err
+    assert re.search(r"\|toys +\|N/A +\|none +\|", text.split("Groups")[1])
+    code, text, _ = minitron(*options, "--json")
+    assert code == 0
+    report = json.loads(text)
+    assert set(report["results"]) == {"toys", *NAMES}
+    assert report["groups"]["toys"]["acc,none"] == report["results"]["toy_choice"]["acc,none"]
+
+
+def test_interrupt(
+    minitron: Callable[..., Any], checkpoint: Path, toys: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*args: Any, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(lm_eval, "score_continuations", interrupted)
+    options = ["--tasks", "toy_choice", "--include-path", toys, "--json"]
+    assert minitron("eval", checkpoint, *options)[:2] == (130, "")
 
 
 @pytest.mark.parametrize(

@@ -374,7 +374,8 @@ class _Record:
         return id(self)
 
 
-_RECORD_MODULES = ("torch", "torch.serialization", "torch.distributed.checkpoint", "pathlib")
+# What an index names: anything else has no place there, although it would do nothing either.
+_RECORD_PACKAGES = ("torch", "megatron", "pathlib", "collections")
 
 
 def _read_records(data: bytes, what: str) -> _Record:
@@ -382,10 +383,7 @@ def _read_records(data: bytes, what: str) -> _Record:
 
     class Reader(pickle.Unpickler):
         def find_class(self, module: str, name: str) -> Any:
-            known = module in _RECORD_MODULES or module.startswith(
-                ("torch.distributed.checkpoint.", "megatron.core.dist_checkpointing.")
-            )
-            if not known:
+            if module.split(".")[0] not in _RECORD_PACKAGES:
                 raise ValueError(f"{what}: names {module}.{name:.80}, which no index does")
             return type(name, (_Record,), {})
 
