@@ -8,6 +8,7 @@ import io
 import json
 import os
 import pickle
+import random
 import shutil
 import tarfile
 import tempfile
@@ -658,6 +659,35 @@ def test_any_cut_of_an_archive_is_an_error(models: Callable[..., Model], tmp_pat
         path.write_bytes(data[:keep])
         with pytest.raises((ValueError, OSError)):
             open_checkpoint(path)
+
+
+@pytest.mark.parametrize("form", ["single", "zarr", "torch.distributed"])
+def test_changed_bytes_never_crash(
+    form: str, models: Callable[..., Model], tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    """Most often in headers and pickles: other weights, or an error that names the file."""
+    data = write_tar(tmp_path / "whole", files_of(form, models())).read_bytes()
+    path = tmp_path / "model.nemo"
+    generator = random.Random(form)
+    refused = 0
+    for _ in range(120):
+        changed = bytearray(data)
+        for _ in range(generator.choice([1, 1, 3, 20])):
+            start, end = generator.choice(
+                [(0, 6000), (len(data) - 40000, len(data)), (0, len(data))]
+            )
+            changed[generator.randrange(start, end)] = generator.choice(
+                [0, 255, generator.randrange(256)]
+            )
+        path.write_bytes(changed)
+        try:
+            checkpoint = open_checkpoint(path)
+            for name in checkpoint.tensors:
+                checkpoint.load(name, torch.float32)
+        except (ValueError, NotImplementedError) as error:
+            assert str(error).startswith(str(path)), error
+            refused += 1
+    assert refused > 15
 
 
 def test_missing_file(tmp_path: Path) -> None:

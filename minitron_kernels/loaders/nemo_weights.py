@@ -169,19 +169,23 @@ class _Window(io.RawIOBase):
 
 def _check_zip(window: _Window, size: int, what: str) -> None:
     """torch.save compresses nothing and is little endian; then sizes are those of the file."""
+    order = b"little"
     try:
         with zipfile.ZipFile(window) as archive:
-            for entry in archive.infolist():
-                stored = entry.compress_type == zipfile.ZIP_STORED
-                if not stored or entry.file_size != entry.compress_size or entry.file_size > size:
-                    raise ValueError(f"{what}: {entry.filename!r:.80} is compressed, or too large")
-                name = entry.filename.rpartition("/")[2]
-                if name.endswith(".pkl") and entry.file_size > _MAX_PICKLE_BYTES:
-                    raise ValueError(f"{what}: {entry.filename!r:.80} has {entry.file_size} bytes")
-                if name == "byteorder" and archive.read(entry) != b"little":
-                    raise NotImplementedError(f"{what}: is not little endian")
-    except (zipfile.BadZipFile, EOFError, OSError) as error:
+            entries = archive.infolist()
+            for entry in entries:
+                if entry.filename.endswith("/byteorder") and entry.file_size < 16:
+                    order = archive.read(entry)
+    except (zipfile.BadZipFile, EOFError, OSError, RuntimeError, UnicodeError) as error:
         raise ValueError(f"{what}: not a file of torch.save, or truncated: {error}") from None
+    for entry in entries:
+        stored = entry.compress_type == zipfile.ZIP_STORED
+        if not stored or entry.file_size != entry.compress_size or entry.file_size > size:
+            raise ValueError(f"{what}: {entry.filename!r:.80} is compressed, or too large")
+        if entry.filename.endswith(".pkl") and entry.file_size > _MAX_PICKLE_BYTES:
+            raise ValueError(f"{what}: {entry.filename!r:.80} has {entry.file_size} bytes")
+    if order != b"little":
+        raise NotImplementedError(f"{what}: is not little endian")
 
 
 # ---- sharded weights
@@ -389,10 +393,9 @@ def _read_records(data: bytes, what: str) -> _Record:
 
     try:
         index = Reader(io.BytesIO(data)).load()
-    except ValueError:
-        raise
     except Exception as error:  # a damaged pickle raises whatever its operations do
-        raise ValueError(f"{what}: damaged: {error!r:.200}") from None
+        told = str(error) if str(error).startswith(what) else f"{what}: damaged: {error!r:.200}"
+        raise ValueError(told) from None
     if not isinstance(index, _Record):
         raise ValueError(f"{what}: not the index of a checkpoint")
     return index
