@@ -55,8 +55,9 @@ def _wide(x: Tensor) -> Tensor:
     return torch.empty(x.shape, dtype=x.dtype, device=x.device).copy_(x)
 
 
-def _outputs(q: Tensor, return_lse: bool) -> tuple[Tensor, Tensor]:
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+def _outputs(q: Tensor, return_lse: bool, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    if out is None:
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse_shape = (q.shape[1], q.shape[0]) if return_lse else (0,)
     return out, torch.empty(lse_shape, dtype=torch.float32, device=q.device)
 
@@ -186,14 +187,21 @@ def attention_kvcache(
     scale: float,
     window: int | None,
     return_lse: bool,
+    *,
+    out: Tensor | None = None,
+    workspace: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """ops.attention_kvcache: out, lse. ``bounds`` are its min_seqlen_q and max_seqlen_q.
 
     A sequence's kernel depends on its own rows of q alone: that of decoding up to MAX_DECODE_ROWS,
     else that of prompts; the bounds tell which can occur. Decoding rotates and appends by itself;
     before the other kernel K is rotated, and K and V are appended, by a launch of their own.
+
+    ``out``: written instead of a new tensor, of q's shape with adjoining features. ``workspace``:
+    `decode_workspace_bytes` of uint8, 0 at first, in place of the stream's own; launches that share
+    one must not overlap.
     """
-    out, lse = _outputs(q, return_lse)
+    out, lse = _outputs(q, return_lse, out)
     num_rows, (smallest, largest) = q.shape[0], bounds
     if cu_seqlens_q is None:
         smallest = largest = 1
@@ -217,8 +225,21 @@ def attention_kvcache(
         _prefill(q, *cache, cu_seqlens, out, lse, largest, skipped, new is not None, options)
     if smallest <= MAX_DECODE_ROWS:
         rows = min(largest, MAX_DECODE_ROWS)
-        _decode(q, new, *cache, cu_seqlens, out, lse, rows, options)
+        _decode(q, new, *cache, cu_seqlens, out, lse, rows, options, workspace)
     return out, lse
+
+
+def decode_workspace_bytes(
+    batch: int, heads: int, kv_heads: int, head_dim: int, pages: tuple[int, int], rows: int
+) -> int:
+    """Workspace for ``batch`` sequences of up to ``pages`` = (number, tokens each), and ``rows``
+    new tokens at the most.
+    """
+    rows = min(rows, MAX_DECODE_ROWS)
+    size: int = _native.attention_decode_workspace_bytes(
+        batch, heads, kv_heads, head_dim, *pages, rows
+    )
+    return size
 
 
 def _append(
@@ -314,14 +335,16 @@ def _decode(
     lse: Tensor,
     max_seqlen_q: int,
     options: _Options,
+    workspace: Tensor | None = None,
 ) -> None:
     """mk_attention_decode."""
     num_pages, page, kv_heads, head_dim = k_cache.shape
     batch, max_pages = block_table.shape
-    num_bytes = _native.attention_decode_workspace_bytes(
-        batch, q.shape[1], kv_heads, head_dim, max_pages, page, max_seqlen_q
-    )
-    workspace = workspaces.get(q, num_bytes)
+    if workspace is None:
+        num_bytes = decode_workspace_bytes(
+            batch, q.shape[1], kv_heads, head_dim, (max_pages, page), max_seqlen_q
+        )
+        workspace = workspaces.get(q, num_bytes)
     k_new, v_new = new if new is not None else (None, None)
     call(
         "attention_decode",

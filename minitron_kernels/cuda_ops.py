@@ -248,6 +248,48 @@ def rope_append(
     )
 
 
+_zero_positions: dict[torch.device, list[Tensor]] = {}
+
+
+def _zeros(count: int, device: torch.device) -> Tensor:
+    """Positions 0, int32 [count]: one tensor for all calls, replaced by a larger one on demand.
+
+    Those that were replaced are kept: a captured graph may have their address. What a graph's own
+    capture would make holds zeros only once that graph runs, and is not kept for others.
+    """
+    made = _zero_positions.setdefault(device, [])
+    if made and made[-1].shape[0] >= count:
+        return made[-1][:count]
+    zeros = torch.zeros(max(count, 1 << 16), dtype=torch.int32, device=device)
+    if not (zeros.is_cuda and torch.cuda.is_current_stream_capturing()):
+        made.append(zeros)
+    return zeros[:count]
+
+
+def append_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
+    """rope_append by the angle 0, whose cosine is 1: k as it is, but for the sign of a zero."""
+    k, v, slots = _features_adjoin(k), _features_adjoin(v), slots.contiguous()
+    num_pages, page, heads, head_dim = k_cache.shape
+    zeros = _zeros(k.shape[0], k.device)
+    rotary_dim = 16 if head_dim % 16 == 0 else 2
+    call(
+        "rope_append",
+        k,
+        *(t.data_ptr() for t in (k, v, k_cache, v_cache, slots)),
+        *k.stride()[:2],
+        *v.stride()[:2],
+        *k_cache.stride()[:3],
+        k.shape[0],
+        heads,
+        head_dim,
+        num_pages,
+        page,
+        DTYPES[slots.dtype],
+        DTYPES[k.dtype],
+        _native.Rope(0, 0, 0, zeros.data_ptr(), _native.I32, 1, rotary_dim, False, 2.0),
+    )
+
+
 def silu_and_mul(gate_up: Tensor) -> Tensor:
     rows, size = rows_of(gate_up), gate_up.shape[-1] // 2
     out = torch.empty((*gate_up.shape[:-1], size), dtype=gate_up.dtype, device=gate_up.device)

@@ -34,6 +34,7 @@ from minitron_kernels.checks import (
     check_positions,
     check_rope,
     check_window,
+    on_host,
     shape_of,
 )
 from minitron_kernels.library import Norm, Rope, op
@@ -55,6 +56,7 @@ __all__ = [
     "PackedQKV",
     "Rope",
     "add_rms_norm",
+    "append_kv",
     "apply_rope",
     "attention",
     "attention_kvcache",
@@ -376,6 +378,37 @@ def _rope_append(
         cuda_ops.rope_append(k, v, cos, sin, positions, interleaved, k_cache, v_cache, slots)
         return
     torch_ops.rope_append(k, v, rope, (k_cache, v_cache), slots)
+
+
+@op(
+    "append_kv(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slots) -> ()",
+    lambda *args: None,
+)
+def append_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
+    """Write k and v [T, Hk, D], rotated already, to the slots of a paged cache; see rope_append.
+
+    k and v may have more rows than there are slots: those behind are not written.
+    """
+    check_float(k=k, v=v, k_cache=k_cache, v_cache=v_cache)
+    check_cache(k_cache, v_cache)
+    hk, d = k_cache.shape[2:]
+    for name, t in (("k", k), ("v", v)):
+        if t.ndim != 3 or t.shape[1:] != (hk, d):
+            raise ValueError(f"{name} must be [T, {hk}, {d}], got {shape_of(t)}")
+    if slots.ndim != 1 or slots.shape[0] > min(k.shape[0], v.shape[0]):
+        raise ValueError(
+            f"slots must be [T] for the {k.shape[0]} rows of k and {v.shape[0]} of v, "
+            f"got {shape_of(slots)}"
+        )
+    check_index("slots", slots, tuple(slots.shape), k.device)
+    k, v = k[: slots.shape[0]], v[: slots.shape[0]]
+    if cuda_ops.serves(k):
+        cuda_ops.append_kv(k, v, k_cache, v_cache, slots)
+        return
+    capacity = k_cache.shape[0] * k_cache.shape[1]
+    if on_host(slots) and slots.numel() and int(slots.max()) >= capacity:
+        raise ValueError(f"slots must be below the cache's {capacity}, got {int(slots.max())}")
+    torch_ops.append(k, v, k_cache, v_cache, slots)
 
 
 def qkv_rope_append(

@@ -200,6 +200,14 @@ def _linear(
     return torch_ops.matmul_quant(x, w, kind, add=add, out_dtype=out_dtype).view(shape)
 
 
+def linear_stored(x: Tensor, w: Tensor, kind: str, rows: int) -> Tensor:
+    """x [..., K] @ w^T of a matrix by its stored bytes (blocks or tiles), type and rows.
+
+    For runtimes whose compilers take plain tensors only.
+    """
+    return _linear(x, w, kind, rows, None, None, 0.0, None)
+
+
 # ----------------------------------------------------------------------------------------- swiglu
 
 
@@ -383,3 +391,10 @@ def _embedding(
         return cuda_quantized.embedding(ids, _tiles(table, kind, rows, cols), cols, dtype)
     table = _blocks(table, kind, rows, cols)
     return torch_ops.embedding_quant(ids, table, kind, dtype).view(*ids.shape, cols)
+
+
+def embedding_stored(
+    ids: Tensor, table: Tensor, kind: str, rows: int, cols: int, dtype: torch.dtype
+) -> Tensor:
+    """Rows of a table by its stored bytes; see linear_stored."""
+    return _embedding(ids, table, kind, rows, cols, dtype)

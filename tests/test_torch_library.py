@@ -76,6 +76,7 @@ def arguments(t: int) -> dict[str, tuple[Any, ...]]:
         ),
         "attention": (q, k, v, cu, cu, t, True, None, None, cos, sin, False, True),
         "rope_append": (k, v, *rope, *caches(), positions),
+        "append_kv": (k, v, *caches(), positions),
         "qkv_rope_append": (x, weight, 1e-5, wq, wk, wv, *rope, *caches(), positions),
         "qkv_rope_append packed": (
             x, weight, 1e-5, packed_qkv, None, None, *rope, *caches(), positions,
