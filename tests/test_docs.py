@@ -83,6 +83,7 @@ def test_readme_command(
     if args[0] == "eval":  # a toy task under the name of the real one
         toys = write_toy_tasks(tmp_path, names=("mmlu", *NAMES[1:]))
         monkeypatch.setattr("minitron_kernels.integrations.lm_eval.TASKS", toys)
+        monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
     assert main(args) == 0
     out = capfd.readouterr().out
     assert out.strip()

@@ -37,9 +37,10 @@ Request = tuple[list[int], list[int]]
 
 
 @pytest.fixture(scope="module", autouse=True)
-def offline() -> Any:
+def offline(tmp_path_factory: pytest.TempPathFactory) -> Any:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_HUB_OFFLINE", "1")
+        patch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
         # Seconds of subprocesses, for a text about the machine that no test reads.
         patch.setattr("torch.utils.collect_env.get_pretty_env_info", lambda: "")
         yield
@@ -271,7 +272,15 @@ def test_generation_options(model: MinitronForCausalLM, tokenizer: Tokenizer) ->
         disable_tqdm=True,
     )
     assert stopped == [whole[: whole.index(cut)], whole]
-    sampled = {**options, "do_sample": True, "temperature": 0.9, "top_k": 5, "seed": 4}
+    sampled = {
+        **options,
+        "num_beams": 1,
+        "top_p": None,
+        "do_sample": True,
+        "temperature": 0.9,
+        "top_k": 5,
+        "seed": 4,
+    }
     texts = lm.generate_until([requested(prompt, sampled)] * 2, disable_tqdm=True)
     assert texts[0] == texts[1] != whole
     with pytest.raises(NotImplementedError, match="generation option 'num_beams'"):

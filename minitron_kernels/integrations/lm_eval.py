@@ -225,7 +225,8 @@ class MinitronLM(TemplateLM):  # type: ignore[misc]
 
     def _sampling(self, options: Mapping[str, Any]) -> tuple[SamplingParams, list[str]]:
         """A task's generation options as `SamplingParams`, and its stop strings."""
-        options = {**normalize_gen_kwargs(dict(options))}
+        given = {name: value for name, value in options.items() if value is not None}
+        options = {**normalize_gen_kwargs(given)}
         eos = self.tokenizer.eos_token
         stop = [text for text in handle_stop_sequences(options.pop("until"), eos) if text]
         do_sample, max_new = options.pop("do_sample"), options.pop("max_gen_toks")
