@@ -77,8 +77,21 @@ def _has_hooks(module: nn.Module) -> bool:
 def _is_matrix(module: Any) -> bool:
     """Whether a module is nothing but the product with its weight."""
     if type(module) is nn.Linear:
-        return module.bias is None and not _has_hooks(module)
+        return module._parameters["bias"] is None and not _has_hooks(module)
     return type(module) is QuantizedLinear and not _has_hooks(module)
+
+
+def _weights(module: nn.Module, names: tuple[str, ...]) -> tuple[Tensor, ...] | str:
+    """The matrices of a module; or why they are not for the kernels: they may have been changed."""
+    found = []
+    for name in names:  # part of every call: the dictionaries of torch, as __getattr__ is slow
+        child = module._modules[name]
+        if child is None or not _is_matrix(child):
+            return f"{name} was replaced, or has hooks"
+        weight = child._parameters["weight"]
+        assert weight is not None
+        found.append(weight)
+    return tuple(found)
 
 
 def _about_matrices(module: nn.Module, names: tuple[str, ...]) -> str | None:
@@ -139,8 +152,7 @@ def _pack_gate_up(gate: Tensor, up: Tensor) -> ops.PackedGateUp:
     return packed
 
 
-def _gate_up(mlp: Any) -> ops.PackedGateUp | tuple[Tensor, Tensor]:
-    gate, up = mlp.gate_proj.weight, mlp.up_proj.weight
+def _gate_up(mlp: Any, gate: Tensor, up: Tensor) -> ops.PackedGateUp | tuple[Tensor, Tensor]:
     packed = getattr(mlp, "_minitron", None)
     if packed is not None and _can_pack(gate, up):
         joined: ops.PackedGateUp = packed.get((gate, up), _pack_gate_up)
@@ -148,15 +160,15 @@ def _gate_up(mlp: Any) -> ops.PackedGateUp | tuple[Tensor, Tensor]:
     return gate, up
 
 
-def _qkv(attention: Any) -> ops.PackedQKV | tuple[Tensor, Tensor, Tensor]:
-    weights = tuple(getattr(attention, name).weight for name in _QKV)
+def _qkv(
+    attention: Any, weights: tuple[Tensor, Tensor, Tensor]
+) -> ops.PackedQKV | tuple[Tensor, Tensor, Tensor]:
     packed = getattr(attention, "_minitron_packed", None)
     if packed is not None and _can_pack(*weights):
         pack = functools.partial(ops.pack_qkv, head_dim=attention.head_dim)
         joined: ops.PackedQKV = packed.get(weights, pack)
         return joined
-    wq, wk, wv = weights
-    return wq, wk, wv
+    return weights
 
 
 # -------------------------------------------------------------------------------------- the classes
@@ -174,12 +186,12 @@ def compute_norm(norm: Any, x: Tensor, original: Callable[..., Any]) -> Tensor:
 
 def compute_mlp(mlp: Any, x: Tensor, original: Callable[..., Any]) -> Tensor:
     """The forward of an MLP module."""
-    reason = _about_call(mlp, _GATE_UP_DOWN, x)
-    if reason is not None:
-        note(reason)
+    weights = _for_mlp(mlp, x)
+    if isinstance(weights, str):
+        note(weights)
         result: Tensor = original(x)
         return result
-    return _mlp(mlp, x)
+    return _mlp(mlp, weights, x)
 
 
 def compute_attention(
@@ -192,15 +204,15 @@ def compute_attention(
     original: Callable[..., Any],
 ) -> tuple[Tensor, Tensor | None]:
     """The forward of an attention module."""
-    reason = _about_attention(attention, x, position_embeddings, mask, kwargs)
-    if reason is not None:
-        note(reason)
+    weights = _for_attention(attention, x, position_embeddings, mask, kwargs)
+    if isinstance(weights, str):
+        note(weights)
         result: tuple[Tensor, Tensor | None] = original(
             x, position_embeddings, mask, cache, **kwargs
         )
         return result
     assert position_embeddings is not None
-    return _attention(attention, x, position_embeddings, mask, cache), None
+    return _attention(attention, weights, x, position_embeddings, mask, cache), None
 
 
 @functools.cache
@@ -244,12 +256,12 @@ _QKV = ("q_proj", "k_proj", "v_proj")
 _QKVO = (*_QKV, "o_proj")
 
 
-def _about_call(module: Any, names: tuple[str, ...], x: Tensor) -> str | None:
-    """Why this call is not for the kernels: what `patch` looked at may have changed since."""
-    for name in names:
-        if not _is_matrix(getattr(module, name)):
-            return f"{name} was replaced, or has hooks"
-    return why_not(x, *(getattr(module, name).weight for name in names))
+def _for_mlp(mlp: nn.Module, x: Tensor) -> tuple[Tensor, ...] | str:
+    """The matrices, if this call is for the kernels, or why not."""
+    weights = _weights(mlp, _GATE_UP_DOWN)
+    if isinstance(weights, str):
+        return weights
+    return why_not(x, *weights) or weights
 
 
 class _MLP(nn.Module):
@@ -274,18 +286,22 @@ class _MLP(nn.Module):
 
 
 def _mlp(
-    mlp: Any, x: Tensor, norm: ops.Norm | None = None, residual: Tensor | None = None
+    mlp: Any,
+    weights: tuple[Tensor, ...],
+    x: Tensor,
+    norm: ops.Norm | None = None,
+    residual: Tensor | None = None,
 ) -> Tensor:
     rows = x.reshape(-1, x.shape[-1])
     added = None if residual is None else residual.reshape(rows.shape)
-    weights = tuple(getattr(mlp, name).weight for name in _GATE_UP_DOWN)
+    gate, up, down = weights
     if _is_for_torch(rows, *weights):
         if norm is not None:
             rows = ops.rms_norm(rows, *norm)
-        gate, up = (F.linear(rows, w) for w in weights[:2])
-        out = F.linear(F.silu(gate, inplace=True).mul_(up), weights[2])
+        hidden = F.silu(F.linear(rows, gate), inplace=True).mul_(F.linear(rows, up))
+        out = F.linear(hidden, down)
         return (out if added is None else out.add_(added)).view(x.shape)
-    return ops.swiglu_mlp(rows, _gate_up(mlp), mlp.down_proj.weight, norm, added).view(x.shape)
+    return ops.swiglu_mlp(rows, _gate_up(mlp, gate, up), down, norm, added).view(x.shape)
 
 
 class _Attention(nn.Module):
@@ -318,10 +334,10 @@ class _Attention(nn.Module):
         )
 
 
-def _about_attention(
+def _for_attention(
     attention: Any, x: Tensor, position_embeddings: Any, mask: Any, kwargs: dict[str, Any]
-) -> str | None:
-    """Why this call is not for the kernels."""
+) -> tuple[Tensor, ...] | str:
+    """The matrices, if this call is for the kernels, or why not."""
     if kwargs.get("output_attentions"):
         return "output_attentions is set, and only eager attention has them"
     if mask is not None and not isinstance(mask, Tensor):
@@ -332,7 +348,10 @@ def _about_attention(
         return "dropout is wanted"
     if position_embeddings is None or position_embeddings[0].shape[-1] != attention.head_dim:
         return "position_embeddings do not cover a whole head"
-    return _about_call(attention, _QKVO, x)
+    weights = _weights(attention, _QKVO)
+    if isinstance(weights, str):
+        return weights
+    return why_not(x, *weights) or weights
 
 
 class _Step:
@@ -348,6 +367,12 @@ class _Step:
             positions = positions.repeat(batch)
         self.rope = ops.Rope(tables[0], tables[1], positions)
         self._places: dict[tuple[int, ...], tuple[Tensor, Layout]] = {}
+
+    def rotated(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """q and k [B * S, heads, D], turned by their positions."""
+        cos, sin, positions, _ = self.rope
+        assert positions is not None
+        return ops.apply_rope(q, k, cos, sin, positions)
 
     def places(self, q_shape: tuple[int, int, int, int], at: Appended) -> tuple[Tensor, Layout]:
         """Slots of the new keys, and the layout; q is [B, S, Hq, D]."""
@@ -404,6 +429,7 @@ def _step_of(attention: Any, cos: Tensor, sin: Tensor, mask: Tensor | None, batc
 
 def _attention(
     attention: Any,
+    weights: tuple[Tensor, ...],
     x: Tensor,
     position_embeddings: tuple[Tensor, Tensor],
     mask: Tensor | None,
@@ -413,8 +439,9 @@ def _attention(
 ) -> Tensor:
     """x [B, S, H], normalised first where asked, through attention and o_proj (+ residual)."""
     batch, seqlen, hidden = x.shape
+    wq, wk, wv, wo = weights
     d, index = attention.head_dim, attention.layer_idx
-    heads, kv_heads = (getattr(attention, n).weight.shape[0] // d for n in ("q_proj", "k_proj"))
+    heads, kv_heads = wq.shape[0] // d, wk.shape[0] // d
     window = None
     if isinstance(attention, mistral.MistralAttention):
         window = attention.config.sliding_window
@@ -424,43 +451,43 @@ def _attention(
     if mask is None or is_bounds(mask):
         at = make_room(cache, index, (batch, seqlen, kv_heads, d), x)
     if at is None:
-        out = _by_update(attention, rows, norm, step, (batch, seqlen), mask, cache, window)
+        qkv = _projected(attention, (wq, wk, wv), rows, norm)
+        out = _by_update(attention, qkv, step, (batch, seqlen), mask, cache, window)
     else:
         slots, layout = step.places((batch, seqlen, heads, d), at)
-        q = _project(attention, rows, norm, step.rope, (at.rows.k[None], at.rows.v[None]), slots)
+        kept = at.rows.k[None], at.rows.v[None]
+        if _is_for_torch(rows, wq, wk, wv):
+            q, k, v = _projected(attention, (wq, wk, wv), rows, norm)
+            ops.rope_append(k, v, step.rope, kept, slots)
+            q = step.rotated(q, k[:, :0])[0]
+        else:
+            qkv_weights = _qkv(attention, (wq, wk, wv))
+            q = ops.qkv_rope_append(rows, norm, qkv_weights, step.rope, kept, slots)
         out = attend(q, at.rows, layout, attention.scaling, window).flatten(1)
     added = None if residual is None else residual.reshape(rows.shape)
-    if _is_for_torch(out, attention.o_proj.weight):
-        out = F.linear(out, attention.o_proj.weight)
+    if _is_for_torch(out, wo):
+        out = F.linear(out, wo)
         return (out if added is None else out.add_(added)).view(batch, seqlen, -1)
-    return ops.linear(out, attention.o_proj.weight, added).view(batch, seqlen, -1)
+    return ops.linear(out, wo, added).view(batch, seqlen, -1)
 
 
-def _project(
-    attention: Any,
-    rows: Tensor,
-    norm: ops.Norm | None,
-    rope: ops.Rope,
-    kept: tuple[Tensor, Tensor],
-    slots: Tensor,
-) -> Tensor:
-    """Q [B * S, Hq, D] of x [B * S, H]; K and V go to the slots of [1, R, Hk, D]."""
-    weights = tuple(getattr(attention, name).weight for name in _QKV)
-    if not _is_for_torch(rows, *weights):
-        return ops.qkv_rope_append(rows, norm, _qkv(attention), rope, kept, slots)
-    if norm is not None:
-        rows = ops.rms_norm(rows, *norm)
-    q, k, v = (F.linear(rows, w).unflatten(-1, (-1, attention.head_dim)) for w in weights)
-    ops.rope_append(k, v, rope, kept, slots)
-    cos, sin, positions, _ = rope
-    assert positions is not None
-    return ops.apply_rope(q, k[:, :0], cos, sin, positions)[0]
+def _projected(
+    attention: Any, weights: tuple[Tensor, ...], rows: Tensor, norm: ops.Norm | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Q [B * S, Hq, D], K and V [B * S, Hk, D] of x [B * S, H], not rotated."""
+    if _is_for_torch(rows, *weights):
+        if norm is not None:
+            rows = ops.rms_norm(rows, *norm)
+        products = [F.linear(rows, w) for w in weights]
+    else:
+        products = [ops.linear(rows, w, norm=norm) for w in weights]
+    q, k, v = (y.unflatten(-1, (-1, attention.head_dim)) for y in products)
+    return q, k, v
 
 
 def _by_update(
     attention: Any,
-    rows: Tensor,
-    norm: ops.Norm | None,
+    qkv: tuple[Tensor, Tensor, Tensor],
     step: _Step,
     shape: tuple[int, int],
     mask: Tensor | None,
@@ -468,20 +495,13 @@ def _by_update(
     window: int | None,
 ) -> Tensor:
     """As transformers goes about it, for other caches and masks: [B * S, Hq * D]."""
-    weights = (getattr(attention, name).weight for name in _QKV)
-    q, k, v = (
-        ops.linear(rows, w, norm=norm).unflatten(-1, (-1, attention.head_dim)) for w in weights
-    )
-    cos, sin, positions, _ = step.rope
-    assert positions is not None
-    q, k = ops.apply_rope(q, k, cos, sin, positions)
-    q, k, v = (t.unflatten(0, shape).transpose(1, 2) for t in (q, k, v))
+    q, k, v = (t.unflatten(0, shape).transpose(1, 2) for t in (*step.rotated(*qkv[:2]), qkv[2]))
     if cache is not None:
         k, v = cache.update(k, v, attention.layer_idx)
     out, _ = attention_forward(
         attention, q, k, v, mask, scaling=attention.scaling, sliding_window=window
     )
-    return out.reshape(rows.shape[0], -1)
+    return out.reshape(shape[0] * shape[1], -1)
 
 
 class _DecoderLayer(nn.Module):
@@ -504,19 +524,20 @@ class _DecoderLayer(nn.Module):
     ) -> Tensor:
         x, attention, mlp = hidden_states, self.self_attn, self.mlp
         norms = self.input_layernorm, self.post_attention_layernorm
-        if (
-            not any(map(_has_hooks, (attention, mlp, *norms)))
-            and all(map(_is_ours, (attention, mlp, *norms)))
-            and why_not(x, *(norm.weight for norm in norms)) is None
-            and _about_attention(attention, x, position_embeddings, attention_mask, kwargs) is None
-            and _about_call(mlp, _GATE_UP_DOWN, x) is None
-        ):
-            assert position_embeddings is not None
+        parts = attention, mlp, *norms
+        if all(map(_is_ours, parts)) and not any(map(_has_hooks, parts)):
             first, second = map(_norm_of, norms)
-            x = _attention(
-                attention, x, position_embeddings, attention_mask, past_key_values, first, x
-            )
-            return _mlp(mlp, x, second, x)
+            of_mlp = _for_mlp(mlp, x)
+            of_attention = _for_attention(attention, x, position_embeddings, attention_mask, kwargs)
+            if (
+                not isinstance(of_mlp, str)
+                and not isinstance(of_attention, str)
+                and why_not(x, first.weight, second.weight) is None
+            ):
+                assert position_embeddings is not None
+                places = position_embeddings, attention_mask, past_key_values
+                x = _attention(attention, of_attention, x, *places, first, x)
+                return _mlp(mlp, of_mlp, x, second, x)
         original: Tensor = super().forward(
             hidden_states,
             attention_mask=attention_mask,
