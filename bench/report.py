@@ -2,14 +2,15 @@
 
     python -m bench.report
 
-Reads ops-*.jsonl (what `pytest bench --out` wrote), model-*.json (`minitron bench --json`), and the
-counts of `python -m bench.modelled`. What was measured and what is modelled stand apart; results of
-the emulator, whose times mean nothing, are refused.
+Reads ops-*.jsonl (what `pytest bench --out` wrote; those of one machine make one section),
+model-*.json (`minitron bench --json`), and the counts of `python -m bench.modelled`. What was
+measured and what is modelled stand apart; times of the emulator, which mean nothing, are refused.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,16 +63,19 @@ not reach.
 class Results:
     """What the page is made of."""
 
-    ops: dict[str, tuple[dict[str, Any], list[Record]]]  # by the file's name
+    ops: dict[str, tuple[dict[str, Any], list[Record]]]  # by the machine's name, as in file names
     models: dict[str, dict[str, Any]]
     modelled: dict[str, Any]
 
     @classmethod
     def read(cls, folder: Path) -> Results:
-        ops = {path.stem: harness.read(path) for path in sorted(folder.glob("ops-*.jsonl"))}
-        for name, (_, records) in ops.items():
+        ops: dict[str, tuple[dict[str, Any], list[Record]]] = {}
+        for path in sorted(folder.glob("ops-*.jsonl")):
+            about, records = harness.read(path)
             if any(record["arch"] == EMULATED for record in records):
-                raise ValueError(f"{name} holds times of the emulator, which mean nothing")
+                raise ValueError(f"{path} holds times of the emulator, which mean nothing")
+            name = re.sub(r"\W+", "-", about["device"].lower())
+            ops.setdefault(name, (about, []))[1].extend(records)
         models = {p.stem: json.loads(p.read_text()) for p in sorted(folder.glob("model-*.json"))}
         return cls(ops, models, json.loads((folder / "modelled.json").read_text()))
 

@@ -66,7 +66,8 @@ MODEL = {
 def folder(tmp_path: Path) -> Path:
     """Results as a run on a GPU leaves them."""
     lines = [{"machine": MACHINE}, *RECORDS]
-    (tmp_path / "ops-h100.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (tmp_path / "ops-h100.jsonl").write_text("\n".join(map(json.dumps, lines[:-1])))
+    (tmp_path / "ops-rest.jsonl").write_text("\n".join(map(json.dumps, [lines[0], lines[-1]])))
     (tmp_path / "model-h100.json").write_text(json.dumps(MODEL))
     (tmp_path / "modelled.json").write_text(modelled.dump(MODELLED_COUNTS))
     return tmp_path
@@ -81,6 +82,7 @@ def test_page_of_made_up_results(folder: Path) -> None:
     page = report.page(Results.read(folder))
     measured, modelled_part = measured_and_modelled(page)
     assert "No GPU has been measured" not in measured
+    assert measured.count("### NVIDIA H100 80GB HBM3") == 1, "two files of one machine"
     assert (
         "| rms_norm | bfloat16 | 64 x 4096 | 10.0 (9.00-11.0) | 10.0 | 50 | 4.20 | 1.25 |" in page
     )
@@ -102,9 +104,9 @@ def test_figures_of_made_up_results(folder: Path) -> None:
         svg = (folder / path).read_text()
         assert "<svg" in svg and len(svg) < 200_000
         assert ("modelled" in svg.lower()) == path.endswith("modelled.svg")
-    first = (folder / "performance" / "ops-h100-bars.svg").read_bytes()
+    first = (folder / "performance" / "nvidia-h100-80gb-hbm3-bars.svg").read_bytes()
     report.write(Results.read(folder), folder / "page.md")
-    assert (folder / "performance" / "ops-h100-bars.svg").read_bytes() == first
+    assert (folder / "performance" / "nvidia-h100-80gb-hbm3-bars.svg").read_bytes() == first
 
 
 def test_times_of_the_emulator_are_refused(folder: Path) -> None:
@@ -116,6 +118,7 @@ def test_times_of_the_emulator_are_refused(folder: Path) -> None:
 
 def test_results_of_a_few_ops_only(folder: Path) -> None:
     """A run that was cut off has a page as well."""
+    (folder / "ops-rest.jsonl").unlink()
     (folder / "ops-h100.jsonl").write_text(
         json.dumps({"machine": MACHINE}) + "\n" + json.dumps(RECORDS[0])
     )
