@@ -31,6 +31,15 @@ STYLE = {
     "axes.prop_cycle": matplotlib.cycler(color=COLORS),
 }
 OURS = "minitron_kernels"
+# In this order they have the colours and marks; whoever is not among them takes the next ones.
+KNOWN = ("ours", "eager", "compiled", "sdpa", "torch", "dequantised", "transformers", "grouped")
+MARKS = "os^Dv<>P"
+
+
+def looks(name: str) -> tuple[str, str]:
+    """(color, mark) of a candidate, the same in every figure."""
+    i = KNOWN.index(name) if name in KNOWN else sum(name.encode())
+    return COLORS[i % len(COLORS)], MARKS[i % len(MARKS)]
 
 
 def save(figure: Figure, path: Path) -> None:
@@ -63,15 +72,14 @@ def bars(about: dict[str, Any], records: list[Record]) -> Figure:
     figure = Figure(figsize=(8.5, 0.9 + 0.19 * len(shown)), layout="constrained")
     axes = figure.subplots()
     places = np.arange(len(shown))[::-1]
-    for i, rival in enumerate(rivals):
+    for rival in rivals:
         points = [
             (r["candidates"][rival]["us"] / r["candidates"]["ours"]["us"], y)
             for r, y in zip(shown, places, strict=True)
             if rival in r["candidates"]
         ]
         axes.plot(
-            *zip(*points, strict=True), "os^Dv<>P"[i % 8], ms=5, label=rival,
-            color=COLORS[1:][i % len(COLORS[1:])],
+            *zip(*points, strict=True), looks(rival)[1], ms=5, label=rival, color=looks(rival)[0],
         )  # fmt: skip
     axes.axvline(1, color=COLORS[0], lw=1.5)
     axes.set_xscale("log", base=2)
@@ -165,11 +173,11 @@ def scaling(about: dict[str, Any], records: list[Record]) -> Figure:
 
 def _lines(axes: Axes, records: list[Record], x_of: Any, title: str) -> None:
     own = sorted((r for r in records if r["dtype"] == "bfloat16"), key=x_of)
-    for i, name in enumerate(dict.fromkeys(n for r in own for n in r["candidates"])):
+    for name in dict.fromkeys(n for r in own for n in r["candidates"]):
         at = [(x_of(r), r["candidates"][name]["us"] / 1e3) for r in own if name in r["candidates"]]
         axes.plot(
             *zip(*at, strict=True), "o-", ms=4, lw=1.8 if name == "ours" else 1,
-            color=COLORS[i % len(COLORS)], label=OURS if name == "ours" else name,
+            color=looks(name)[0], label=OURS if name == "ours" else name,
         )  # fmt: skip
     axes.set(xscale="log", yscale="log", title=title)
     axes.set_xticks([x_of(r) for r in own], [str(x_of(r)) for r in own])
