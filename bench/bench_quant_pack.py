@@ -15,20 +15,19 @@ from minitron_kernels import _native
 from minitron_kernels.config import ModelConfig
 from minitron_kernels.quantized import GGML_NUMBERS
 
-THREADS = 2
-
 
 def bench_quant_pack(kind: str, config: ModelConfig, compare: Comparison) -> None:
     if compare.settings.device != "cpu":
         pytest.skip("done by the host: measured with --device cpu")
     rows, cols = 2 * config.intermediate_size, config.hidden_size
+    threads = torch.get_num_threads()
     number, blocks = GGML_NUMBERS[kind], inputs.quantised(kind, rows, cols).blocks
     tiles = torch.empty(_native.quant_packed_bytes(number, rows, cols), dtype=torch.uint8)
     again, copied = torch.empty_like(blocks), torch.empty_like(blocks)
 
     def move(function: object, source: torch.Tensor) -> torch.Tensor:
         address, row_bytes = source.data_ptr(), source.shape[1]
-        function(address, tiles.data_ptr(), row_bytes, number, rows, cols, THREADS)  # type: ignore[operator]
+        function(address, tiles.data_ptr(), row_bytes, number, rows, cols, threads)  # type: ignore[operator]
         return blocks
 
     case = Case(f"quant_pack {kind}", "uint8", f"{rows} x {cols}", blocks.nbytes + tiles.nbytes)

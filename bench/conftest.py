@@ -31,6 +31,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     add("--no-compile", action="store_true", help="without torch.compile")
     add("--no-graphs", action="store_true", help="without CUDA graphs")
     add("--threads", type=int, help="of the CPU; default: PyTorch's")
+    add("--cpu-time", action="store_true",
+        help="processor time of one thread: on a machine that others use")  # fmt: skip
     add("--only", action="append", default=[], metavar="SWEEP=VALUE[,VALUE]",
         help="values of a sweep, such as dtype=bfloat16 or m=1,8")  # fmt: skip
     add("--out", type=Path, metavar="FILE.jsonl", help="results, and the same as .csv; appended")
@@ -41,11 +43,14 @@ def pytest_configure(config: pytest.Config) -> None:
     device = option("--device") or ("cuda" if torch.cuda.is_available() else "cpu")
     if option("--threads"):
         torch.set_num_threads(option("--threads"))
+    if option("--cpu-time") and (device != "cpu" or torch.get_num_threads() != 1):
+        raise pytest.UsageError("--cpu-time needs --device cpu --threads 1")
     settings = Settings(
         device=device,
         smoke=option("--smoke"),
         seconds=option("--seconds"),
         flush=not option("--warm"),
+        cpu_time=option("--cpu-time"),
         compile=not option("--no-compile"),
         graphs=not option("--no-graphs"),
         results=option("--out"),

@@ -46,6 +46,7 @@ class Settings:
     device: cpu, cuda, or emulated (the kernels on the PTX emulator: no time means anything).
     seconds: of measuring, per case; rounds are at least `min_rounds` all the same.
     flush: empty the caches before every call.
+    cpu_time: of the calling thread, in place of wall-clock time.
     """
 
     device: str = "cpu"
@@ -54,6 +55,7 @@ class Settings:
     min_rounds: int = 7
     max_rounds: int = 200
     flush: bool = True
+    cpu_time: bool = False
     compile: bool = True
     graphs: bool = True
     results: Path | None = None
@@ -61,6 +63,11 @@ class Settings:
     @property
     def sweep(self) -> str:
         return "smoke" if self.smoke or self.device == "emulated" else self.device
+
+    @property
+    def clock(self) -> Callable[[], float]:
+        """Seconds, on a CPU."""
+        return time.thread_time if self.cpu_time else time.perf_counter
 
     @property
     def torch_device(self) -> str:
@@ -102,12 +109,12 @@ class Meter:
         """Seconds that each call takes, one after the other."""
         if self.settings.device == "cuda":
             return self._turn_on_gpu(calls)
-        took = {}
+        took, clock = {}, self.settings.clock
         for name, call in calls.items():
             self.flush()
-            started = time.perf_counter()
+            started = clock()
             call()
-            took[name] = time.perf_counter() - started
+            took[name] = clock() - started
         return took
 
     def _turn_on_gpu(self, calls: dict[str, Call]) -> dict[str, float]:
@@ -238,7 +245,8 @@ class Comparison:
     def _record(
         self, case: Case, times: dict[str, list[float]], reasons: dict[str, str]
     ) -> dict[str, Any]:
-        peak_flop, peak_bytes = machine.peaks(self.settings.device, case.dtype)
+        s = self.settings
+        peak_flop, peak_bytes = machine.peaks(s.device, case.dtype, s.clock)
         entries = {}
         for name, seconds in times.items():
             median = statistics.median(seconds)
@@ -328,7 +336,7 @@ class Recorder:
         if path is None:
             return
         if self._machine is None:
-            self._machine = machine.describe(self._settings.device)
+            self._machine = machine.describe(self._settings.device, self._settings.clock)
             path.parent.mkdir(parents=True, exist_ok=True)
             _append(path, {"machine": self._machine})
         _append(path, _rounded(record))

@@ -124,6 +124,7 @@ def op_table(records: list[Record]) -> list[str]:
 def machine_text(about: dict[str, Any]) -> str:
     versions = about["versions"]
     parts = [f"{about['device']}, {about['when']}, commit {about['commit']}"]
+    parts.append(f"times: {about.get('clock', 'wall clock')}")
     parts.append(", ".join(f"{k} {versions[k]}" for k in ("torch", "transformers") if versions[k]))
     peaks = [
         f"{number(about[key])} {unit}"

@@ -8,6 +8,7 @@ import re
 import shlex
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +159,17 @@ def test_a_results_file_that_was_cut_off_is_read(tmp_path: Path) -> None:
     lines = [json.dumps(v) for v in ({"machine": {"device": "x"}}, record, later, later)]
     path.write_text("\n".join(lines)[:-5])
     assert harness.read(path) == ({"device": "x"}, [later])
+
+
+def test_processor_time_leaves_out_waiting() -> None:
+    def waits() -> torch.Tensor:
+        time.sleep(0.02)
+        return torch.ones(3)
+
+    for cpu_time in (False, True):
+        settings = Settings(seconds=0.0, min_rounds=3, flush=False, cpu_time=cpu_time)
+        record, _ = compare(settings, ours=waits, eager=waits)
+        assert (record["candidates"]["ours"]["us"] >= 20_000) != cpu_time
 
 
 def test_the_flush_is_larger_than_the_cache() -> None:
