@@ -17,6 +17,7 @@ from minitron_kernels.integrations import transformers_attention
 from minitron_kernels.integrations.transformers import QuantizedLinear, from_gguf, patch, unpatch
 from minitron_kernels.quantized import QuantizedTensor
 from tests.emulated_device import emulated
+from tests.test_integration_transformers import compiled, ops_in
 from tests.test_loaders_gguf import in_file_mapping
 from tests.test_model_emulated import check_logits
 from tests.test_model_quantized import LAYERS, UNIFORM, VOCAB, random_ids, write_model
@@ -123,6 +124,15 @@ def test_patch_and_unpatch(files: dict[str, Path]) -> None:
     assert not torch.equal(model(ids).logits, before)
     unpatch(model)
     assert torch.equal(model(ids).logits, before)
+
+
+@torch.no_grad()
+def test_compiles_whole(files: dict[str, Path]) -> None:
+    model, ids = from_gguf(files["tied"], dtype="float32", device="cpu"), random_ids(2, 9)
+    expected = model(ids).logits
+    function, graphs = compiled(model)
+    torch.testing.assert_close(function(ids).logits, expected)
+    assert ops_in(graphs) >= {"attention", "linear_quant", "linear_swiglu_quant", "embedding_quant"}
 
 
 @torch.no_grad()

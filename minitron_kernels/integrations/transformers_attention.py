@@ -495,5 +495,5 @@ def check_version() -> None:
     if "q_offset" not in inspect.signature(masking_utils.sdpa_mask).parameters:
         raise NotImplementedError(
             f"transformers {transformers.__version__}: its mask functions take other arguments; "
-            "tested are 5.18 and later 5.x"
+            "tested are 5.18 and 5.23"
         )
