@@ -202,9 +202,10 @@ def model_section(report: dict[str, Any]) -> list[str]:
     return [
         f"#### {Path(report['model']).name}, {report['dtype']}",
         "",
-        f"{report['device']}, {report['threads']} threads; prompt of {report['prompt']}, "
-        f"{report['generate']} new tokens, medians of {report['repeat']} runs; weights: {weights}; "
-        f"bandwidth {report['bandwidth_source']}: {number(speed and speed / 1e9)} GB/s.",
+        "{device}, {threads} threads, times: {clock}; prompt of {prompt}, {generate} new tokens, "
+        "medians of {repeat} runs; ".format(**report)
+        + f"weights: {weights}; memory, {report['bandwidth_source']}: "
+        f"{number(speed and speed / 1e9)} GB/s.",
         "",
         *model_table(report),
         "",

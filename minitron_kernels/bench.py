@@ -26,7 +26,7 @@ import torch
 from minitron_kernels import architectures
 from minitron_kernels.config import ModelConfig
 from minitron_kernels.generate import Engine, affordable_tokens
-from minitron_kernels.info import cpu_info, peak_memory, weights_info
+from minitron_kernels.info import cpu_info, peak_memory, versions, weights_info
 from minitron_kernels.model import MinitronForCausalLM
 from minitron_kernels.sampling import SamplingParams
 
@@ -35,6 +35,7 @@ PERCENTILES = (50, 90, 99)
 PAGE_SIZE = 16
 PLOT_TYPES = (".svg", ".png", ".pdf")
 Prompts = Sequence[Sequence[int]]
+Clock = Callable[[], float]  # seconds
 
 
 @dataclass
@@ -66,8 +67,13 @@ class Ours:
 
     name = OURS
 
-    def __init__(self, model: MinitronForCausalLM, cuda_graphs: bool | None = None) -> None:
-        self.model, self.cuda_graphs = model, cuda_graphs
+    def __init__(
+        self,
+        model: MinitronForCausalLM,
+        cuda_graphs: bool | None = None,
+        clock: Clock = time.perf_counter,
+    ) -> None:
+        self.model, self.cuda_graphs, self.clock = model, cuda_graphs, clock
         self._engine: tuple[tuple[int, int], Engine] | None = None  # (batch, length) and its
 
     def _engine_for(self, batch: int, length: int) -> Engine:
@@ -87,22 +93,26 @@ class Ours:
     def run(self, prompts: Prompts, new_tokens: int) -> RunTimes:
         engine = self._engine_for(len(prompts), len(prompts[0]) + new_tokens)
         params = SamplingParams(max_new_tokens=new_tokens, ignore_eos=True)
-        before = asdict(engine.timings)
         for prompt in prompts:
             engine.add(prompt, params)
         times, last = RunTimes(), dict[int, float]()
-        started = time.perf_counter()
+        started = now = self.clock()
         while engine.has_work:
+            before, prompt_tokens = now, engine.timings.prefill_tokens
             events = engine.step()
-            now = time.perf_counter()
+            now = self.clock()
+            if prompt_tokens := engine.timings.prefill_tokens - prompt_tokens:
+                times.prefill_tokens += prompt_tokens
+                times.prefill_seconds += now - before
+            else:
+                times.decode_tokens += len(events)
+                times.decode_seconds += now - before
             for event in events:
                 if event.index in last:
                     times.gaps.append(now - last[event.index])
                 else:
                     times.first.append(now - started)
                 last[event.index] = now
-        for name, value in asdict(engine.timings).items():
-            setattr(times, name, value - before[name])
         return times
 
 
@@ -111,7 +121,7 @@ class Ours:
 
 @functools.cache
 def read_bandwidth(
-    num_bytes: int = 512 << 20, repeat: int = 5, clock: Callable[[], float] = time.perf_counter
+    num_bytes: int = 512 << 20, repeat: int = 5, clock: Clock = time.perf_counter
 ) -> float:
     """Bytes/s at which this CPU reads memory with PyTorch's threads: the best of several sums over
     a buffer that no cache holds."""
@@ -124,10 +134,10 @@ def read_bandwidth(
     return num_bytes / best
 
 
-def bandwidth(device: torch.device) -> tuple[float | None, str]:
+def bandwidth(device: torch.device, clock: Clock = time.perf_counter) -> tuple[float | None, str]:
     """(bytes/s, "measured" or "published"); None for a GPU that the table does not know."""
     if device.type != "cuda":
-        return read_bandwidth(), "measured"
+        return read_bandwidth(clock=clock), "measured"
     gpu = architectures.find(torch.cuda.get_device_name(device))
     return None if gpu is None else gpu.dram_tb_s * 1e12, "published"
 
@@ -176,19 +186,21 @@ def run(
     *,
     peers: Callable[[], Sequence[Side]] = tuple,
     cuda_graphs: bool | None = None,
+    clock: Clock = time.perf_counter,
     progress: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
     """Measure a model; ``peers`` makes the sides to compare with, once memory has been measured.
 
     Returns a dict: the workload, the device, and under "rows" one for each batch size and side. A
-    batch that a side cannot run has the reason in its row's "error".
+    batch that a side cannot run has the reason in its row's "error". ``clock``: time.process_time
+    on a CPU that others use, with one thread and sides by the same clock.
     """
     context = model.config.max_position_embeddings
     if workload.prompt + workload.generate > context:
         total = workload.prompt + workload.generate
         raise ValueError(f"{total} tokens exceed the model's context of {context}")
-    speed, source = bandwidth(model.device)
-    ours = Ours(model, cuda_graphs)
+    speed, source = bandwidth(model.device, clock)
+    ours = Ours(model, cuda_graphs, clock)
     rows = []
     memory = {}
     for batch in workload.batches:  # before others' weights are in memory
@@ -231,8 +243,10 @@ def run(
         "dtype": str(model.dtype).removeprefix("torch."),
         "weights": weights_info(model),
         "threads": torch.get_num_threads(),
+        "clock": "processor time" if clock is time.process_time else "wall clock",
         "bandwidth_bytes_per_second": speed,
         "bandwidth_source": source,
+        "versions": versions(),
         **asdict(workload),
         "rows": rows,
     }
@@ -295,8 +309,8 @@ def _device_name(device: torch.device) -> str:
 def table(report: dict[str, Any]) -> list[str]:
     """The report as lines of text."""
     lines = [
-        "{model}, {dtype}, {device}, {threads} threads; prompt {prompt}, {generate} new tokens, "
-        "medians of {repeat}".format(**report),
+        "{model}, {dtype}, {device}, {threads} threads, {clock}; prompt {prompt}, {generate} new "
+        "tokens, medians of {repeat}".format(**report),
         f"{'':16} {'batch':>5} {'prefill':>9} {'decode':>9} {'first':>8} "
         f"{'p50':>8} {'p90':>8} {'p99':>8} {'memory':>8} {'bound':>6}",
         f"{'':16} {'':5} {'tokens/s':>9} {'tokens/s':>9} {'ms':>8} "

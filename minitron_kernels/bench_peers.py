@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from minitron_kernels.bench import Prompts, RunTimes, Side
+from minitron_kernels.bench import Clock, Prompts, RunTimes, Side
 from minitron_kernels.model import MinitronForCausalLM
 from minitron_kernels.quantized import QuantizedTensor
 
@@ -31,11 +31,16 @@ def parse(names: str) -> tuple[str, ...]:
     return chosen
 
 
-def make(names: Sequence[str], model: MinitronForCausalLM, path: Path) -> list[Side]:
+def make(
+    names: Sequence[str],
+    model: MinitronForCausalLM,
+    path: Path,
+    clock: Clock = time.perf_counter,
+) -> list[Side]:
     """The sides of these names, with the weights of `model`, which was loaded from `path`."""
     makers: dict[str, Callable[[], Side]] = {
-        "transformers": lambda: Transformers(model),
-        "llama-cpp": lambda: LlamaCpp(path, model),
+        "transformers": lambda: Transformers(model, clock),
+        "llama-cpp": lambda: LlamaCpp(path, model, clock),
     }
     return [makers[name]() for name in names]
 
@@ -46,12 +51,12 @@ class Transformers:
 
     name = "transformers"
 
-    def __init__(self, model: MinitronForCausalLM) -> None:
+    def __init__(self, model: MinitronForCausalLM, clock: Clock = time.perf_counter) -> None:
         from transformers import MistralConfig, MistralForCausalLM
 
         with torch.device("meta"), _default_dtype(model.dtype):
             self._model: Any = MistralForCausalLM(MistralConfig(**model.config.to_hf()))
-        self._device = model.device
+        self._device, self._clock = model.device, clock
         self._model.to_empty(device=model.device).eval()
         # Its buffers are no weights.
         rotary = self._model.model.rotary_emb
@@ -67,7 +72,7 @@ class Transformers:
     @torch.inference_mode()
     def run(self, prompts: Prompts, new_tokens: int) -> RunTimes:
         times = RunTimes(prefill_tokens=sum(map(len, prompts)))
-        started = last = time.perf_counter()
+        started = last = self._clock()
         ids = torch.tensor(prompts, device=self._device)
         out = self._model(ids, use_cache=True, logits_to_keep=1)
         for i in range(new_tokens):
@@ -75,7 +80,7 @@ class Transformers:
                 out = self._model(ids, past_key_values=out.past_key_values, use_cache=True)
             ids = out.logits[:, -1].argmax(-1, keepdim=True)
             ids.tolist()  # as whoever generates text does
-            now = time.perf_counter()
+            now = self._clock()
             if i:
                 times.gaps += [now - last] * len(prompts)
             else:
@@ -102,8 +107,11 @@ class LlamaCpp:
 
     name = "llama-cpp"
 
-    def __init__(self, path: Path, model: MinitronForCausalLM) -> None:
-        self._path, self._model, self._llama = path, model, None
+    def __init__(
+        self, path: Path, model: MinitronForCausalLM, clock: Clock = time.perf_counter
+    ) -> None:
+        self._path, self._model, self._clock = path, model, clock
+        self._llama: Any = None
 
     def _loaded(self, num_tokens: int) -> Any:
         if self._path.suffix != ".gguf":
@@ -126,12 +134,12 @@ class LlamaCpp:
         llama = self._loaded(len(prompt) + new_tokens + 1)
         times = RunTimes(prefill_tokens=len(prompt), decode_tokens=new_tokens - 1)
         llama.reset()
-        started = last = time.perf_counter()
+        started = last = self._clock()
         ids = list(prompt)
         for i in range(new_tokens):
             llama.eval(ids)
             ids = [int(llama.sample(temp=0.0))]
-            now = time.perf_counter()
+            now = self._clock()
             if i:
                 times.gaps.append(now - last)
             else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
+import time
 from contextlib import redirect_stdout
 from pathlib import Path
 
@@ -41,6 +42,9 @@ def _integers(ctx: click.Context, param: click.Parameter, value: str) -> list[in
     type=click.Path(dir_okay=False, path_type=Path),
     help="Draw a figure: .svg, .png or .pdf.",
 )
+@click.option(
+    "--cpu-time", is_flag=True, help="Processor time of one thread: for a CPU that others use."
+)
 @_cuda_graphs_option
 @_json_option
 def bench(
@@ -51,11 +55,14 @@ def bench(
     repeat: int,
     compare: str,
     plot: Path | None,
+    cpu_time: bool,
     cuda_graphs: bool | None,
     as_json: bool,
 ) -> None:
     """Tokens/s, latencies, memory and share of the bandwidth bound of MODEL, on random prompts."""
     with redirect_stdout(sys.stderr):
+        import torch
+
         from minitron_kernels import bench as runner
         from minitron_kernels import bench_peers
 
@@ -64,12 +71,16 @@ def bench(
         if plot is not None:
             runner.check_plot(plot)
         model, _ = source.load()
+        if cpu_time and (model.device.type != "cpu" or torch.get_num_threads() > 1):
+            raise click.UsageError("--cpu-time needs --device cpu --num-threads 1")
+        clock = time.process_time if cpu_time else time.perf_counter
         assert model.checkpoint is not None
         path = model.checkpoint.path
         report = runner.run(
             model,
             workload,
-            peers=lambda: bench_peers.make(names, model, path),
+            peers=lambda: bench_peers.make(names, model, path, clock),
+            clock=clock,
             cuda_graphs=cuda_graphs,
             progress=_progress,
         )

@@ -61,6 +61,13 @@ def test_table_and_plot(tiny: Path, tmp_path: Path, capfd: pytest.CaptureFixture
     assert "<svg" in figure.read_text()
 
 
+def test_processor_time_leaves_out_waiting(model: MinitronForCausalLM) -> None:
+    """By a clock that stands still no second passes."""
+    times = Ours(model, clock=lambda: 5.0).run([[1, 2, 3]], 4)
+    assert times.prefill_seconds == times.decode_seconds == 0 and times.gaps == [0, 0, 0]
+    assert (times.prefill_tokens, times.decode_tokens) == (3, 3)
+
+
 def test_tokens_and_gaps_of_a_batch(model: MinitronForCausalLM) -> None:
     """4 tokens of each request follow its first; steps of prompts and others are told apart."""
     side, workload = Ours(model), Workload(prompt=30, generate=5)
@@ -144,6 +151,7 @@ def test_what_a_side_cannot_run_is_told(model: MinitronForCausalLM) -> None:
         (["--prompt", "510", "--generate", "9"], "519 tokens exceed the model's context of 512"),
         (["--compare", "vllm"], "cannot compare with 'vllm'"),
         (["--plot", "x.gif"], "must end with one of .svg"),
+        (["--cpu-time", "--num-threads", "2"], "--cpu-time needs --device cpu --num-threads 1"),
     ],
 )
 def test_mistakes(

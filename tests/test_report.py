@@ -50,7 +50,7 @@ MODEL = {
     "model": "/models/m.gguf", "device": "NVIDIA H100", "dtype": "bfloat16", "threads": 16,
     "weights": {"Q4_K": {"count": 3, "bytes": 9}}, "bandwidth_bytes_per_second": 3.35e12,
     "bandwidth_source": "published", "prompt": 512, "generate": 128, "batches": [1], "repeat": 5,
-    "rows": [
+    "clock": "wall clock", "rows": [
         {
             "side": "minitron_kernels", "batch": 1, "prefill_tokens_per_second": 12345.0,
             "decode_tokens_per_second": 234.5, "time_to_first_token": 0.04,
@@ -92,7 +92,7 @@ def test_page_of_made_up_results(folder: Path) -> None:
     assert "- liger: not installed (rms_norm)" in measured
     assert "| minitron_kernels | 1 | 12345 | 234 | 40.0 | p50 4.00, p99 5.00 | 6.00 | 61 |" in page
     assert "| llama-cpp | 8 | one sequence at a time |" in page
-    assert "published: 3350 GB/s" in page
+    assert "memory, published: 3350 GB/s" in page
     assert (
         "Modelled: nothing below was measured" in modelled_part and "Measured" not in modelled_part
     )
