@@ -86,6 +86,8 @@ say "not installed: $(missing_of pytest pytest_benchmark hypothesis scipy transf
     tokenizers huggingface_hub jinja2 psutil click tqdm filelock matplotlib triton flash_attn \
     flashinfer liger_kernel llama_cpp)"
 
+has hypothesis || PYTHONPATH=$PYTHONPATH:$PWD/bench/stand_ins # its tests are skipped then
+
 # ---- build
 
 if [ -n "$dry" ]; then

@@ -35,8 +35,7 @@ INTRODUCTION = """\
 Written by `python -m bench.report` from `bench/results/`; how everything is measured is in
 `bench/METHOD.md`. Two kinds of numbers stand here, and never in one table:
 
-- **measured**: wall-clock times on the machine that is named, all candidates in one process and in
-  turn;
+- **measured**: times on the machine that is named, all candidates in one process and in turn;
 - **modelled**: how long a GPU takes at least, from instructions and bytes that the emulator
   counted. No GPU was used.
 """

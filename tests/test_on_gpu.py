@@ -61,6 +61,24 @@ def test_without_a_device_it_ends_with_the_reason(tmp_path: Path) -> None:
     assert run(tmp_path, "--wet-run").returncode == 2
 
 
+def test_without_hypothesis_other_tests_run() -> None:
+    env = os.environ | {"PYTHONPATH": str(ROOT / "bench" / "stand_ins")}
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-p",
+        "no:hypothesispytest",
+        "-p",
+        "no:cacheprovider",
+    ]
+    done = subprocess.run(
+        [*command, "-q", "tests/test_cache.py"], cwd=ROOT, env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 0 and "hypothesis is not installed" in done.stdout, done.stdout
+    assert re.search(r"\b\d+ passed", done.stdout)
+
+
 def test_architectures_of_devices() -> None:
     known = {(8, 0): "80", (8, 6): "80", (8, 9): "89", (9, 0): "90a", (10, 0): "100a"}
     assert {capability: arch_of(*capability) for capability in known} == known
