@@ -80,8 +80,9 @@ def launch(compiled: CompiledCase, problem: Problem, capability: int, seed: int)
 )
 def test_triton_kernel_gives_the_right_answer(case: Case, capability: int, table: Table) -> None:
     compiled = compile_case(case, capability)
-    if case.mma is not None:
-        assert re.search(case.mma, compiled.ptx), "not the tensor-core instruction meant"
+    instruction = case.tensor_core_instruction(capability)
+    if instruction is not None:
+        assert re.search(instruction, compiled.ptx), "not the tensor-core instruction meant"
     row = table.rows[case.table_row][capability]
     problem = case.problem(seed=1)
     first = None

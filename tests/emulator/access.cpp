@@ -53,6 +53,12 @@ int distinct_sectors(const LaneAddresses& a, uint64_t* out) {
     return static_cast<int>(std::unique(out, out + kLanes) - out);
 }
 
+void touch_sector(Region& r, uint64_t sector, bool write) {
+    uint8_t& flags = r.touched[sector - (r.base >> 5)];
+    const uint8_t bit = write ? 2 : 1;
+    if (!(flags & bit)) std::atomic_ref(flags).fetch_or(bit, std::memory_order_relaxed);
+}
+
 void check_valid(const Region& r, uint64_t address, uint32_t bytes, bool write, int lane) {
     uint8_t* valid = r.valid.get() + (address - r.base);
     if (write) {
@@ -79,11 +85,7 @@ void check_global(Warp& w, const LaneAddresses& a, uint32_t bytes, bool write,
     Region* all = sizes ? nullptr : launch.find(low, high - low + bytes, w.region_hint);
     uint64_t sectors[kLanes];
     const int count = distinct_sectors(a, sectors);
-    auto touch = [&](Region& r, uint64_t sector) {
-        uint8_t& flags = r.touched[sector - (r.base >> 5)];
-        const uint8_t bit = write ? 2 : 1;
-        if (!(flags & bit)) std::atomic_ref(flags).fetch_or(bit, std::memory_order_relaxed);
-    };
+    auto touch = [&](Region& r, uint64_t sector) { touch_sector(r, sector, write); };
     if (all && !(write && !all->writable)) [[likely]] {
         for (int i = 0; i < count; ++i) touch(*all, sectors[i]);
         if (all->valid)
@@ -113,6 +115,19 @@ void check_global(Warp& w, const LaneAddresses& a, uint32_t bytes, bool write,
         c.read_sectors += static_cast<uint64_t>(count);
         c.read_bytes += requested;
     }
+}
+
+void check_global_range(Warp& w, uint64_t address, uint32_t bytes, bool write, int lane) {
+    Region* r = w.launch->find(address, bytes, w.region_hint);
+    if (!r) w.launch->out_of_bounds(address, bytes, write ? "write" : "read", lane);
+    if (write && !r->writable)
+        fault("write to read-only memory", "address " + hex(address) + " in '" + r->name + "'",
+              lane);
+    const uint64_t first = address >> 5, last = (address + bytes - 1) >> 5;
+    for (uint64_t sector = first; sector <= last; ++sector) touch_sector(*r, sector, write);
+    if (!write && r->valid) check_valid(*r, address, bytes, false, lane);
+    (write ? w.counters->write_sectors : w.counters->read_sectors) += last - first + 1;
+    (write ? w.counters->write_bytes : w.counters->read_bytes) += bytes;
 }
 
 void check_local(Warp& w, const LaneAddresses& a, uint32_t bytes) {
@@ -174,9 +189,9 @@ void count_wavefronts(Warp& w, const LaneAddresses& a, uint32_t bytes) {
 
 }  // namespace
 
-void check_shared_bounds(Warp& w, const LaneAddresses& a, uint32_t bytes) {
+void check_shared_bounds(Warp& w, Cta& cta, const LaneAddresses& a, uint32_t bytes) {
     check_alignment(a, bytes);
-    const uint32_t size = w.cta->shared.size();
+    const uint32_t size = cta.shared.size();
     uint64_t high = 0;
     for (int l = 0; l < kLanes; ++l) high = std::max(high, a.at[l]);
     if (high + bytes > size)
@@ -189,9 +204,24 @@ void check_shared_bounds(Warp& w, const LaneAddresses& a, uint32_t bytes) {
     count_wavefronts(w, a, bytes);
 }
 
-void check_shared(Warp& w, const LaneAddresses& a, uint32_t bytes, SharedMemory::Access kind) {
-    check_shared_bounds(w, a, bytes);
-    w.cta->shared.access(kind, w.index, a.mask, a.at, bytes);
+void check_shared(Warp& w, Cta& cta, const LaneAddresses& a, uint32_t bytes,
+                  SharedMemory::Access kind) {
+    check_shared_bounds(w, cta, a, bytes);
+    cta.shared.access(kind, w.agent, a.mask, a.at, bytes);
+}
+
+Cta& cta_of_rank(Warp& w, uint32_t rank, int lane) {
+    Cluster& cluster = *w.cta->cluster;
+    if (rank >= cluster.ctas.size())
+        fault("out of bounds",
+              "CTA rank " + std::to_string(rank) + " of a cluster of " +
+                  std::to_string(cluster.ctas.size()),
+              lane);
+    Cta& cta = *cluster.ctas[rank];
+    if (&cta != w.cta && cta.finished())
+        fault("out of bounds",
+              "shared memory of CTA rank " + std::to_string(rank) + ", which has ended", lane);
+    return cta;
 }
 
 }  // namespace emu

@@ -22,8 +22,15 @@ void check_alignment(const LaneAddresses& a, uint32_t bytes);
 void check_global(Warp& w, const LaneAddresses& a, uint32_t bytes, bool write,
                   const uint32_t* sizes = nullptr);
 // Alignment, bounds and bank conflicts of a shared-memory request, and the race detector's part.
-void check_shared_bounds(Warp& w, const LaneAddresses& a, uint32_t bytes);
-void check_shared(Warp& w, const LaneAddresses& a, uint32_t bytes, SharedMemory::Access kind);
+// Bounds, initialisation and sectors of one lane's contiguous access of any length. What it writes
+// counts as initialised when it lands, which the caller sees to.
+void check_global_range(Warp& w, uint64_t address, uint32_t bytes, bool write, int lane);
+// `a` are offsets in the shared memory of `cta`.
+void check_shared_bounds(Warp& w, Cta& cta, const LaneAddresses& a, uint32_t bytes);
+void check_shared(Warp& w, Cta& cta, const LaneAddresses& a, uint32_t bytes,
+                  SharedMemory::Access kind);
+// The CTA of the cluster that has this rank; a fault if there is none or it has ended.
+Cta& cta_of_rank(Warp& w, uint32_t rank, int lane);
 void check_local(Warp& w, const LaneAddresses& a, uint32_t bytes);
 
 // Splits generic addresses by window, takes the window off and calls f(space, addresses) for each
@@ -45,6 +52,43 @@ void by_space(const LaneAddresses& a, Space space, F f) {
         for (int l = 0; l < kLanes; ++l)
             sub.at[l] = ((sub.mask >> l & 1) ? a.at[l] : fill) - window;
         f(part, sub);
+    }
+}
+
+// Takes the window off generic addresses, by the AddressBits of an operand; a fault for other
+// spaces.
+void remove_shared_window(LaneAddresses& a, uint8_t form);
+
+// Splits shared addresses by the CTA whose memory they are of, takes the rank off and calls f(cta,
+// offsets) for each part. Only .shared::cluster and generic addresses (`any`) may name another CTA.
+// Addresses of other spaces pass as they are.
+template <class F>
+void by_cta(Warp& w, Space space, const LaneAddresses& a, bool any, F f) {
+    if (space != Space::shared) return f(*w.cta, a);
+    uint64_t high = 0;
+    for (int l = 0; l < kLanes; ++l) high |= a.at[l] >> kRankShift;
+    if (high == 0 && w.cta->rank == 0) return f(*w.cta, a);
+    Mask left = a.mask;
+    while (left) {
+        const int first = std::countr_zero(left);
+        const uint64_t rank = a.at[first] >> kRankShift;
+        if (rank != w.cta->rank && !any && w.cta->cluster->ctas.size() > 1)
+            fault("out of bounds",
+                  "shared address " + hex(a.at[first]) + " has rank " + std::to_string(rank) +
+                      "; .shared::cta is of rank " + std::to_string(w.cta->rank),
+                  first);
+        LaneAddresses sub{{}, 0};
+        for (int l = 0; l < kLanes; ++l)
+            if ((left >> l & 1) && a.at[l] >> kRankShift == rank) sub.mask |= 1u << l;
+        for (int l = 0; l < kLanes; ++l)
+            sub.at[l] = a.at[sub.mask >> l & 1 ? l : first] & kOffsetMask;
+        if (rank >= w.cta->cluster->ctas.size())
+            fault("out of bounds",
+                  "shared address " + hex(a.at[first]) + "; the CTA has " +
+                      std::to_string(w.cta->shared.size()),
+                  first);
+        left &= ~sub.mask;
+        f(rank == w.cta->rank ? *w.cta : cta_of_rank(w, static_cast<uint32_t>(rank), first), sub);
     }
 }
 

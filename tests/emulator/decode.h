@@ -24,12 +24,19 @@ struct Address {
     bool names_param = false;
 };
 
+// How the shared addresses of an operand are written, in a byte of Instr.
+enum AddressBits : uint8_t { kWideAddress = 1, kAnyCta = 2, kGeneric = 4 };
+struct AddressForm {
+    uint8_t bits;
+};
+
 class Decode {
   public:
     Decode(ProgramBuilder& builder, const Statement& statement);
 
     const Statement& st;
     const Device& device() const;
+    void require_arch_specific() const;  // sm_90a: compiled for just this device
 
     bool take(std::string_view mod);
     // Takes the next of `names` that is present and gives its position, or `otherwise`.
@@ -79,6 +86,7 @@ class Decode {
     void crosses_lanes() { crosses_lanes_ = true; }
     [[noreturn]] void unknown(const std::string& why = {}) const;
     void note_shared_width(int bytes);
+    void note_async();  // the program uses the asynchronous proxy
 
   private:
     friend class ProgramBuilder;
@@ -93,6 +101,9 @@ class Decode {
 
 using DecodeFn = void (*)(Decode&);
 using Isa = std::vector<std::pair<std::string_view, DecodeFn>>;
+// Takes .shared, .shared::cta or .shared::cluster; without, the address is generic.
+AddressForm take_shared_form(Decode& d, const Address& a);
+
 const Isa& isa_int();
 const Isa& isa_float();
 const Isa& isa_compare();
@@ -105,5 +116,17 @@ const Isa& isa_warp();
 const Isa& isa_sync();
 const Isa& isa_control();
 const Isa& isa_mma();
+const Isa& isa_mbarrier();
+const Isa& isa_cluster();
+const Isa& isa_wgmma();
+
+// cp.async.mbarrier.arrive, which isa_async.cpp meets.
+void decode_cp_async_mbarrier(Decode& d);
+// cp.async.bulk and cp.reduce.async.bulk, likewise.
+void decode_bulk(Decode& d);
+// barrier.cluster, st.async and red.async (after those words), which other families meet.
+void decode_cluster_barrier(Decode& d);
+void decode_store_async(Decode& d);
+void decode_reduce_async(Decode& d);
 
 }  // namespace emu

@@ -79,6 +79,7 @@ void track_undefined(Program& p, const std::vector<Flow>& flows,
         while (at + 1 < f.end && p.code[at].cls == Class::internal) ++at;
         p.code[at].taint = taint.get();
         p.taints.push_back(std::move(taint));
+        p.tracks_undefined = true;
     }
 }
 

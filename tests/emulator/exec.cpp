@@ -1,4 +1,4 @@
-// Scheduling: lanes into groups, warps of a CTA, CTAs over host threads.
+// Scheduling: lanes into groups, barriers of a CTA, clusters over host threads.
 
 #include <algorithm>
 #include <mutex>
@@ -121,27 +121,30 @@ void Warp::run(uint32_t max_instructions) {
                 groups.erase(groups.begin() + static_cast<long>(current));
             }
         }
-    } catch (Fault& f) {
-        const Program& p = *launch->program;
-        const Statement& s = *p.statements[in->statement];
-        std::string where;
-        if (s.file > 0) {
-            auto file = p.module->files.find(s.file);
-            where =
-                " (" +
+    } catch (const Fault& f) {
+        throw report(f, *in);
+    }
+}
+
+LaunchError Warp::report(const Fault& f, const Instr& in) const {
+    const Program& p = *launch->program;
+    const Statement& s = *p.statements[in.statement];
+    std::string where;
+    if (s.file > 0) {
+        auto file = p.module->files.find(s.file);
+        where = " (" +
                 (file == p.module->files.end() ? "file " + std::to_string(s.file) : file->second) +
                 ":" + std::to_string(s.file_line) + ")";
-        }
-        const Dim3 id = cta->id;
-        LaunchError error(f.kind + " in " + p.name + ": " + f.message + "\n  instruction: " +
-                          s.text + "  [PTX line " + std::to_string(s.line) + "]" + where +
-                          "\n  CTA (" + std::to_string(id.x) + ", " + std::to_string(id.y) + ", " +
-                          std::to_string(id.z) + "), warp " + std::to_string(index) +
-                          (f.lane >= 0 ? ", lane " + std::to_string(f.lane) : "") +
-                          ", active lanes " + hex(active));
-        error.kind = f.kind;
-        throw error;
     }
+    const Dim3 id = cta->id;
+    LaunchError error(f.kind + " in " + p.name + ": " + f.message + "\n  instruction: " + s.text +
+                      "  [PTX line " + std::to_string(s.line) + "]" + where + "\n  CTA (" +
+                      std::to_string(id.x) + ", " + std::to_string(id.y) + ", " +
+                      std::to_string(id.z) + "), warp " + std::to_string(index) +
+                      (f.lane >= 0 ? ", lane " + std::to_string(f.lane) : "") + ", active lanes " +
+                      hex(active));
+    error.kind = f.kind;
+    return error;
 }
 
 void Warp::diverge(Mask lanes, uint32_t target) {
@@ -172,6 +175,9 @@ void Warp::exit_lanes(Mask lanes) {
     release_warp_barrier();
     for (uint32_t id = 0; id < cta->barriers.size(); ++id)
         if (cta->barriers[id].active) cta->barrier_check(id);
+    cta->cluster->barrier_check();
+    const auto alive = [](const Warp& w) { return w.live != 0; };
+    if (!live && std::none_of(cta->warps.begin(), cta->warps.end(), alive)) cta->finish();
 }
 
 void Warp::block(Wait wait, uint32_t id, bool repeat_instruction) {
@@ -197,7 +203,7 @@ void Warp::release_warp_barrier() {
         const uint32_t mask = g.wait_id;
         for (Group& h : groups)
             if (h.wait == Wait::warp_barrier && h.wait_id == mask) h.wait = Wait::none;
-        cta->shared.sync_warp(index);
+        cta->cluster->clocks.sync_warp(agent);
     }
 }
 
@@ -235,6 +241,7 @@ bool Warp::converged(Mask wanted, const char* what) {
 // a branch or a guard is an error. Called before the instruction runs.
 void Warp::propagate(const Instr& in, Mask m) {
     const Taint& t = *in.taint;
+    if (t.hazard) check_hazard(*t.hazard);
     Mask good = kAllLanes;
     for (uint32_t row : t.sources) {
         // A guard decides for all active lanes; other sources matter in the lanes that execute.
@@ -399,8 +406,14 @@ void fill_specials(Warp& w, const Launch& launch, const Cta& cta) {
                 case Special::warp_size:
                     out[l] = kLanes;
                     break;
+                case Special::shared_base:
+                    out[l] = cta.rank << kRankShift;
+                    break;
                 case Special::param_base:
                     wide[l] = reinterpret_cast<uint64_t>(launch.params.data());
+                    break;
+                case Special::shared_base_wide:
+                    wide[l] = uint64_t{cta.rank} << kRankShift;
                     break;
             }
         }
@@ -409,22 +422,25 @@ void fill_specials(Warp& w, const Launch& launch, const Cta& cta) {
 
 }  // namespace
 
-void Cta::start(Launch& l, uint64_t linear_id, Counters& counters, InstrCount* counts) {
+void Cta::start(Launch& l, Cluster& c, uint32_t cta_rank, Dim3 cta_id, Counters& counters,
+                InstrCount* counts) {
     launch = &l;
-    linear = linear_id;
-    const LaunchConfig& c = l.config;
+    cluster = &c;
+    rank = cta_rank;
+    id = cta_id;
+    const LaunchConfig& config = l.config;
+    linear = id.x + config.grid.x * (id.y + static_cast<uint64_t>(config.grid.y) * id.z);
     const Program& p = *l.program;
-    id = {static_cast<uint32_t>(linear % c.grid.x),
-          static_cast<uint32_t>(linear / c.grid.x % c.grid.y),
-          static_cast<uint32_t>(linear / (static_cast<uint64_t>(c.grid.x) * c.grid.y))};
-    const auto threads = static_cast<uint32_t>(c.block.count());
+    const auto threads = static_cast<uint32_t>(config.block.count());
     const auto num_warps = (threads + kLanes - 1) / kLanes;
     for (const Warp& w : warps)  // of the CTA that ran here before
-        for (const AsyncCopy& c : w.copies) shared.land(w.index, c.lane, c.destination, c.bytes);
-    shared.reset(std::max(p.static_smem, p.dynamic_smem_at + c.dynamic_smem), p.granule_shift,
-                 static_cast<int>(num_warps), c.shared);
-    rng.seed(static_cast<uint32_t>((c.seed + 1) * 2654435761u ^ (linear * 40503u + 17)));
-    instructions = 0;
+        for (const AsyncCopy& copy : w.copies)
+            shared.land(w.agent, copy.lane, copy.destination, copy.bytes);
+    for (const auto& [address, barrier] : mbarriers) shared.end_barrier(0, 0, address);
+    mbarriers.clear();
+    mbarriers_made = 0;
+    shared.reset(std::max(p.static_smem, p.dynamic_smem_at + config.dynamic_smem), p.granule_shift,
+                 c.clocks, static_cast<int>(rank), config.shared);
     for (Barrier& b : barriers) b = Barrier{};
     warps.resize(num_warps);
     for (uint32_t i = 0; i < num_warps; ++i) {
@@ -435,11 +451,12 @@ void Cta::start(Launch& l, uint64_t linear_id, Counters& counters, InstrCount* c
         w.counts = counts;
         w.code = p.code.data();
         w.index = static_cast<int>(i);
+        w.agent = static_cast<int>(rank * num_warps + i);
         w.storage.resize(p.register_words + 16);
         const auto base = reinterpret_cast<uintptr_t>(w.storage.data());
         w.regs = reinterpret_cast<uint32_t*>((base + 63) & ~uintptr_t{63});
         std::memcpy(w.regs + p.constants_at, p.constants.data(), p.constants.size() * 4);
-        if (!p.taints.empty()) w.defined.assign(p.register_words, 0);
+        if (p.tracks_undefined) w.defined.assign(p.register_words, 0);
         fill_specials(w, l, *this);
         const uint32_t here = std::min<uint32_t>(kLanes, threads - i * kLanes);
         w.live = here == kLanes ? kAllLanes : (1u << here) - 1;
@@ -448,56 +465,27 @@ void Cta::start(Launch& l, uint64_t linear_id, Counters& counters, InstrCount* c
         w.groups[0].lanes = w.live;
         w.current = 0;
         w.copies.clear();
+        w.issued_copies.fill(0);
         w.committed.fill(0);
+        w.bulk_stores.clear();
+        w.bulk_committed.fill(0);
+        w.cluster_arrived = w.cluster_pending = 0;
+        w.max_registers = 0;
+        w.wgmma = {};
+        if (!p.wgmma_names.empty()) {
+            const size_t rows = p.register_words / kLanes + 1;
+            for (auto* of : {&w.wgmma.writes, &w.wgmma.reads, &w.wgmma.touched})
+                of->assign(rows, 0);
+        }
+        if (p.async)
+            w.wgmma.base = c.clocks.issued(c.clocks.first_reader(static_cast<int>(rank)) +
+                                           static_cast<int>(num_warps + i / 4));
         w.local.clear();
     }
 }
 
 bool Cta::finished() const {
     return std::all_of(warps.begin(), warps.end(), [](const Warp& w) { return w.done(); });
-}
-
-// Nobody will finish: says where every warp stands.
-void Cta::stuck(const char* kind, const std::string& message) const {
-    std::string report = std::string(kind) + " in " + launch->program->name + ": " + message +
-                         "\n  CTA (" + std::to_string(id.x) + ", " + std::to_string(id.y) + ", " +
-                         std::to_string(id.z) + ")";
-    for (const Warp& w : warps)
-        for (const Group& g : w.groups) {
-            const bool waits = g.wait == Wait::cta_barrier || g.wait == Wait::warp_barrier;
-            const Instr& at = w.code[waits ? g.pc - 1 : g.pc];
-            report += "\n  warp " + std::to_string(w.index) + " lanes " + hex(g.lanes) +
-                      " at: " + launch->program->statements[at.statement]->text;
-        }
-    LaunchError error(report);
-    error.kind = kind;
-    throw error;
-}
-
-bool Cta::run(uint64_t slice) {
-    const uint64_t end = instructions + slice;
-    std::vector<size_t> ready;
-    while (instructions < end) {
-        ready.clear();
-        for (size_t i = 0; i < warps.size(); ++i)
-            if (warps[i].runnable()) ready.push_back(i);
-        if (ready.empty()) {
-            if (finished()) return true;
-            stuck("deadlock", "no warp can go on");
-        }
-        if (instructions > launch->config.max_instructions)
-            stuck("hang", "no end after " + std::to_string(instructions) + " warp-instructions");
-        std::shuffle(ready.begin(), ready.end(), rng);
-        for (size_t i : ready) {
-            Warp& w = warps[i];
-            // From single steps to long runs.
-            const uint32_t longest = 1u << rng() % 8;
-            const uint32_t quantum = 1 + static_cast<uint32_t>(rng()) % longest;
-            w.run(quantum);
-            instructions += quantum - w.budget;
-        }
-    }
-    return finished();
 }
 
 void Cta::barrier_arrive(Warp& warp, Mask lanes, uint32_t barrier_id, uint32_t threads, bool wait) {
@@ -509,7 +497,7 @@ void Cta::barrier_arrive(Warp& warp, Mask lanes, uint32_t barrier_id, uint32_t t
         b.active = true;
         b.expected = threads;
         b.lanes.assign(warps.size(), 0);
-        b.clock.assign(warps.size(), 0);
+        b.clock.clear();
     } else if (b.expected != threads) {
         fault("barrier misuse", "barrier " + std::to_string(barrier_id) +
                                     " is in use with thread count " + std::to_string(b.expected) +
@@ -518,7 +506,7 @@ void Cta::barrier_arrive(Warp& warp, Mask lanes, uint32_t barrier_id, uint32_t t
     if (b.lanes[static_cast<size_t>(warp.index)] & lanes)
         fault("barrier misuse", "a thread arrived twice at barrier " + std::to_string(barrier_id));
     b.lanes[static_cast<size_t>(warp.index)] |= lanes;
-    shared.arrive(warp.index, b.clock);
+    cluster->clocks.arrive(warp.agent, b.clock);
     if (wait) warp.block(Wait::cta_barrier, barrier_id, false);
     barrier_check(barrier_id);
 }
@@ -536,9 +524,10 @@ void Cta::barrier_check(uint32_t barrier_id) {
         for (Group& g : w.groups) {
             if (g.wait != Wait::cta_barrier || g.wait_id != barrier_id) continue;
             g.wait = Wait::none;
-            shared.join(w.index, b.clock);
+            cluster->clocks.join(w.agent, b.clock);
         }
     b.active = false;
+    ++cluster->progress;
     b.result_popc = std::exchange(b.popc, 0);
     b.result_all = std::exchange(b.all, true);
     b.result_any = std::exchange(b.any, false);
@@ -547,41 +536,43 @@ void Cta::barrier_check(uint32_t barrier_id) {
 // ---- grid -------------------------------------------------------------------------------------
 
 Counters execute(Launch& launch, std::vector<InstrCount>* profile) {
-    const uint64_t ctas = launch.config.grid.count();
+    const uint64_t clusters = launch.config.grid.count() / launch.config.cluster.count();
     const Program& p = *launch.program;
     int threads = launch.config.threads;
     if (threads <= 0) threads = static_cast<int>(std::max(1u, std::thread::hardware_concurrency()));
-    threads = static_cast<int>(std::min<uint64_t>(static_cast<uint64_t>(threads), ctas));
+    threads = static_cast<int>(std::min<uint64_t>(static_cast<uint64_t>(threads), clusters));
 
     std::atomic<uint64_t> next = 0;
     std::mutex mutex;
     std::optional<LaunchError> error;
     Counters total;
     std::vector<InstrCount> counts(p.code.size());
-    // Another seed takes the CTAs in another order.
+    // Another seed takes the clusters in another order.
     uint64_t stride = 1;
     const uint64_t seed = launch.config.seed;
     if (seed) {
-        stride = (seed * 0x9e3779b97f4a7c15ull >> 20) % ctas | 1;
-        while (std::gcd(stride, ctas) != 1) ++stride;
+        stride = (seed * 0x9e3779b97f4a7c15ull >> 20) % clusters | 1;
+        while (std::gcd(stride, clusters) != 1) ++stride;
     }
 
     auto work = [&] {
         Counters counters;
         std::vector<InstrCount> mine(p.code.size());
-        std::vector<std::unique_ptr<Cta>> resident, idle;
-        // A CTA that takes long may be waiting for one that has not started: start that one too.
+        std::vector<std::unique_ptr<Cluster>> resident, idle;
+        // A cluster that takes long may be waiting for one that has not started: start that one
+        // too.
         constexpr uint64_t kSlice = 1 << 20;
         try {
             while (!launch.stop) {
                 const uint64_t i = next.fetch_add(1);
-                if (i < ctas) {
-                    if (idle.empty()) idle.push_back(std::make_unique<Cta>());
+                if (i < clusters) {
+                    if (idle.empty()) idle.push_back(std::make_unique<Cluster>());
                     resident.push_back(std::move(idle.back()));
                     idle.pop_back();
-                    const auto order =
-                        static_cast<uint64_t>(static_cast<unsigned __int128>(i) * stride % ctas);
-                    resident.back()->start(launch, (order + seed) % ctas, counters, mine.data());
+                    const auto order = static_cast<uint64_t>(static_cast<unsigned __int128>(i) *
+                                                             stride % clusters);
+                    resident.back()->start(launch, (order + seed) % clusters, counters,
+                                           mine.data());
                 }
                 if (resident.empty()) break;
                 for (size_t r = 0; r < resident.size() && !launch.stop;) {

@@ -12,7 +12,9 @@ namespace {
 // op: destination, source, bytes to copy (the rest of in.b is zeros); in.a bits: which addresses
 // are 64 bits wide.
 void copy(Warp& w, const Instr& in, Mask m) {
-    const LaneAddresses to = lane_addresses(w, in.op[0], in.a & 1, in.imm, m);
+    LaneAddresses to = lane_addresses(w, in.op[0], in.a & 1, in.imm, m);
+    by_cta(w, Space::shared, LaneAddresses(to), false,
+           [&](Cta&, const LaneAddresses& offsets) { to = offsets; });
     const LaneAddresses from =
         lane_addresses(w, in.op[1], in.a & 2, static_cast<int32_t>(in.target), m);
     const auto* size = in.op[2] == kNone ? nullptr : w.row<uint32_t>(in.op[2]);
@@ -31,9 +33,10 @@ void copy(Warp& w, const Instr& in, Mask m) {
                 if (!(read.mask >> l & 1)) read.at[l] = read.at[read.first()];
     }
     if (read.mask) check_global(w, read, in.b, false, size);
-    check_shared(w, to, in.b, SharedMemory::Access::async_write);
+    check_shared(w, *w.cta, to, in.b, SharedMemory::Access::async_write);
     for_each_lane(m, [&](int l) {
-        w.copies.push_back({reinterpret_cast<const uint8_t*>(from.at[l]),
+        w.copies.push_back({w.issued_copies[static_cast<size_t>(l)]++,
+                            reinterpret_cast<const uint8_t*>(from.at[l]),
                             static_cast<uint32_t>(to.at[l]), w.committed[l],
                             static_cast<uint8_t>(l), in.b,
                             static_cast<uint8_t>(size ? size[l] : in.b)});
@@ -70,18 +73,9 @@ void decode_copy(Decode& d) {
     in.b = static_cast<uint8_t>(bytes);
 }
 
-void commit(Warp& w, const Instr&, Mask m) {
-    for_each_lane(m, [&](int l) { ++w.committed[static_cast<size_t>(l)]; });
-}
-
-// in.imm: groups that may stay under way; -1 for wait_all, which also waits for copies not
-// committed.
-void wait(Warp& w, const Instr& in, Mask m) {
-    auto lands = [&](const AsyncCopy& c) {
-        if (!(m >> c.lane & 1)) return false;
-        return in.imm < 0 ||
-               static_cast<int64_t>(c.group) + in.imm < static_cast<int64_t>(w.committed[c.lane]);
-    };
+// Those copies of a warp that `lands` picks.
+template <class F>
+void land(Warp& w, F lands) {
     SharedMemory& shared = w.cta->shared;
     auto keep = w.copies.begin();
     for (AsyncCopy& c : w.copies) {
@@ -92,15 +86,33 @@ void wait(Warp& w, const Instr& in, Mask m) {
         uint8_t* to = shared.data() + c.destination;
         std::memcpy(to, c.source, c.source_bytes);
         std::memset(to + c.source_bytes, 0, c.bytes - c.source_bytes);
-        shared.land(w.index, c.lane, c.destination, c.bytes);
+        shared.land(w.agent, c.lane, c.destination, c.bytes);
     }
     w.copies.erase(keep, w.copies.end());
 }
 
+void commit(Warp& w, const Instr&, Mask m) {
+    for_each_lane(m, [&](int l) { ++w.committed[static_cast<size_t>(l)]; });
+}
+
+// in.imm: groups that may stay under way; -1 for wait_all, which also waits for copies not
+// committed.
+void wait(Warp& w, const Instr& in, Mask m) {
+    land(w, [&](const AsyncCopy& c) {
+        if (!(m >> c.lane & 1)) return false;
+        return in.imm < 0 ||
+               static_cast<int64_t>(c.group) + in.imm < static_cast<int64_t>(w.committed[c.lane]);
+    });
+}
+
 void decode_async(Decode& d) {
+    const auto& mods = d.st.mods;
+    if (std::find(mods.begin(), mods.end(), "bulk") != mods.end()) return decode_bulk(d);
     if (!d.take("async")) d.unknown();
     d.consumes();
-    if (d.take("commit_group")) {
+    if (d.st.mods.size() > 1 && d.st.mods[1] == "mbarrier") {
+        decode_cp_async_mbarrier(d);
+    } else if (d.take("commit_group")) {
         d.emit(commit, Class::copy);
     } else if (d.take("wait_group")) {
         const int64_t n = d.immediate(0);
@@ -113,6 +125,10 @@ void decode_async(Decode& d) {
 }
 
 }  // namespace
+
+void Warp::land_copies(int lane, uint32_t count) {
+    land(*this, [&](const AsyncCopy& c) { return c.lane == lane && c.number < count; });
+}
 
 const Isa& isa_async() {
     static const Isa isa = {{"cp", decode_async}};

@@ -1,7 +1,7 @@
 // ld, st, atom, red in every space, prefetches and cache policies.
 
 #include "access.h"
-#include "convert.h"
+#include "atomics.h"
 #include "decode.h"
 #include "lanes.h"
 
@@ -10,12 +10,21 @@ namespace {
 
 using Access = SharedMemory::Access;
 
-enum Flags : uint8_t { kWide = 1, kStrong = 2 };
+enum Flags : uint8_t { kWide = 1, kStrong = 2, kCluster = 4 };
 
-uint8_t* host_address(Warp& w, Space space, uint64_t address, int lane) {
-    if (space == Space::shared) return w.cta->shared.data() + address;
+uint8_t* host_address(Warp& w, Cta& cta, Space space, uint64_t address, int lane) {
+    if (space == Space::shared) return cta.shared.data() + address;
     if (space == Space::local) return w.local_lane(lane) + address;
     return reinterpret_cast<uint8_t*>(address);
+}
+
+// Calls f(space, cta, addresses) for the lanes of each space and CTA.
+template <class F>
+void by_place(Warp& w, const Instr& in, const LaneAddresses& all, F f) {
+    by_space(all, static_cast<Space>(in.c), [&](Space space, const LaneAddresses& part) {
+        by_cta(w, space, part, in.a & kCluster,
+               [&](Cta& cta, const LaneAddresses& a) { f(space, cta, a); });
+    });
 }
 
 // Shared memory is done by the caller.
@@ -32,13 +41,13 @@ void load(Warp& w, const Instr& in, Mask m) {
     using S = RowOf<T>;
     const uint32_t bytes = sizeof(T) * in.b;
     const LaneAddresses all = lane_addresses(w, in.op[0], in.a & kWide, in.imm, m);
-    by_space(all, static_cast<Space>(in.c), [&](Space space, const LaneAddresses& a) {
+    by_place(w, in, all, [&](Space space, Cta& cta, const LaneAddresses& a) {
         if (space == Space::shared)
-            check_shared(w, a, bytes, in.a & kStrong ? Access::strong_read : Access::read);
+            check_shared(w, cta, a, bytes, in.a & kStrong ? Access::strong_read : Access::read);
         else
             check(w, space, a, bytes, false);
         const uint8_t* from[kLanes];
-        for (int l = 0; l < kLanes; ++l) from[l] = host_address(w, space, a.at[l], l);
+        for (int l = 0; l < kLanes; ++l) from[l] = host_address(w, cta, space, a.at[l], l);
         for (uint32_t e = 0; e < in.b; ++e) {
             S out[kLanes];
             for (int l = 0; l < kLanes; ++l) {
@@ -56,9 +65,9 @@ void store(Warp& w, const Instr& in, Mask m) {
     using S = RowOf<T>;
     const uint32_t bytes = sizeof(T) * in.b;
     const LaneAddresses all = lane_addresses(w, in.op[0], in.a & kWide, in.imm, m);
-    by_space(all, static_cast<Space>(in.c), [&](Space space, const LaneAddresses& a) {
+    by_place(w, in, all, [&](Space space, Cta& cta, const LaneAddresses& a) {
         if (space == Space::shared)
-            check_shared_bounds(w, a, bytes);
+            check_shared_bounds(w, cta, a, bytes);
         else
             check(w, space, a, bytes, true);
         for_each_lane(a.mask, [&](int l) {
@@ -66,9 +75,9 @@ void store(Warp& w, const Instr& in, Mask m) {
             for (uint32_t e = 0; e < in.b; ++e)
                 std::memcpy(value + e * sizeof(T), &w.row<S>(in.list[e])[l], sizeof(T));
             if (space == Space::shared)
-                w.cta->shared.access(in.a & kStrong ? Access::strong_write : Access::write, w.index,
-                                     l, static_cast<uint32_t>(a.at[l]), bytes, value);
-            std::memcpy(host_address(w, space, a.at[l], l), value, bytes);
+                cta.shared.access(in.a & kStrong ? Access::strong_write : Access::write, w.agent, l,
+                                  static_cast<uint32_t>(a.at[l]), bytes, value);
+            std::memcpy(host_address(w, cta, space, a.at[l], l), value, bytes);
         });
     });
 }
@@ -80,7 +89,7 @@ void load_param(Warp& w, const Instr& in, Mask m) {
     using S = RowOf<T>;
     const LaneAddresses a = lane_addresses(w, in.op[0], in.a & kWide, in.imm, m);
     check_alignment(a, sizeof(T) * in.b);
-    const std::vector<uint8_t>& params = w.launch->params;
+    const std::span<const uint8_t> params = w.launch->params;
     for (int l = 0; l < kLanes; ++l)
         if (a.at[l] + sizeof(T) * in.b > params.size())
             fault("out of bounds",
@@ -101,6 +110,7 @@ void load_param(Warp& w, const Instr& in, Mask m) {
 struct Qualifiers {
     Space space = Space::generic;
     bool strong = false;
+    bool cluster = false;  // may name another CTA's shared memory
 };
 
 Qualifiers take_qualifiers(Decode& d) {
@@ -114,7 +124,7 @@ Qualifiers take_qualifiers(Decode& d) {
     else if (d.take("shared") || d.take("shared::cta"))
         q.space = Space::shared;
     else if (d.take("shared::cluster"))
-        q.space = Space::shared;
+        q.space = Space::shared, q.cluster = true;
     else if (d.take("local"))
         q.space = Space::local;
     else if (d.take("const"))
@@ -150,9 +160,11 @@ Class class_of(Space space) {
 }
 
 // Fills the fields that load and store share.
-void finish(Instr& in, const Address& a, Space space, bool strong, int count) {
+void finish(Instr& in, const Address& a, Space space, const Qualifiers& q, int count) {
     in.imm = a.offset;
-    in.a = static_cast<uint8_t>((a.wide ? kWide : 0) | (strong ? kStrong : 0));
+    const bool cluster = q.cluster || q.space == Space::generic;
+    in.a = static_cast<uint8_t>((a.wide ? kWide : 0) | (q.strong ? kStrong : 0) |
+                                (cluster ? kCluster : 0));
     in.b = static_cast<uint8_t>(count);
     in.c = static_cast<uint8_t>(space == Space::constant ? Space::global : space);
 }
@@ -210,11 +222,12 @@ void decode_ld(Decode& d) {
         fn, class_of(q.space == Space::param && space == Space::local ? Space::param : space),
         {a.row});
     in.list = list;
-    finish(in, a, space, q.strong, count);
+    finish(in, a, space, q, count);
 }
 
 void decode_st(Decode& d) {
     d.consumes();
+    if (d.take("async")) return decode_store_async(d);
     Qualifiers q = take_qualifiers(d);
     const int vector = take_vector(d);
     Type t = d.take_type();
@@ -244,82 +257,10 @@ void decode_st(Decode& d) {
     }
     Instr& in = d.emit(fn, class_of(q.space == Space::param ? Space::param : space), {a.row});
     in.list = list;
-    finish(in, a, space, q.strong, count);
+    finish(in, a, space, q, count);
 }
 
 // ---- atomics --------------------------------------------------------------------------------
-
-enum AtomOp : uint8_t { kAdd, kMin, kMax, kInc, kDec, kAnd, kOr, kXor, kExch, kCas };
-
-float min_number(float a, float b) { return a != a ? b : b != b ? a : a < b ? a : b; }
-
-template <class T>
-T combine(uint8_t op, T old, T b, T c) {
-    if constexpr (std::is_floating_point_v<T>) {
-        return op == kAdd ? old + b : b;
-    } else {
-        using U = std::make_unsigned_t<T>;
-        switch (op) {
-            case kAdd:
-                return static_cast<T>(static_cast<U>(old) + static_cast<U>(b));
-            case kMin:
-                return old < b ? old : b;
-            case kMax:
-                return old < b ? b : old;
-            case kInc:
-                return old >= b ? T{0} : static_cast<T>(old + 1);
-            case kDec:
-                return old == 0 || old > b ? b : static_cast<T>(old - 1);
-            case kAnd:
-                return old & b;
-            case kOr:
-                return old | b;
-            case kXor:
-                return old ^ b;
-            case kCas:
-                return old == b ? c : old;
-            default:
-                return b;
-        }
-    }
-}
-
-// Half types: one 16-bit value at a time. Widening is exact and so is the sum in fp32 (up to its
-// rounding, which does not matter: 24 >= 2 * 11 + 2 bits).
-struct Half {
-    uint16_t bits;
-};
-struct Bfloat {
-    uint16_t bits;
-};
-inline Half combine(uint8_t op, Half old, Half b, Half) {
-    const float x = f16_to_f32(old.bits), y = f16_to_f32(b.bits);
-    return {f32_to_f16(op == kAdd ? x + y : op == kMin ? min_number(x, y) : -min_number(-x, -y))};
-}
-inline Bfloat combine(uint8_t op, Bfloat old, Bfloat b, Bfloat) {
-    const float x = bf16_to_f32(old.bits), y = bf16_to_f32(b.bits);
-    return {f32_to_bf16(op == kAdd ? x + y : op == kMin ? min_number(x, y) : -min_number(-x, -y))};
-}
-template <class H>
-struct Pair {
-    H lo, hi;
-};
-template <class H>
-Pair<H> combine(uint8_t op, Pair<H> old, Pair<H> b, Pair<H>) {
-    return {combine(op, old.lo, b.lo, b.lo), combine(op, old.hi, b.hi, b.hi)};
-}
-
-template <class T>
-T atomic_update(void* p, uint8_t op, T b, T c) {
-    using U = std::conditional_t<sizeof(T) == 8, uint64_t,
-                                 std::conditional_t<sizeof(T) == 4, uint32_t, uint16_t>>;
-    std::atomic_ref<U> cell(*static_cast<U*>(p));
-    U old = cell.load();
-    while (!cell.compare_exchange_weak(
-        old, std::bit_cast<U>(combine(op, std::bit_cast<T>(old), b, c)))) {
-    }
-    return std::bit_cast<T>(old);
-}
 
 // op: address, b, c; list: result rows (null for red), then value rows; in.b elements.
 template <class T>
@@ -327,9 +268,9 @@ void atomic(Warp& w, const Instr& in, Mask m) {
     using S = RowOf<T>;
     const uint32_t bytes = sizeof(T) * in.b;
     const LaneAddresses all = lane_addresses(w, in.op[0], in.a & kWide, in.imm, m);
-    by_space(all, static_cast<Space>(in.c), [&](Space space, const LaneAddresses& a) {
+    by_place(w, in, all, [&](Space space, Cta& cta, const LaneAddresses& a) {
         if (space == Space::shared) {
-            check_shared(w, a, bytes, SharedMemory::Access::atomic);
+            check_shared(w, cta, a, bytes, SharedMemory::Access::atomic);
         } else if (space == Space::global) {
             check_global(w, a, bytes, false);
             check_global(w, a, bytes, true);
@@ -340,8 +281,8 @@ void atomic(Warp& w, const Instr& in, Mask m) {
             for (uint32_t e = 0; e < in.b; ++e) {
                 const T b = from_row<T>(w.row<S>(in.list[in.b + e])[l]);
                 const T c = in.op[2] == kNone ? b : from_row<T>(w.row<S>(in.op[2])[l]);
-                const T old = atomic_update<T>(host_address(w, space, a.at[l], l) + e * sizeof(T),
-                                               in.d, b, c);
+                const T old = atomic_update<T>(
+                    host_address(w, cta, space, a.at[l], l) + e * sizeof(T), in.d, b, c);
                 if (in.list[e] != kNone) w.row<S>(in.list[e])[l] = to_row<T>(old);
             }
         });
@@ -351,7 +292,7 @@ void atomic(Warp& w, const Instr& in, Mask m) {
 void decode_atom(Decode& d) {
     d.consumes();
     const bool has_result = d.st.opcode == "atom";
-    d.take("async");
+    if (!has_result && d.take("async")) return decode_reduce_async(d);
     Qualifiers q = take_qualifiers(d);
     const int op =
         d.take_one({"add", "min", "max", "inc", "dec", "and", "or", "xor", "exch", "cas"}, -1);
@@ -414,7 +355,8 @@ void decode_atom(Decode& d) {
     const uint32_t* list = d.list(rows);
     Instr& in = d.emit(fn, class_of(space), {a.row, kNone, c});
     in.list = list;
-    finish(in, a, space, true, vector);
+    q.strong = true;
+    finish(in, a, space, q, vector);
     in.d = static_cast<uint8_t>(op);
 }
 

@@ -59,18 +59,6 @@ void mma(Warp& w, const Instr& in, Mask m) {
     }
 }
 
-std::optional<MmaType> mma_type(const std::string& name) {
-    static const std::pair<std::string_view, MmaType> names[] = {
-        {"f16", MmaType::f16}, {"bf16", MmaType::bf16}, {"tf32", MmaType::tf32},
-        {"f64", MmaType::f64}, {"e4m3", MmaType::e4m3}, {"e5m2", MmaType::e5m2},
-        {"s8", MmaType::s8},   {"u8", MmaType::u8},     {"s4", MmaType::s4},
-        {"u4", MmaType::u4},   {"b1", MmaType::b1},     {"f32", MmaType::f32},
-        {"s32", MmaType::s32}};
-    for (auto& [known, type] : names)
-        if (known == name) return type;
-    return std::nullopt;
-}
-
 void decode_mma(Decode& d) {
     d.crosses_lanes();
     MmaOp op{};
@@ -126,7 +114,10 @@ void matrix(Warp& w, const Instr& in, Mask m) {
     LaneAddresses shared = a;
     if (window_of(a.at[0]) == kSharedWindow)
         for (uint64_t& at : shared.at) at -= kSharedWindow;
-    check_shared(w, shared, 16, Store ? SharedMemory::Access::write : SharedMemory::Access::read);
+    by_cta(w, Space::shared, LaneAddresses(shared), false,
+           [&](Cta&, const LaneAddresses& offsets) { shared = offsets; });
+    check_shared(w, *w.cta, shared, 16,
+                 Store ? SharedMemory::Access::write : SharedMemory::Access::read);
     uint8_t* rows[kLanes];
     for (int l = 0; l < kLanes; ++l) rows[l] = w.cta->shared.data() + shared.at[l];
     uint32_t r[4][32];

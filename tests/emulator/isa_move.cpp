@@ -1,5 +1,7 @@
 // mov (scalar, pack, unpack), cvta, isspacep, mapa-free address arithmetic.
 
+#include <algorithm>
+
 #include "decode.h"
 #include "lanes.h"
 
@@ -130,10 +132,21 @@ void decode_cvta(Decode& d) {
 }
 
 void decode_isspacep(Decode& d) {
+    const auto& mods = d.st.mods;
+    const bool cluster = std::find(mods.begin(), mods.end(), "shared::cluster") != mods.end();
     const auto space = take_space(d);
     if (!space) d.unknown("no state space");
     const uint32_t from = d.src(1, Type::u64);
     const uint32_t base = d.constant(window(*space), true);
+    if (*space == Space::shared && !cluster && d.device().capability >= 90) {
+        // Another CTA's shared memory is in .shared::cluster alone.
+        const uint32_t own = d.special(Special::shared_base_wide);
+        d.emit(lanes([](uint64_t a, uint64_t b, uint64_t rank) {
+                   return Pred{window_of(a) == b && (a - b) >> kRankShift == rank >> kRankShift};
+               }),
+               Class::alu, {d.dst(0, Type::pred), from, base, own});
+        return;
+    }
     d.emit(lanes([](uint64_t a, uint64_t b) { return Pred{window_of(a) == b}; }), Class::alu,
            {d.dst(0, Type::pred), from, base});
 }

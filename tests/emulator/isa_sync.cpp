@@ -63,7 +63,7 @@ void warp_barrier(Warp& w, const Instr& in, Mask m) {
         first |= static_cast<Mask>(mask[l] == mask[std::countr_zero(m)]) << l;
     });
     if (complete) {
-        w.cta->shared.sync_warp(w.index);
+        w.cta->cluster->clocks.sync_warp(w.agent);
         return;
     }
     if (first !=
@@ -90,7 +90,7 @@ void decode_bar(Decode& d) {
         return;
     }
     const bool barrier = d.st.opcode == "barrier";
-    if (d.take("cluster")) d.unknown("clusters are not modelled yet");
+    if (d.take("cluster")) return decode_cluster_barrier(d);
     d.take("cta");
     const bool aligned = d.take("aligned") || !barrier;
     int kind = d.take_one({"sync", "arrive", "red"}, 0);
@@ -114,21 +114,28 @@ void decode_bar(Decode& d) {
     fetch.b = static_cast<uint8_t>(kind);
 }
 
-// One CTA runs on one host thread in program order: fences have nothing to do but be there.
+// A cluster runs on one host thread in program order: most fences have nothing to do but be there.
 void fence(Warp&, const Instr&, Mask) { std::atomic_thread_fence(std::memory_order_seq_cst); }
 
+// fence.proxy.async: what this warp knows to have been written is there for TMA and wgmma, too.
+void fence_async(Warp& w, const Instr&, Mask) { w.cta->cluster->clocks.fence_proxy(w.agent); }
+
 void decode_fence(Decode& d) {
+    d.consumes();
+    const bool proxy = d.take("proxy");
+    if (proxy && d.device().capability < 90) d.unknown("needs sm_90");
+    const bool async = proxy && d.take("async");
+    if (proxy && !async && !d.take("alias") && !d.take_prefix("tensormap") &&
+        !d.take_prefix("async::generic"))
+        d.unknown("proxy");
+    const bool init = d.take("mbarrier_init");
     d.take_one({"sc", "acq_rel", "acquire", "release"}, -1);
     d.take_prefix("sync_restrict");
-    if (d.take("mbarrier_init")) d.take("release");
-    if (d.take("proxy"))
-        d.take_prefix("async") || d.take_prefix("alias") || d.take_prefix("tensormap");
-    d.take_one({"cta", "cluster", "gpu", "sys", "gl", "global", "shared::cta", "shared::cluster"},
-               -1);
+    const bool global = async && d.take("global");
+    d.take_one({"shared::cta", "shared::cluster"}, -1);
     d.take_one({"cta", "cluster", "gpu", "sys", "gl"}, -1);
-    d.take_prefix("global");
-    d.take_prefix("shared");
-    d.emit(fence, Class::sync);
+    const bool both = (async && !global) || init;
+    d.emit(both ? fence_async : fence, Class::sync);
 }
 
 }  // namespace

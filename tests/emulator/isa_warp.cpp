@@ -248,6 +248,7 @@ void elect(Warp& w, const Instr& in, Mask m) {
 }
 
 void decode_elect(Decode& d) {
+    if (d.device().capability < 90) d.unknown("needs sm_90");
     d.take("sync");
     const Operand& o = d.operand(0);
     if (o.items.empty()) d.unknown("d|p expected");

@@ -11,26 +11,31 @@
 #include <bit>
 #include <cstdint>
 #include <cstring>
+#include <functional>
 #include <map>
 #include <memory>
 #include <mutex>
 #include <optional>
 #include <random>
+#include <span>
 #include <string>
 #include <vector>
 
 #include "ptx.h"
+#include "shared_memory.h"
 
 namespace emu {
 
 constexpr int kLanes = 32;
-using Mask = uint32_t;
 constexpr Mask kAllLanes = ~0u;
 constexpr uint32_t kNone = ~0u;
 
 // Generic addresses of shared and local memory; host addresses never reach so high.
 constexpr uint64_t kSharedWindow = 1ull << 56;
 constexpr uint64_t kLocalWindow = 2ull << 56;
+// Shared addresses have the rank of the CTA in its cluster in bits 24 and up.
+constexpr int kRankShift = 24;
+constexpr uint32_t kOffsetMask = (1u << kRankShift) - 1;
 constexpr uint64_t window_of(uint64_t address) { return address & (0xffull << 56); }
 
 struct Dim3 {
@@ -53,6 +58,10 @@ struct Fault {
     std::string kind;
     std::string message;
     int lane = -1;
+};
+struct LaunchError : std::runtime_error {
+    using std::runtime_error::runtime_error;
+    std::string kind;
 };
 [[noreturn]] void fault(const char* kind, std::string message, int lane = -1);
 std::string hex(uint64_t value);
@@ -83,12 +92,20 @@ struct Warp;
 struct Instr;
 using Handler = void (*)(Warp&, const Instr&, Mask);
 
+// Registers (as row / 32) that a wgmma may be using when an instruction runs, see hazards.h.
+struct RegisterHazard {
+    std::vector<uint32_t> reads, writes;
+    std::vector<std::pair<uint32_t, uint32_t>> moves;  // to, from
+    std::vector<uint32_t> touches;  // written, with no wgmma.fence before the wgmma that uses them
+};
+
 // Definedness of registers that may be read before they are written, see Warp::propagate.
 struct Taint {
     std::vector<uint32_t> sources;
     std::vector<uint32_t> results;
     bool consumes = false;  // an undefined source is an error here, not passed on
     bool crosses_lanes = false;
+    std::unique_ptr<RegisterHazard> hazard;  // registers that a wgmma may be using
 };
 
 struct Instr {
@@ -149,7 +166,9 @@ enum class Special : uint8_t {
     cluster_nctarank,
     is_explicit_cluster,
     warp_size,
+    shared_base,  // the CTA's rank in its cluster, in bits 24 and up
     param_base,
+    shared_base_wide,
 };
 
 struct ParamSlot {
@@ -184,11 +203,14 @@ struct Program {
     std::vector<uint32_t> constants;
     std::vector<std::pair<Special, uint32_t>> specials;
     std::vector<ParamSlot> params;
-    std::map<uint32_t, std::string> row_names;  // of registers with a Taint
+    std::map<uint32_t, std::string> row_names;    // of registers with a Taint
+    std::map<uint32_t, std::string> wgmma_names;  // by row / 32, in programs with wgmma
     uint32_t param_bytes = 0;
     uint32_t local_bytes = 0;
     uint32_t static_smem = 0;
     uint32_t dynamic_smem_at = 0;
+    bool tracks_undefined = false;
+    bool async = false;     // has mbarriers, bulk copies or wgmma
     int granule_shift = 2;  // log2 of the narrowest shared-memory access: the race detector's unit
 
     // May control flow get from one pc to another?
@@ -221,66 +243,6 @@ struct Counters {
     void add(const Counters& other);
 };
 
-// Shared memory of a CTA with, for each granule of it, who wrote and who read it last, and when.
-// "When" is the CTA's logical time, which each synchronisation advances; `seen[w][v]` is the time
-// up to which warp w has synchronised with warp v, so an access by v at time t is ordered before
-// w's if t < seen[w][v].
-class SharedMemory {
-  public:
-    static constexpr uint32_t kPending = ~0u;  // written by an asynchronous copy nobody waited for
-    static constexpr uint16_t kAtomic = 1 << 15;
-
-    struct Options {
-        bool allow_uninitialised = false;
-        bool check_races = true;
-    };
-    void reset(uint32_t bytes, int granule_shift, int warps, Options options);
-    uint32_t size() const { return size_; }
-    uint8_t* data() { return data_.data(); }
-
-    enum class Access : uint8_t { read, write, atomic, strong_read, strong_write, async_write };
-    // Checks one lane's access and records it. Bounds and alignment were checked before. `value`
-    // is what a write is about to store: writing what is there already harms nobody.
-    void access(Access kind, int warp, int lane, uint32_t address, uint32_t bytes,
-                const uint8_t* value = nullptr);
-    // The same for the lanes of a mask, without values.
-    void access(Access kind, int warp, Mask lanes, const uint64_t* addresses, uint32_t bytes);
-    void land(int warp, int lane, uint32_t address, uint32_t bytes);  // an async_write arrives
-
-    // Synchronisation: `arrive` publishes what `warp` did into `clock`, `join` acquires it.
-    using Clock = std::vector<uint32_t>;
-    void arrive(int warp, Clock& clock);
-    void join(int warp, const Clock& clock);
-    void sync_warp(int warp) { seen(warp, warp) = ++time_; }
-
-  private:
-    uint32_t& seen(int warp, int other) { return seen_[warp * warps_ + other]; }
-    // When `warp` read granule g and, if g is a multiple of 4, the three after it: [g / 4][warp][g
-    // % 4].
-    uint32_t* reads_of(int warp, uint32_t g) {
-        return &read_time_[((g >> 2) * static_cast<uint32_t>(warps_) +
-                            static_cast<uint32_t>(warp)) *
-                               4 +
-                           (g & 3)];
-    }
-    void slow_check(Access kind, int warp, int lane, uint32_t granule, const uint8_t* value);
-    void check_readers(int warp, int lane, uint32_t first, uint32_t last);
-
-    std::vector<uint8_t> data_;
-    uint32_t size_ = 0;
-    int shift_ = 2;
-    int warps_ = 0;
-    uint32_t granules_ = 0;
-    uint32_t time_ = 0;
-    uint32_t start_ = 1;  // times before it are of earlier CTAs: never in this one
-    Options options_;
-    std::vector<uint32_t> seen_;
-    std::vector<uint32_t> write_time_;
-    std::vector<uint16_t> writer_;     // warp << 5 | lane
-    std::vector<uint32_t> read_time_;  // see reads_of
-    std::map<uint32_t, Clock> flags_;  // clocks carried by atomics and strong accesses
-};
-
 // ---- execution --------------------------------------------------------------------------------
 
 enum class Wait : uint8_t {
@@ -288,6 +250,10 @@ enum class Wait : uint8_t {
     peers,  // for lanes of the same warp to come to the same instruction
     cta_barrier,
     warp_barrier,
+    mbarrier,  // for a phase to end: polling, so it may also give up
+    cluster_barrier,
+    warpgroup,  // for the other warps of the warpgroup to issue their part of a wgmma
+    registers,  // for setmaxnreg.dec of other warps
 };
 
 // Lanes of a warp at the same pc with the same call stack.
@@ -298,7 +264,8 @@ struct Group {
     uint32_t spins = 0;  // backward branches while others could run
     uint32_t penalty = 0;
     Wait wait = Wait::none;
-    uint32_t wait_id = 0;  // barrier number, or the mask of a warp barrier
+    uint32_t wait_id = 0;    // barrier number, the mask of a warp barrier, or an mbarrier's address
+    bool timed_out = false;  // the wait for an mbarrier has given up
 };
 
 struct Frame {
@@ -309,17 +276,41 @@ struct Frame {
 };
 
 struct AsyncCopy {
+    uint32_t number;  // of the lane, from 0
     const uint8_t* source;
     uint32_t destination;
     uint32_t group;
     uint8_t lane, bytes, source_bytes;
 };
 
+// A bulk copy out of shared memory. The bytes are read at once, as what would change them later is
+// reported; what they do lands when the group was waited for, at the latest when the CTA ends.
+struct BulkStore {
+    uint32_t group;   // of the lane
+    uint32_t number;  // of the warp's reader
+    uint8_t lane;
+    bool read_over = false;
+    std::function<void()> land;
+};
+
 struct InstrCount {
     uint64_t issued = 0, lanes = 0;
 };
 
+// What a warp has issued of wgmma, counted in instructions from 1.
+struct WgmmaState {
+    uint32_t issued = 0, retired = 0;
+    uint32_t base = 0;             // what the warpgroup's reader had counted before
+    bool waits = false;            // for the other warps to issue
+    std::vector<uint32_t> groups;  // `issued` at each commit
+    uint32_t fences = 0;           // executed
+    // By row / 32, sized in programs that need it: the wgmma that writes the register, and the
+    // last one that reads it; `fences` when something else wrote it.
+    std::vector<uint32_t> writes, reads, touched;
+};
+
 struct Cta;
+struct Cluster;
 struct Launch;
 
 struct Warp {
@@ -340,6 +331,7 @@ struct Warp {
     Mask live = 0;   // lanes that have not exited
     Mask carry = 0;  // condition code of add.cc and its kin
     int index = 0;
+    int agent = 0;  // in the clocks of the cluster
     size_t current = 0;
     size_t region_hint = 0;
     std::vector<Group> groups;
@@ -347,7 +339,14 @@ struct Warp {
     std::vector<uint32_t> defined;  // per row: lanes that hold a value, where Taint is used
     std::vector<uint8_t> local;     // [lane][local_bytes]
     std::vector<AsyncCopy> copies;
+    std::array<uint32_t, kLanes> issued_copies{};
     std::array<uint32_t, kLanes> committed{};  // cp.async groups closed so far, by lane
+    std::vector<BulkStore> bulk_stores;
+    std::array<uint32_t, kLanes> bulk_committed{};
+    Mask cluster_arrived = 0;    // lanes between barrier.cluster.arrive and .wait
+    Mask cluster_pending = 0;    // ... whose phase is not over
+    uint32_t max_registers = 0;  // setmaxnreg; 0: as launched
+    WgmmaState wgmma;
     std::vector<uint32_t> storage;
 
     template <class T>
@@ -366,7 +365,10 @@ struct Warp {
     // otherwise the group waits for those on their way, or the fault says who is missing.
     bool converged(Mask wanted, const char* what);
     void propagate(const Instr& in, Mask m);
+    void check_hazard(const RegisterHazard& hazard);
     uint8_t* local_lane(int lane);
+    void land_copies(int lane, uint32_t count);  // cp.async: the lane's first `count`
+    LaunchError report(const Fault& fault, const Instr& in) const;
 
   private:
     bool select();
@@ -384,23 +386,92 @@ struct Barrier {
     bool all = true, any = false, result_all = true, result_any = false;
 };
 
+struct Mbarrier {
+    int init_warp = 0;  // agent that initialised it, and when
+    uint32_t init_time = 0;
+    uint32_t expected = 0;       // arrivals of the next phase
+    uint32_t pending = 0;        // arrivals that this phase still needs
+    int32_t tx = 0;              // bytes that this phase still needs
+    uint32_t phase = 0;          // phases that are over
+    int engine = 0;              // of the copies that complete here
+    bool copies = false;         // something was copied in this phase
+    bool unseen_copies = false;  // ... in the last one, for which nobody has waited
+    SharedMemory::Clock clock, completed;
+    std::string describe(uint32_t address) const;
+    void arrive(uint32_t count, int32_t bytes, uint32_t address, int lane);
+};
+
+// B of a wgmma, unpacked for the four warps of a warpgroup.
+struct WgmmaOperand {
+    uint32_t number = 0;
+    uint64_t a_bits = 0, b_bits = 0;  // descriptors
+    std::vector<double> values;
+};
+constexpr size_t kWgmmaSlots = 8;  // how far apart the warps may be and still share it
+
 struct Cta {
     Launch* launch = nullptr;
+    Cluster* cluster = nullptr;
+    uint32_t rank = 0;  // in the cluster
     Dim3 id;
     uint64_t linear = 0;
     SharedMemory shared;
     std::vector<Warp> warps;
     std::array<Barrier, 16> barriers;
+    std::map<uint32_t, Mbarrier> mbarriers;
+    int mbarriers_made = 0;
+    std::vector<std::array<WgmmaOperand, kWgmmaSlots>> wgmma_operands;  // by warpgroup
+
+    void start(Launch& launch, Cluster& cluster, uint32_t rank, Dim3 id, Counters& counters,
+               InstrCount* counts);
+    void barrier_arrive(Warp& warp, Mask lanes, uint32_t id, uint32_t threads, bool wait);
+    void barrier_check(uint32_t id);
+    // The barrier at an address; a fault if there is none.
+    Mbarrier& mbarrier(const Warp& warp, uint32_t address, int lane);
+    void mbarrier_check(uint32_t address);                                 // is its phase over?
+    void mbarrier_complete(uint32_t address, int engine, uint32_t bytes);  // complete_tx of a copy
+    bool finished() const;
+    void finish();  // its last warp has ended
+};
+
+// Work under way in the asynchronous proxy.
+struct AsyncWork {
+    uint64_t due;  // round of the scheduler
+    std::function<void()> land;
+    const Warp* warp;  // that issued it, for reports
+    const Instr* instruction;
+    const Cta* target;  // whose shared memory it writes
+};
+
+// The CTAs of a cluster (one, without clusters), which run interleaved on one host thread.
+struct Cluster {
+    Launch* launch = nullptr;
+    std::vector<std::unique_ptr<Cta>> ctas;
+    Clocks clocks;
     std::minstd_rand rng;
     uint64_t instructions = 0;
+    uint64_t round = 0;
+    std::vector<AsyncWork> under_way;
+    // What may free somebody who waits: counted, to tell a deadlock from a slow poll.
+    uint64_t progress = 0;
+    SharedMemory::Clock clock, completed;  // of barrier.cluster: this phase, the last one
 
     void start(Launch& launch, uint64_t linear, Counters& counters, InstrCount* counts);
     // Runs until done (true) or until about `slice` warp-instructions were executed.
     bool run(uint64_t slice);
-    void barrier_arrive(Warp& warp, Mask lanes, uint32_t id, uint32_t threads, bool wait);
-    void barrier_check(uint32_t id);
     bool finished() const;
+    // Something that takes until some later round, or until nobody can go on without it.
+    void defer(const Warp& warp, const Cta* target, std::function<void()> land);
+    void wake(Wait wait, const Cta* cta, uint32_t id);
+    void barrier_arrive(Warp& warp, Mask lanes, bool release);
+    void barrier_check();
     [[noreturn]] void stuck(const char* kind, const std::string& message) const;
+
+  private:
+    void land_due();
+    bool wake_pollers();
+    uint64_t seen_progress_ = 0;
+    int idle_rounds_ = 0;
 };
 
 struct LaunchConfig {
@@ -416,7 +487,11 @@ struct Launch {
     const Program* program = nullptr;
     const Device* device = nullptr;
     LaunchConfig config;
-    std::vector<uint8_t> params;
+    struct alignas(128) ParamBlock {  // tensor maps are aligned
+        uint8_t bytes[128];
+    };
+    std::vector<ParamBlock> param_storage;
+    std::span<uint8_t> params;
     std::vector<Region> regions;  // ascending
     std::atomic<bool> stop = false;
 
@@ -426,10 +501,6 @@ struct Launch {
 };
 
 // Runs a grid; throws LaunchError with the report of the first fault.
-struct LaunchError : std::runtime_error {
-    using std::runtime_error::runtime_error;
-    std::string kind;
-};
 Counters execute(Launch& launch, std::vector<InstrCount>* profile = nullptr);
 
 }  // namespace emu

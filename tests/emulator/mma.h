@@ -18,10 +18,13 @@
 
 #include <cstdint>
 #include <optional>
+#include <string_view>
 
 namespace emu {
 
 enum class MmaType : uint8_t { f16, bf16, tf32, f64, e4m3, e5m2, s8, u8, s4, u4, b1, f32, s32 };
+
+std::optional<MmaType> mma_type(std::string_view name);
 
 struct MmaOp {
     int m, k;                // n is 8 in all of them

@@ -9,6 +9,7 @@
 
 #include "decode.h"
 #include "definedness.h"
+#include "hazards.h"
 #include "lanes.h"
 
 namespace emu {
@@ -38,7 +39,8 @@ class ProgramBuilder {
         }
         for (auto* isa :
              {&isa_int(), &isa_float(), &isa_compare(), &isa_half(), &isa_cvt(), &isa_move(),
-              &isa_memory(), &isa_async(), &isa_warp(), &isa_sync(), &isa_control(), &isa_mma()})
+              &isa_memory(), &isa_async(), &isa_warp(), &isa_sync(), &isa_control(), &isa_mma(),
+              &isa_mbarrier(), &isa_cluster(), &isa_wgmma()})
             for (const auto& [name, fn] : *isa) decoders_.emplace(name, fn);
 
         find_calls(entry);
@@ -61,6 +63,7 @@ class ProgramBuilder {
             for (size_t r = 0; r < row_[index].size(); ++r)
                 names[row_[index][r]] = module_.functions[index].registers[r].name;
         track_undefined(p, flows_, names);
+        find_hazards(p, flows_, names);
         p.code.shrink_to_fit();
         return std::move(program_);
     }
@@ -442,7 +445,7 @@ void negate_predicate(Warp& w, const Instr& in, Mask) {
     w.predicate(in.op[0]) = ~w.predicate(in.op[1]);
 }
 void read_clock(Warp& w, const Instr& in, Mask m) {
-    uint64_t ticks = w.cta->instructions;
+    uint64_t ticks = w.cta->cluster->instructions;
     if (in.a) ticks = ticks * 4 / 7 + 1;  // %globaltimer: nanoseconds at about 1.75 GHz
     uint64_t wide[kLanes];
     uint32_t low[kLanes], high[kLanes];
@@ -623,7 +626,14 @@ uint32_t Decode::src(const Operand& o, Type type) {
             return constant(immediate_bits(o, type), wide);
         case Operand::Kind::variable: {
             const Address a = address(o);
-            return constant(static_cast<uint64_t>(a.offset), wide);
+            const uint32_t offset = constant(static_cast<uint64_t>(a.offset), wide);
+            if (a.space != Space::shared || device().capability < 90) return offset;
+            const uint32_t t = temporary();
+            const Special base = wide ? Special::shared_base_wide : Special::shared_base;
+            emit_internal(wide ? lanes([](uint64_t x, uint64_t y) { return x + y; })
+                               : lanes([](uint32_t x, uint32_t y) { return x + y; }),
+                          {t, offset, special(base)});
+            return t;
         }
         case Operand::Kind::special: {
             static const std::unordered_map<std::string_view, std::pair<int, int>> clocks = {
@@ -684,6 +694,10 @@ Address Decode::address(const Operand& o) {
         a.space = v.space;
         if (v.space == Space::shared) {
             a.offset += builder_.shared_offset_.at(base.index);
+            if (device().capability >= 90) {
+                a.row = special(Special::shared_base_wide);
+                return a;
+            }
         } else if (v.space == Space::param) {
             a.names_param = true;
             auto it = builder_.param_offset_.find(base.index);
@@ -765,6 +779,13 @@ void Decode::note_shared_width(int bytes) {
     int& shift = builder_.program_->granule_shift;
     while (shift > 0 && (1 << shift) > bytes) --shift;
 }
+
+void Decode::require_arch_specific() const {
+    const std::string wanted = "sm_" + std::to_string(device().capability) + "a";
+    if (device().capability < 90 || module().target != wanted)
+        unknown("needs .target sm_90a, this is " + module().target);
+}
+void Decode::note_async() { builder_.program_->async = true; }
 
 std::unique_ptr<Program> decode(const Module& module, int entry,
                                 const std::vector<uint64_t>& addresses, const Device& device) {

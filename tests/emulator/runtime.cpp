@@ -184,7 +184,7 @@ void write_counters(const Counters& c, uint64_t* out) {
 
 // ---- launch -------------------------------------------------------------------------------------
 
-Counters launch(Kernel& kernel, const LaunchConfig& config, void* const* params,
+Counters launch(Kernel& kernel, LaunchConfig config, void* const* params,
                 std::span<const Region> regions) {
     const Program& p = *kernel.program;
     const Device& device = kernel.module->device();
@@ -219,7 +219,14 @@ Counters launch(Kernel& kernel, const LaunchConfig& config, void* const* params,
             std::to_string(config.dynamic_smem) +
                 " bytes of dynamic shared memory; cuFuncSetAttribute allows " +
                 std::to_string(kernel.max_dynamic_smem));
+    const Dim3 needed{f.required_cluster[0], f.required_cluster[1], f.required_cluster[2]};
+    if (needed.x && config.cluster.count() == 1) config.cluster = needed;
+    require(!needed.x || (config.cluster.x == needed.x && config.cluster.y == needed.y &&
+                          config.cluster.z == needed.z),
+            "cluster " + text(config.cluster) + " differs from .reqnctapercluster");
     require(config.cluster.count() == 1 || device.capability >= 90, "clusters need sm_90");
+    require(config.cluster.count() >= 1 && config.cluster.count() <= 16,
+            "cluster " + text(config.cluster) + " has more than 16 CTAs or none");
     require(config.grid.x % config.cluster.x == 0 && config.grid.y % config.cluster.y == 0 &&
                 config.grid.z % config.cluster.z == 0,
             "grid is not a multiple of the cluster");
@@ -228,7 +235,8 @@ Counters launch(Kernel& kernel, const LaunchConfig& config, void* const* params,
     l.program = &p;
     l.device = &device;
     l.config = config;
-    l.params.resize(p.param_bytes);
+    l.param_storage.resize((p.param_bytes + 127) / 128);
+    l.params = {reinterpret_cast<uint8_t*>(l.param_storage.data()), p.param_bytes};
     for (size_t i = 0; i < p.params.size(); ++i) {
         require(params && params[i], "parameter " + std::to_string(i) + " is missing");
         std::memcpy(l.params.data() + p.params[i].offset, params[i], p.params[i].bytes);

@@ -69,7 +69,7 @@ struct BadLaunch : std::runtime_error {
     using std::runtime_error::runtime_error;
 };
 // params[i] points to the bytes of parameter i. Throws BadLaunch or LaunchError.
-Counters launch(Kernel& kernel, const LaunchConfig& config, void* const* params,
+Counters launch(Kernel& kernel, LaunchConfig config, void* const* params,
                 std::span<const Region> regions);
 
 // All counters as numbers, in the order of CLASSES and MEMORY in __init__.py.

@@ -27,8 +27,8 @@ from triton.compiler import ASTSource
 from . import triton_kernels as kernels
 
 ALL_CAPABILITIES = (80, 89, 90, 100)
-# On 90 and 100 Triton's tl.dot becomes wgmma and tcgen05, which the emulator does not have yet.
-MMA_SYNC_CAPABILITIES = (80, 89)
+# On 100 Triton's tl.dot becomes tcgen05, which the emulator does not have yet.
+DOT_CAPABILITIES = (80, 89, 90)
 
 _TRITON_DTYPES = {
     torch.float64: "fp64",
@@ -338,7 +338,8 @@ def _row_argmax(gen: torch.Generator, rows: int, cols: int) -> Problem:
 class Case:
     """One kernel at one shape, tile and pipeline depth.
 
-    mma: regular expression of the tensor-core instruction that the PTX must hold, or None.
+    mma: regular expression of the tensor-core instruction that the PTX must hold, or None; wgmma:
+    the same for capability 90.
     """
 
     id: str
@@ -349,6 +350,10 @@ class Case:
     num_warps: int = 4
     num_stages: int = 3
     mma: str | None = None
+    wgmma: str | None = None
+
+    def tensor_core_instruction(self, capability: int) -> str | None:
+        return self.wgmma if capability == 90 else self.mma
 
     @property
     def table_row(self) -> str:
@@ -381,22 +386,39 @@ class _MatmulType:
     mma: str | None  # None: fp32 without tensor cores
     acc: Any = tl.float32
     precision: str = "tf32"
-    capabilities: Sequence[int] = MMA_SYNC_CAPABILITIES
+    wgmma: str | None = None
+    capabilities: Sequence[int] = DOT_CAPABILITIES
 
 
 _MATMUL_TYPES = {
-    "bf16": _MatmulType(torch.bfloat16, torch.bfloat16, r"mma\.\S*m16n8k16\S*bf16"),
-    "f16": _MatmulType(torch.float16, torch.float16, r"mma\.\S*m16n8k16\S*f32\.f16"),
-    "f16_acc": _MatmulType(
-        torch.float16, torch.float16, r"mma\.\S*m16n8k16\S*col\.f16\.f16", tl.float16
+    "bf16": _MatmulType(
+        torch.bfloat16, torch.bfloat16, r"mma\.\S*m16n8k16\S*bf16", wgmma="f32.bf16"
     ),
-    "tf32": _MatmulType(torch.float32, torch.float32, r"mma\.\S*m16n8k8\S*tf32"),
-    "s8": _MatmulType(torch.int8, torch.int32, r"mma\.\S*m16n8k32\S*s8", tl.int32),
+    "f16": _MatmulType(
+        torch.float16, torch.float16, r"mma\.\S*m16n8k16\S*f32\.f16", wgmma="f32.f16"
+    ),
+    "f16_acc": _MatmulType(
+        torch.float16,
+        torch.float16,
+        r"mma\.\S*m16n8k16\S*col\.f16\.f16",
+        tl.float16,
+        wgmma="f16.f16",
+    ),
+    "tf32": _MatmulType(torch.float32, torch.float32, r"mma\.\S*m16n8k8\S*tf32", wgmma="f32.tf32"),
+    "s8": _MatmulType(torch.int8, torch.int32, r"mma\.\S*m16n8k32\S*s8", tl.int32, wgmma="s32.s8"),
     "e4m3": _MatmulType(
-        torch.float8_e4m3fn, torch.float32, r"mma\.\S*m16n8k32\S*e4m3", capabilities=(89,)
+        torch.float8_e4m3fn,
+        torch.float32,
+        r"mma\.\S*m16n8k32\S*e4m3",
+        wgmma="f32.e4m3",
+        capabilities=(89, 90),
     ),
     "e5m2": _MatmulType(
-        torch.float8_e5m2, torch.float32, r"mma\.\S*m16n8k32\S*e5m2", capabilities=(89,)
+        torch.float8_e5m2,
+        torch.float32,
+        r"mma\.\S*m16n8k32\S*e5m2",
+        wgmma="f32.e5m2",
+        capabilities=(89, 90),
     ),
     "f64": _MatmulType(
         torch.float64, torch.float64, r"mma\.\S*f64", tl.float64, capabilities=(80,)
@@ -426,6 +448,8 @@ def _matmul_case(
         num_warps,
         num_stages,
         kind.mma,
+        # Below 64 rows Triton takes mma.sync there too, of f16 for fp8.
+        kind.wgmma and (rf"wgmma\.mma_async\S*{kind.wgmma}" if block[0] >= 64 else r"\smma\.sync"),
     )
 
 
@@ -453,10 +477,11 @@ def _flash_case(
             causal=causal,
             dtype=dtype,
         ),
-        MMA_SYNC_CAPABILITIES,
+        DOT_CAPABILITIES,
         num_warps,
         num_stages,
         r"mma\.\S*m16n8k16",
+        rf"wgmma\.mma_async\S*k16\.f32\.{name}",
     )
 
 
@@ -565,13 +590,15 @@ def _cases() -> list[Case]:
             kernels.int4_matmul,
             {"GROUP": 32, "BLOCK_M": block[0], "BLOCK_N": block[1], "BLOCK_K": block[2]},
             partial(_int4_matmul, mnk=mnk, block=block, group=32),
-            MMA_SYNC_CAPABILITIES,
+            DOT_CAPABILITIES,
             num_stages=stages,
             mma=r"mma\.\S*m16n8k16\S*f16",
+            wgmma=wgmma,
         )
-        for block, mnk, stages in [
-            ((32, 64, 64), (48, 96, 192), 3),
-            ((16, 32, 128), (5, 70, 256), 4),
+        for block, mnk, stages, wgmma in [
+            ((32, 64, 64), (48, 96, 192), 3, r"\smma\.sync"),
+            ((16, 32, 128), (5, 70, 256), 4, r"\smma\.sync"),
+            ((64, 64, 64), (96, 96, 192), 3, r"wgmma\.mma_async\S*f16"),
         ]
     ]
     return cases

@@ -1,0 +1,52 @@
+// wgmma.mma_async of one warp, its quarter of the warpgroup's 64 rows, as pure functions.
+//
+// A step of k takes 32 bytes of each row of A and column of B. Elements are unpacked to doubles, in
+// which products are exact; all products of a step and the accumulator are summed at once and the
+// sum is truncated to fp32 (H100 sums 16 products of 16 bits at once; fp8 sums of the hardware keep
+// fewer bits, which is not modelled). f16 accumulators are rounded once more, integers are exact.
+#pragma once
+
+#include <cstdint>
+
+#include "mma.h"
+
+namespace emu {
+
+constexpr int kWgmmaRows = 16;   // of a warp
+constexpr int kWgmmaBytes = 32;  // of k
+
+struct WgmmaOp {
+    int n;
+    MmaType a, b, acc;
+    bool satfinite;
+    bool negate;  // the products
+    int k() const;
+};
+
+// `rows` rows of A, or columns of B, one behind the other, 32 bytes each: out[k][rows].
+void wgmma_unpack(MmaType type, const uint32_t* words, int rows, double* out);
+// The same from 16 k of `rows` 16-bit elements each (the other major-ness).
+void wgmma_unpack_transposed(MmaType type, const uint16_t* halves, int rows, double* out);
+
+// d += a b for a[k][16] and b[k][n]; with `zero`, d = a b. d: the registers, rows of 32 lanes: for
+// each 8 columns those of mma.sync's C, in order.
+void wgmma_multiply(const WgmmaOp& op, const double* a, const double* b, bool zero,
+                    uint32_t* const* d);
+
+// A matrix in shared memory, as its descriptor has it.
+struct WgmmaDescriptor {
+    uint32_t start, leading, stride;  // bytes
+    uint32_t base_offset;
+    uint32_t mode;  // 0 none, 1: 128, 2: 64, 3: 32 bytes
+    explicit WgmmaDescriptor(uint64_t bits);
+    uint32_t span() const { return mode ? 256u >> mode : 16; }  // bytes of a row of an atom
+    // Address of 16 bytes: those of `k_chunk` of a row, k-major; of 8 rows from 8 * mn_chunk at one
+    // k, mn-major.
+    uint32_t k_major(uint32_t row, uint32_t k_chunk) const;
+    uint32_t mn_major(uint32_t mn_chunk, uint32_t k) const;
+
+  private:
+    uint32_t swizzle(uint32_t address) const;
+};
+
+}  // namespace emu
