@@ -105,10 +105,8 @@ last_report: list[str] = []  # of the last call of `faults`
 
 
 def wait(barrier: str, parity: int | str, order: str = "") -> str:
-    return (
-        "{ AGAIN: mbarrier.try_wait.parity%s.shared::cta.b64 %%p15, [%s], %s;"
-        " @!%%p15 bra AGAIN; }" % (order, barrier, parity)
-    )
+    test = f"mbarrier.try_wait.parity{order}.shared::cta.b64 %p15, [{barrier}], {parity};"
+    return "{ AGAIN: " + test + " @!%p15 bra AGAIN; }"
 
 
 def encode_map(

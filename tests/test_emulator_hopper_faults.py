@@ -194,7 +194,7 @@ def test_source_overwritten_before_the_store_was_waited_for(read: str) -> None:
     assert "a bulk copy of warp 0 reads" in last_report[0]
     # Not committed, or one group may stay: not waited for.
     assert faults(wrong(body, "cp.async.bulk.commit_group;", "")) == {RACE}
-    assert faults(wrong(body, "group%s 0" % read, "group%s 1" % read)) == {RACE}
+    assert faults(wrong(body, f"group{read} 0", f"group{read} 1")) == {RACE}
 
 
 def test_store_not_waited_for_at_the_end() -> None:

@@ -66,14 +66,20 @@ def launch(compiled: CompiledCase, problem: Problem, capability: int, seed: int)
     problem.reset()
     kernel = Emulator(f"sm_{capability}").load(compiled.ptx).kernel(compiled.name)
     kernel.launch(
-        problem.grid, compiled.block, compiled.args(problem), smem=compiled.smem, seed=seed
-    )
+        problem.grid, compiled.block, compiled.args(problem), smem=compiled.smem, seed=seed,
+        regions=compiled.regions(problem),
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(
     ("case", "capability"),
     [
-        pytest.param(case, capability, id=f"{case.id}-sm_{capability}")
+        pytest.param(
+            case,
+            capability,
+            id=f"{case.id}-sm_{capability}",
+            marks=[pytest.mark.slow] if case.slow else [],
+        )
         for case in CASES
         for capability in case.capabilities
     ],

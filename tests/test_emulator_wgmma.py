@@ -104,10 +104,10 @@ $copied: fence.proxy.async.shared::cta; bar.sync 0;
         body += f"ld.global.u64 %rd2, [%x+{16 + 16 * step}];"
         body += f"ld.global.u64 %rd3, [%x+{24 + 16 * step}];"
         if a_in_registers:
-            body += "".join(
-                f"add.s64 %rd4, %x, %rd9; ld.global.u32 %r{4 + r}, [%rd4+{65536 + 2048 * step + 512 * r}];"
-                for r in range(4)
-            ) + "wgmma.wait_group.sync.aligned 0; wgmma.fence.sync.aligned;"  # fmt: skip
+            body += "add.s64 %rd4, %x, %rd9;"
+            for r in range(4):
+                body += f"ld.global.u32 %r{4 + r}, [%rd4+{65536 + 2048 * step + 512 * r}];"
+            body += "wgmma.fence.sync.aligned;"
         body += f"wgmma.mma_async.sync.aligned.{shape} {{{d}}}, {a}, %rd3, %p2{tail};"
         body += "wgmma.commit_group.sync.aligned;"
         if a_in_registers:

@@ -11,6 +11,7 @@ Only `.asm["ptx"]` is used, so Triton needs neither a driver nor a C compiler. T
 
 from __future__ import annotations
 
+import ctypes
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -23,7 +24,10 @@ import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon._runtime import GluonASTSource
 
+from . import gluon_kernels, library
 from . import triton_kernels as kernels
 
 ALL_CAPABILITIES = (80, 89, 90, 100)
@@ -47,11 +51,19 @@ _TRITON_DTYPES = {
 # Problems: inputs, grid, reference
 
 
+@dataclass(frozen=True)
+class Descriptor:
+    """A tensor that a kernel reads or writes through a tensor map, a block at a time."""
+
+    tensor: torch.Tensor  # contiguous, two dimensions
+    block: tuple[int, int]
+
+
 @dataclass
 class Problem:
     """Inputs of one launch and what must come out of it.
 
-    args: tensors, integers and floats in the kernel's order, constexprs left out.
+    args: tensors, descriptors, integers and floats in the kernel's order, constexprs left out.
     out: the tensor the kernel writes, poisoned beforehand.
     expected: float64 reference, of the shape of `out`.
     baseline: the same operation by PyTorch in the input dtype; None where `out` must be exact.
@@ -204,6 +216,34 @@ def _flash_attention(
     )
 
 
+def _matmul_descriptors(
+    gen: torch.Generator,
+    mnk: tuple[int, int, int],
+    block: tuple[int, int, int],
+    programs: int,
+    kind: _MatmulType,
+) -> Problem:
+    plain = _matmul(gen, mnk, block, kind)
+    a, b, out = plain.args[:3]
+    args = [
+        Descriptor(a, (block[0], block[2])),
+        Descriptor(b.T.contiguous(), (block[1], block[2])),
+        Descriptor(out, block[:2]),
+        *mnk,
+    ]
+    return Problem(args, (programs, 1, 1), out, plain.expected, plain.baseline)
+
+
+def _flash_descriptors(
+    gen: torch.Generator, block: tuple[int, int], seq: int, dim: int, **shape: Any
+) -> Problem:
+    plain = _flash_attention(gen, seq=seq, dim=dim, block_m=block[0], **shape)
+    q, k, v, out = (t.view(-1, dim) for t in plain.args[:4])
+    blocks = (block[0], dim), (block[1], dim), (block[1], dim), (block[0], dim)
+    args = [Descriptor(t, b) for t, b in zip((q, k, v, out), blocks, strict=True)]
+    return Problem([*args, *plain.args[4:]], plain.grid, plain.out, plain.expected, plain.baseline)
+
+
 def _linear_recurrence(gen: torch.Generator, rows: int, cols: int) -> Problem:
     decay = torch.rand(rows, cols, generator=gen)
     x = _random(gen, rows, cols, dtype=torch.float32)
@@ -351,6 +391,11 @@ class Case:
     num_stages: int = 3
     mma: str | None = None
     wgmma: str | None = None
+    slow: bool = False
+
+    @property
+    def is_gluon(self) -> bool:
+        return self.kernel is gluon_kernels.matmul_specialised
 
     def tensor_core_instruction(self, capability: int) -> str | None:
         return self.wgmma if capability == 90 else self.mma
@@ -358,7 +403,7 @@ class Case:
     @property
     def table_row(self) -> str:
         """The kernel, products with their type: "matmul bf16"."""
-        is_product = self.kernel in (kernels.matmul, kernels.int4_matmul, kernels.flash_attention)
+        is_product = "matmul" in self.id or "flash" in self.id
         return " ".join(self.id.split("-")[:2]) if is_product else self.kernel.__name__
 
     def problem(self, seed: int) -> Problem:
@@ -485,6 +530,81 @@ def _flash_case(
     )
 
 
+def _matmul_descriptors_case(
+    name: str,
+    block: tuple[int, int, int],
+    mnk: tuple[int, int, int],
+    num_warps: int,
+    num_stages: int,
+    programs: int,
+    flatten: bool = False,
+    slow: bool = False,
+) -> Case:
+    kind = _MATMUL_TYPES[name]
+    tile = "x".join(map(str, block))
+    constexprs = {"ACC": kind.acc, "FLATTEN": flatten}
+    flat = "-flat" if flatten else ""
+    return Case(
+        f"matmul_tma-{name}-{tile}-w{num_warps}-s{num_stages}{flat}",
+        kernels.matmul_descriptors,
+        dict(zip(("BLOCK_M", "BLOCK_N", "BLOCK_K"), block, strict=True)) | constexprs,
+        partial(_matmul_descriptors, mnk=mnk, block=block, programs=programs, kind=kind),
+        (90,),
+        num_warps,
+        num_stages,
+        wgmma=rf"(?s)cp\.async\.bulk\.tensor.*wgmma\.mma_async\S*{kind.wgmma}",
+        slow=slow,
+    )
+
+
+def _specialised_case(
+    name: str, block: tuple[int, int, int], mnk: tuple[int, int, int], num_warps: int, stages: int
+) -> Case:
+    kind = _MATMUL_TYPES[name]
+    tile = "x".join(map(str, block))
+
+    def build(gen: torch.Generator) -> Problem:
+        problem = _matmul_descriptors(gen, mnk, block, 1, kind)
+        problem.grid = _cdiv(mnk[0], block[0]), _cdiv(mnk[1], block[1]), 1
+        return problem
+
+    return Case(
+        f"matmul_specialised-{name}-{tile}-w{num_warps}-s{stages}",
+        gluon_kernels.matmul_specialised,
+        {"STAGES": stages},
+        build,
+        (90,),
+        num_warps,
+        wgmma=rf"(?s)setmaxnreg.*wgmma\.mma_async\S*{kind.wgmma}",
+    )
+
+
+def _flash_descriptors_case(
+    dtype: torch.dtype,
+    causal: bool,
+    dim: int,
+    block: tuple[int, int],
+    seq: int,
+    num_warps: int,
+    num_stages: int,
+    slow: bool = False,
+) -> Case:
+    name = {torch.bfloat16: "bf16", torch.float16: "f16"}[dtype]
+    mask = "causal" if causal else "full"
+    shape = {"heads": 2, "seq": seq, "dim": dim, "block": block, "causal": causal, "dtype": dtype}
+    return Case(
+        f"flash_tma-{name}-{mask}-d{dim}-{block[0]}x{block[1]}-w{num_warps}-s{num_stages}",
+        kernels.flash_attention_descriptors,
+        {"CAUSAL": causal, "HEAD_DIM": dim, "BLOCK_M": block[0], "BLOCK_N": block[1]},
+        partial(_flash_descriptors, **shape),
+        (90,),
+        num_warps,
+        num_stages,
+        wgmma=rf"(?s)cp\.async\.bulk\.tensor.*wgmma\.mma_async\S*f32\.{name}",
+        slow=slow,
+    )
+
+
 _CASTS = [
     (torch.float32, torch.float16),
     (torch.float32, torch.bfloat16),
@@ -585,6 +705,23 @@ def _cases() -> list[Case]:
         _flash_case(bf16, True, 128, (128, 64), seq=500, num_warps=8, num_stages=2),
     ]
     cases += [
+        _matmul_descriptors_case("bf16", (64, 64, 64), (100, 96, 200), 4, 3, programs=3),
+        _matmul_descriptors_case("bf16", (128, 128, 64), (256, 384, 256), 4, 3, 2, flatten=True),
+        _matmul_descriptors_case("f16", (128, 64, 32), (256, 128, 160), 4, 2, programs=4),
+        _matmul_descriptors_case("f16", (128, 256, 64), (256, 512, 320), 8, 3, 2, slow=True),
+        _matmul_descriptors_case("e4m3", (64, 128, 128), (128, 256, 384), 4, 3, programs=2),
+        _matmul_descriptors_case("e5m2", (128, 128, 64), (200, 256, 192), 8, 3, programs=4),
+        _matmul_descriptors_case("s8", (64, 64, 128), (128, 192, 256), 4, 3, programs=2),
+        _matmul_descriptors_case("tf32", (64, 64, 32), (128, 96, 160), 4, 3, programs=2),
+        _specialised_case("bf16", (128, 128, 64), (256, 256, 512), 4, 3),
+        _specialised_case("f16", (64, 256, 64), (64, 512, 448), 4, 4),
+        _specialised_case("bf16", (128, 64, 64), (200, 128, 320), 8, 2),
+        _flash_descriptors_case(bf16, False, 64, (64, 64), 192, 4, 3),
+        _flash_descriptors_case(bf16, True, 128, (128, 64), 256, 8, 2),
+        _flash_descriptors_case(f16, True, 64, (128, 128), 384, 8, 3),
+        _flash_descriptors_case(f16, False, 128, (128, 128), 512, 8, 2, slow=True),
+    ]
+    cases += [
         Case(
             f"int4_matmul-f16-{'x'.join(map(str, block))}-s{stages}",
             kernels.int4_matmul,
@@ -624,10 +761,55 @@ class CompiledCase:
     block: tuple[int, int, int]
     smem: int
     hidden_params: int
+    maps: list[dict[str, Any]] | None  # of the descriptors, in order: how Triton lays them out
 
     def args(self, problem: Problem) -> list[Any]:
-        """Arguments of a launch."""
-        return problem.args + [None] * self.hidden_params
+        """Arguments of a launch. A descriptor is its tensor map, then its shape and strides."""
+        args, maps = [], iter(self.maps or [])
+        for arg in problem.args:
+            if isinstance(arg, Descriptor):
+                tensor = arg.tensor
+                args += [_encode(arg, next(maps)), *tensor.shape, *tensor.stride()]
+            else:
+                args.append(arg)
+        return args + [None] * self.hidden_params
+
+    def regions(self, problem: Problem) -> list[torch.Tensor]:
+        """What it reaches through tensor maps."""
+        return [arg.tensor for arg in problem.args if isinstance(arg, Descriptor)]
+
+
+# CUtensorMapDataType of an element type as a device-made map has it.
+_MAP_TYPES = {8: 10, 9: 8, 10: 9}
+
+
+def _encode(descriptor: Descriptor, layout: dict[str, Any]) -> bytes:
+    """The tensor map that Triton's launcher would make."""
+    tensor, lib, context = descriptor.tensor, library(), ctypes.c_void_p()
+    memory = (ctypes.c_uint8 * 256)()
+    at = ctypes.addressof(memory) + -ctypes.addressof(memory) % 128
+    lib.cuInit(0)
+    capability, count = ctypes.c_int(), ctypes.c_int()
+    lib.cuDeviceGetCount(ctypes.byref(count))
+    for device in range(count.value):
+        lib.cuDeviceGetAttribute(ctypes.byref(capability), 75, device)
+        if capability.value == 9:
+            assert lib.cuDevicePrimaryCtxRetain(ctypes.byref(context), device) == 0
+    assert lib.cuCtxPushCurrent_v2(context) == 0
+    status = lib.cuTensorMapEncodeTiled(
+        ctypes.c_void_p(at),
+        _MAP_TYPES.get(layout["elem_type"], layout["elem_type"]),
+        tensor.dim(),
+        ctypes.c_void_p(tensor.data_ptr()),
+        (ctypes.c_uint64 * 2)(*reversed(tensor.shape)),
+        (ctypes.c_uint64 * 1)(tensor.stride(0) * tensor.element_size()),
+        (ctypes.c_uint32 * 2)(*reversed(layout["block_size"])),
+        (ctypes.c_uint32 * 2)(1, 1),
+        *(0, layout["swizzle"], 2, 0),
+    )
+    assert status == 0, lib.emu_last_report().decode()
+    assert lib.cuCtxPopCurrent_v2(ctypes.byref(context)) == 0
+    return ctypes.string_at(at, 128)
 
 
 @cache
@@ -643,6 +825,14 @@ def compile_case(case: Case, capability: int) -> CompiledCase:
     attrs = {}
     for name, arg in zip(runtime_names, args, strict=True):
         is_tensor = isinstance(arg, torch.Tensor)
+        if isinstance(arg, Descriptor):
+            dtype, block = _TRITON_DTYPES[arg.tensor.dtype], list(arg.block)
+            signature[name] = f"tensordesc<{dtype}{block}>"
+            if case.is_gluon:
+                element = {"bf16": gl.bfloat16, "fp16": gl.float16}[dtype]
+                layout = gl.NVMMASharedLayout.get_default_for(block, element)
+                signature[name] = f"tensordesc<{dtype}{block},{layout!r}>"
+            continue
         if is_tensor:
             signature[name] = "*" + _TRITON_DTYPES[arg.dtype]
         else:
@@ -650,13 +840,20 @@ def compile_case(case: Case, capability: int) -> CompiledCase:
         address = arg.data_ptr() if is_tensor else arg
         if address % 16 == 0:
             attrs[(case.kernel.arg_names.index(name),)] = [["tt.divisibility", 16]]
-    source = ASTSource(case.kernel, signature, case.constexprs, attrs)
+    make_source = GluonASTSource if case.is_gluon else ASTSource
+    source = make_source(case.kernel, signature, case.constexprs, attrs)
     options = {"num_warps": case.num_warps, "num_stages": case.num_stages, "enable_fp_fusion": True}
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     meta, ptx = compiled.metadata, compiled.asm["ptx"]
     if meta.global_scratch_size or meta.profile_scratch_size:
         raise NotImplementedError(f"{case.id}: Triton asks for scratch memory, accepted is none")
     params = re.findall(r"^\s*\.param ", ptx.partition(".entry")[2].partition(")")[0], re.M)
+    expected = sum(5 if isinstance(arg, Descriptor) else 1 for arg in args)
     return CompiledCase(
-        ptx, meta.name, (32 * meta.num_warps, 1, 1), meta.shared, len(params) - len(args)
+        ptx,
+        meta.name,
+        (32 * meta.num_warps, 1, 1),
+        meta.shared,
+        len(params) - expected,
+        meta.tensordesc_meta,
     )

@@ -252,3 +252,54 @@ def row_argmax(x_ptr, out_ptr, stride, cols, BLOCK: tl.constexpr):
     mask = offs < cols
     x = tl.load(x_ptr + tl.program_id(0) * stride + offs, mask=mask, other=float("-inf"))
     tl.store(out_ptr + tl.program_id(0), tl.argmax(x, axis=0, tie_break_left=True))
+
+
+@triton.jit
+def matmul_descriptors(
+    a_desc, b_desc, out_desc, m, n, k,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, ACC: tl.constexpr,
+    FLATTEN: tl.constexpr,
+):  # fmt: skip
+    """a[m, k] @ b[n, k]^T through tensor maps; programs take turns at the tiles (persistent)."""
+    across = tl.cdiv(n, BLOCK_N)
+    tiles = tl.cdiv(m, BLOCK_M) * across
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=FLATTEN):
+        row = tile // across * BLOCK_M
+        col = tile % across * BLOCK_N
+        acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=ACC)
+        for start in range(0, k, BLOCK_K):
+            a = a_desc.load([row, start])
+            b = b_desc.load([col, start])
+            acc = tl.dot(a, b.T, acc, out_dtype=ACC)
+        out_desc.store([row, col], acc.to(out_desc.dtype))
+
+
+@triton.jit
+def flash_attention_descriptors(
+    q_desc, k_desc, v_desc, out_desc, seq, scale_log2,
+    CAUSAL: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """flash_attention through tensor maps of [head * seq, HEAD_DIM]; blocks divide seq."""
+    base = tl.program_id(1) * seq
+    first = tl.program_id(0) * BLOCK_M
+    rows = first + tl.arange(0, BLOCK_M)
+    q = q_desc.load([base + first, 0])
+    row_max = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
+    row_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
+    acc = tl.zeros([BLOCK_M, HEAD_DIM], dtype=tl.float32)
+    end = tl.minimum(seq, first + BLOCK_M) if CAUSAL else seq
+    for start in range(0, end, BLOCK_N):
+        k = k_desc.load([base + start, 0])
+        logits = tl.dot(q, k.T) * scale_log2
+        if CAUSAL:
+            cols = start + tl.arange(0, BLOCK_N)
+            logits = tl.where(cols[None, :] <= rows[:, None], logits, float("-inf"))
+        new_max = tl.maximum(row_max, tl.max(logits, axis=1))
+        p = tl.exp2(logits - new_max[:, None])
+        correction = tl.exp2(row_max - new_max)
+        row_sum = row_sum * correction + tl.sum(p, axis=1)
+        v = v_desc.load([base + start, 0])
+        acc = tl.dot(p.to(v.dtype), v, acc * correction[:, None])
+        row_max = new_max
+    out = acc / row_sum[:, None]
+    out_desc.store([base + first, 0], out.to(out_desc.dtype))
