@@ -29,6 +29,8 @@ if importlib.util.find_spec("vllm") is None:
 
 from minitron_kernels import MinitronForCausalLM, reference
 from minitron_kernels.integrations import vllm as integration
+from minitron_kernels.integrations.vllm.matrices import Matrices, Part, columns_of
+from minitron_kernels.quantized import QuantizedTensor
 from tests.test_integration_vllm import ROOT, STEPS, Step, dense, quantized, randn
 from tests.test_kernels_memory import assert_close, rope_scale
 from tests.test_model_quantized import LAYERS, UNIFORM, write_model
@@ -294,6 +296,48 @@ def test_rotary_embedding_against_vllms(
     assert nothing is None and torch.equal(only_q, got[0])
 
 
+def test_layers_are_compiled_whole(in_vllm: Any) -> None:
+    """As vLLM compiles its models: one graph of plain tensors, in which the kernels are calls."""
+    from vllm.model_executor.layers.activation import SiluAndMul
+    from vllm.model_executor.layers.layernorm import RMSNorm
+    from vllm.model_executor.layers.rotary_embedding import RotaryEmbedding
+
+    norm, activation = RMSNorm(256), SiluAndMul()
+    rope = RotaryEmbedding(64, 64, 128, 1e4, True, torch.float32)
+    parts = [Part(quantized(kind, 256, 256)) for kind in ("Q4_K", "Q6_K")]
+    merged, cut = (
+        Matrices(each, torch.float32, torch.device("cpu"))
+        for each in (parts, [columns_of(quantized("Q6_K", 64, 256), 128, 128)])
+    )
+
+    def block(x: Tensor, residual: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
+        x, residual = norm(x, residual)
+        q, k = rope(positions, activation(merged(x)), x)
+        return q, k, residual, cut(norm(q)[:, :128])
+
+    graphs: list[torch.fx.GraphModule] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        graphs.append(graph)
+        assert not any(type(t) is QuantizedTensor for t in inputs)
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+    compiled = torch.compile(block, fullgraph=True, dynamic=True, backend=backend)
+    for tokens in (5, 9):
+        x, residual, positions = (
+            randn(tokens, 256),
+            randn(tokens, 256, seed=3),
+            torch.arange(tokens),
+        )
+        with torch.no_grad():
+            expected = block(x, residual.clone(), positions)
+            actual = compiled(x, residual.clone(), positions)
+        torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+    calls = [str(n.target) for n in graphs[-1].graph.nodes if n.op == "call_function"]
+    for name in ("rms_norm", "add_rms_norm", "linear_quant", "silu_and_mul", "apply_rope"):
+        assert f"minitron_kernels.{name}.default" in calls
+
+
 def common_metadata(step: Step, **changed: Any) -> Any:
     from vllm.v1.attention.backend import CommonAttentionMetadata
 
@@ -507,5 +551,5 @@ def test_the_engine_gives_our_tokens(tmp_path: Path, engine: str, tied: bool) ->
     tokens = json.loads(finished.stdout.strip().splitlines()[-1])
     model = MinitronForCausalLM.from_pretrained(path, dtype="float32", device="cpu")
     for ids, got in zip(PROMPTS, tokens, strict=True):
-        expected = model.generate(torch.tensor([ids]), max_new_tokens=12, eos_token_id=-1)
+        expected = model.generate(torch.tensor([ids]), max_new_tokens=12)
         assert got == expected[0, len(ids) :].tolist()

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import nn
 from vllm.model_executor.custom_op import CustomOp, op_registry_oot
 from vllm.model_executor.layers.activation import SiluAndMul
 from vllm.model_executor.layers.layernorm import RMSNorm
@@ -50,24 +51,24 @@ class MinitronSiluAndMul(SiluAndMul):
     forward_cpu = forward_cuda
 
 
-class _Rotary:
-    """What stands before vLLM's class in the bases: its tables, with the kernels' rotation."""
+class _Rotary(nn.Module):
+    """What stands before vLLM's class in the bases: its tables, with the kernels' rotation.
 
-    cos_sin_cache: Tensor
+    ``cos``, ``sin``: fp32 [max_position, R/2], of values that vLLM has rounded to its dtype.
+    """
+
     head_size: int
     is_neox_style: bool
+    cos: Tensor | None
+    sin: Tensor | None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        # fp32 [max_position, R/2], of vLLM's values, which are rounded to the model's dtype.
-        self.cos: Tensor | None = None
-        self.sin: Tensor | None = None
-        if hasattr(self, "cos_sin_cache"):
-            cos, sin = self.cos_sin_cache.float().chunk(2, dim=-1)
-            register = self.register_buffer  # type: ignore[attr-defined]
-            del self.cos, self.sin
-            register("cos", cos.contiguous(), persistent=False)
-            register("sin", sin.contiguous(), persistent=False)
+        tables: Tensor | None = getattr(self, "cos_sin_cache", None)
+        halves = (None, None) if tables is None else tables.float().chunk(2, dim=-1)
+        for name, half in zip(("cos", "sin"), halves, strict=True):
+            half = None if half is None else half.contiguous()
+            self.register_buffer(name, half, persistent=False)
 
     def forward_cuda(
         self, positions: Tensor, query: Tensor, key: Tensor | None = None
