@@ -520,7 +520,7 @@ ENGINES = {
     "one batch": {},
     # Chunks of prompts run beside single tokens of others; blocks of equal prefixes are shared.
     "chunked": {"max_num_batched_tokens": 24, "max_num_seqs": 3, "block_size": 32},
-    "compiled layers of vLLM": {"compilation_config": {"custom_ops": ["none"]}},
+    "vLLM's own layers": {"compilation_config": {"custom_ops": ["none"]}},
     "two ranks": {"tensor_parallel_size": 2},
 }
 
@@ -535,8 +535,10 @@ def test_the_engine_gives_our_tokens(tmp_path: Path, engine: str, tied: bool) ->
     kinds = (UNIFORM, "Q4_K", None) if tied else (LAYERS, "Q6_K", "Q5_0")
     path = write_model(tmp_path / "m.gguf", *kinds)
     vllm_cpu.write_plugins(tmp_path)
+    to = tmp_path / "ids.json"
     request = {
         "model": str(path), "prompts": PROMPTS, "max_tokens": 12, "engine": ENGINES[engine],
+        "to": str(to),
     }  # fmt: skip
     finished = subprocess.run(
         [sys.executable, "-m", "tests.vllm_cpu", json.dumps(request)],
@@ -548,7 +550,7 @@ def test_the_engine_gives_our_tokens(tmp_path: Path, engine: str, tied: bool) ->
         check=False,
     )
     assert finished.returncode == 0, finished.stdout[-4000:] + finished.stderr[-4000:]
-    tokens = json.loads(finished.stdout.strip().splitlines()[-1])
+    tokens = json.loads(to.read_text(encoding="utf-8"))
     model = MinitronForCausalLM.from_pretrained(path, dtype="float32", device="cpu")
     for ids, got in zip(PROMPTS, tokens, strict=True):
         expected = model.generate(torch.tensor([ids]), max_new_tokens=12)

@@ -1,12 +1,13 @@
-"""vLLM's engine on a machine without a GPU, with the attention backend that it is asked for.
+r"""vLLM's engine on a machine without a GPU, with the attention backend that it is asked for.
 
 The wheel of vLLM on PyPI is compiled for CUDA. Of what its CPU platform calls compiled code for,
 three helpers are here in PyTorch (`_HELPERS`); nothing of what minitron_kernels replaces is, and
 vLLM's own attention is not there at all. A platform plugin chooses the platform, in every process.
 
-    python -m tests.vllm_cpu '{"model": "m.gguf", "prompts": [[1, 2, 3]], "engine": {}}'
+    python -m tests.vllm_cpu \
+        '{"model": "m.gguf", "prompts": [[1, 2]], "max_tokens": 8, "engine": {}, "to": "ids.json"}'
 
-prints the token ids that vLLM generates greedily, as JSON on the last line.
+writes the token ids that vLLM generates greedily.
 """
 
 from __future__ import annotations
@@ -107,7 +108,8 @@ def main(request: dict[str, Any]) -> None:
     )
     prompts = [{"prompt_token_ids": ids} for ids in request["prompts"]]
     results = llm.generate(prompts, params, use_tqdm=False)
-    print(json.dumps([list(result.outputs[0].token_ids) for result in results]))
+    tokens = [list(result.outputs[0].token_ids) for result in results]
+    Path(request["to"]).write_text(json.dumps(tokens), encoding="utf-8")
 
 
 if __name__ == "__main__":
