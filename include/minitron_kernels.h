@@ -648,8 +648,8 @@ MK_API mk_status mk_cpu_isa_name(const char** name);
  * Q2_K, Q3_K and Q6_K, of 16 k; scale and minimum are exact in fp32. Every group of 256 k of a row
  * of x (the last may be shorter) is rounded to integers X times a power of two, unit:
  *
- *   bf16       |X| < 2^15, the largest at least 2^14: an element is off by 2^-15 of the largest of
- *              its group at the most, and exact if it is not below 2^-7 of that
+ *   bf16       |X| <= 127 * 2^8, the largest at least 255 * 2^6: an element is off by 1.004 * 2^-15
+ *              of the largest of its group at the most, and exact if it is above 2^-7 of that
  *   f16, fp32  X = X1 + 2^-15 X2, |X1| <= 2^14: off by 2^-29 of the largest; a group whose largest
  *              is below 2^-112 takes the unit of 2^-112
  *

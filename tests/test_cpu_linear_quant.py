@@ -185,7 +185,10 @@ def rounded_groups(x: Tensor) -> tuple[Array, Array]:
     largest = np.abs(values).max(-1)
     finite = np.isfinite(largest)
     values = np.where(finite[..., None], values, 0)
-    exponent = np.frexp(np.where(finite & (largest > 0), largest, 0.5))[1] - 1
+    mantissa, exponent = np.frexp(np.where(finite & (largest > 0), largest, 0.5))
+    exponent -= 1
+    if x.dtype is torch.bfloat16:
+        exponent += mantissa == 255 / 256  # 32640 has no signed byte of 256s
     unit = np.exp2(np.maximum(np.where(largest > 0, exponent, -200), -112) - top)
     scaled = values / unit[..., None]
     limbs, units = [np.rint(scaled)], [unit]
@@ -309,6 +312,19 @@ def test_cpu_linear_quant_outliers(kind: str, largest: float) -> None:
     rounded = x.double() @ dense.bfloat16().double().T
     ours = (linear(x, w, out_dtype=torch.float32).double() - exact).square().mean()
     assert ours.sqrt() < (rounded - exact).square().mean().sqrt() / 4
+
+
+@each_isa
+@pytest.mark.parametrize("kind", ["Q4_1", "Q6_K", "Q8_0"])
+def test_cpu_linear_quant_largest_mantissa(isa: str, kind: str) -> None:
+    """Groups whose largest element has a mantissa of ones, of either sign: as 16 bits it would be
+    32640, which is no high and low signed byte."""
+    x = random(6, 768, dtype=torch.bfloat16)
+    for i, largest in enumerate((255.0, -255.0, 255 * 2.0**40, -255 * 2.0**-90, 254.0, 3.3895e38)):
+        x[i, 7::256] = largest
+        x[i, 9::256] = -largest
+    w = matrix(kind, 33, 768)
+    assert_same_bits(linear(x, w, isa=require(isa), out_dtype=torch.float32), contract(x, w))
 
 
 @each_isa

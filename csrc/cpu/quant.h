@@ -15,20 +15,19 @@ constexpr int kGroup = 256;      // columns that share a unit of x, and that are
 constexpr int kTileRows = 32;    // rows of w that are unpacked together: two vectors of lanes
 constexpr int kBlockRows = 192;  // rows of integers that pass by an unpacked tile
 
-// A group of a row of x as integers. The products of two 16-bit integers each that an instruction
-// adds up are of columns (0, 2) and (1, 3) of four: the fields of the even and of the odd bytes of
-// a 32-bit word of any type of blocks.
+// A group of a row of x as integers of 16 bits, in the order of quant_halves.h or quant_bytes.h.
 struct alignas(64) XGroup {
-    int16_t q[kGroup];            // of each four columns, in the order 0 2 1 3; zeros past k
+    uint32_t words[kGroup / 2];   // eight for each 16 columns; zeros past k
     int32_t sums16[kGroup / 16];  // of 16 columns each,
     int32_t sums32[kGroup / 32];  // of 32
     float unit;
 };
 static_assert(sizeof(XGroup) == 640);
+constexpr int kXRow = sizeof(XGroup) / sizeof(uint32_t);  // words between rows of x
 
-// A group of 32 rows of w, unpacked: 20 KiB, meant for the L1 cache.
+// A group of 32 rows of w, unpacked: 20 KiB, or 12 in the order of bytes; meant for the L1 cache.
 struct alignas(64) QuantPanel {
-    uint32_t q[kGroup / 2][kTileRows];  // two columns of each row, in the order of XGroup::q
+    uint32_t q[kGroup / 2][kTileRows];  // one or two words of each row for four columns
     float scale[kGroup / 16][kTileRows];
     float minimum[kGroup / 16][kTileRows];
 };

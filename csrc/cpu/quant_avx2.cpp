@@ -26,6 +26,9 @@ struct Ints {
     friend Ints operator+(Ints a, Ints b) {
         return {_mm256_add_epi32(a.lo, b.lo), _mm256_add_epi32(a.hi, b.hi)};
     }
+    friend Ints operator-(Ints a, Ints b) {
+        return {_mm256_sub_epi32(a.lo, b.lo), _mm256_sub_epi32(a.hi, b.hi)};
+    }
     friend Ints operator&(Ints a, uint32_t b) {
         return {_mm256_and_si256(a.lo, all(b)), _mm256_and_si256(a.hi, all(b))};
     }
@@ -46,6 +49,23 @@ struct Ints {
     static Ints dot(Ints acc, Ints w, Ints x) {
         return {_mm256_add_epi32(acc.lo, _mm256_madd_epi16(w.lo, x.lo)),
                 _mm256_add_epi32(acc.hi, _mm256_madd_epi16(w.hi, x.hi))};
+    }
+    static Ints round(Vec a) { return {_mm256_cvtps_epi32(a.lo), _mm256_cvtps_epi32(a.hi)}; }
+    static Ints max(Ints a, Ints b) {
+        return {_mm256_max_epi32(a.lo, b.lo), _mm256_max_epi32(a.hi, b.hi)};
+    }
+    uint32_t largest() const {
+        uint32_t lanes[kLanes], most = 0;
+        store(lanes);
+        for (const uint32_t lane : lanes) most = lane > most ? lane : most;
+        return most;
+    }
+    int32_t sum() const {
+        const __m256i eight = _mm256_add_epi32(lo, hi);
+        __m128i four =
+            _mm_add_epi32(_mm256_castsi256_si128(eight), _mm256_extracti128_si256(eight, 1));
+        four = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0x4e));
+        return _mm_cvtsi128_si32(_mm_add_epi32(four, _mm_shuffle_epi32(four, 0xb1)));
     }
     Vec to_float() const { return {_mm256_cvtepi32_ps(lo), _mm256_cvtepi32_ps(hi)}; }
     Vec half() const { return {half(lo), half(hi)}; }
@@ -97,6 +117,7 @@ struct Ints {
 }  // namespace
 }  // namespace mk::cpu
 
+#include "cpu/quant_halves.h"
 #include "cpu/quant_kernels.h"
 
 const mk::cpu::QuantKernels mk::cpu::kQuantAvx2 = mk::cpu::kQuantKernels;

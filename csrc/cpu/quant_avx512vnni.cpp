@@ -17,6 +17,7 @@ struct Ints {
     void store(uint32_t* p) const { _mm512_storeu_si512(p, v); }
 
     friend Ints operator+(Ints a, Ints b) { return {_mm512_add_epi32(a.v, b.v)}; }
+    friend Ints operator-(Ints a, Ints b) { return {_mm512_sub_epi32(a.v, b.v)}; }
     friend Ints operator&(Ints a, uint32_t b) { return {_mm512_and_si512(a.v, all(b))}; }
     friend Ints operator^(Ints a, uint32_t b) { return {_mm512_xor_si512(a.v, all(b))}; }
     friend Ints operator|(Ints a, Ints b) { return {_mm512_or_si512(a.v, b.v)}; }
@@ -30,17 +31,32 @@ struct Ints {
         return {_mm512_ternarylogic_epi32(a.v, all(mask), b.v, 0xea)};
     }
 
-    static Ints dot(Ints acc, Ints w, Ints x) { return {_mm512_dpwssd_epi32(acc.v, w.v, x.v)}; }
+    static Ints dot(Ints acc, Ints w, Ints x) { return {_mm512_dpbusd_epi32(acc.v, w.v, x.v)}; }
+    static Ints round(Vec a) { return {_mm512_cvtps_epi32(a.v)}; }
+    static Ints max(Ints a, Ints b) { return {_mm512_max_epi32(a.v, b.v)}; }
+    uint32_t largest() const { return static_cast<uint32_t>(_mm512_reduce_max_epi32(v)); }
+    int32_t sum() const { return _mm512_reduce_add_epi32(v); }
+    void store_bytes(uint32_t* p) const {
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(v));
+    }
     Vec to_float() const { return {_mm512_cvtepi32_ps(v)}; }
     Vec half() const { return {_mm512_cvtph_ps(_mm512_cvtepi32_epi16(v))}; }
 
+    MK_INLINE static __m256i word(const uint8_t* at) {
+        int32_t a;
+        __builtin_memcpy(&a, at, 4);
+        return _mm256_set1_epi32(a);
+    }
     MK_INLINE static Ints gather(const uint8_t* const* rows, int64_t offset) {
-        const auto half = [&](int r) {
-            const __m512i at =
-                _mm512_add_epi64(_mm512_loadu_si512(rows + r), _mm512_set1_epi64(offset));
-            return _mm512_i64gather_epi32(at, nullptr, 1);
-        };
-        return {_mm512_inserti64x4(_mm512_castsi256_si512(half(0)), half(8), 1)};
+        __m256i half[2];
+        unroll<2>([&](auto h) MK_INLINE_LAMBDA {
+            half[h.value] = word(rows[8 * h.value] + offset);
+            unroll<7>([&](auto r) MK_INLINE_LAMBDA {
+                const __m256i each = word(rows[8 * h.value + 1 + r.value] + offset);
+                half[h.value] = _mm256_mask_mov_epi32(half[h.value], 2 << r.value, each);
+            });
+        });
+        return {_mm512_inserti64x4(_mm512_castsi256_si512(half[0]), half[1], 1)};
     }
 
     // Lane i of four[p] is 16 bytes of row 4 i + p.
@@ -94,6 +110,7 @@ struct Ints {
 }  // namespace
 }  // namespace mk::cpu
 
+#include "cpu/quant_bytes.h"
 #include "cpu/quant_kernels.h"
 
 const mk::cpu::QuantKernels mk::cpu::kQuantAvx512 = mk::cpu::kQuantKernels;

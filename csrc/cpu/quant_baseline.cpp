@@ -33,6 +33,9 @@ struct Ints {
     friend MK_INLINE Ints operator+(const Ints& a, const Ints& b) {
         return each([&](int i) { return a.v[i] + b.v[i]; });
     }
+    friend MK_INLINE Ints operator-(const Ints& a, const Ints& b) {
+        return each([&](int i) { return a.v[i] - b.v[i]; });
+    }
     friend MK_INLINE Ints operator|(const Ints& a, const Ints& b) {
         return each([&](int i) { return a.v[i] | b.v[i]; });
     }
@@ -63,6 +66,34 @@ struct Ints {
         return reinterpret_cast<Unsigned>(reinterpret_cast<Signed>(a) >> 16);
     }
 
+    // The last bit of the sum is worth 1: halves to even.
+    static MK_INLINE Ints round(const Vec& a) {
+        Ints rounded;
+        for (int i = 0; i < 4; ++i) {
+            Floats f;
+            __builtin_memcpy(&f, a.v + 4 * i, sizeof f);
+            const Floats shifted = f + 0x1.8p23f;
+            rounded.v[i] = reinterpret_cast<Unsigned>(shifted) - 0x4b400000u;
+        }
+        return rounded;
+    }
+    static MK_INLINE Ints max(const Ints& a, const Ints& b) {
+        return each([&](int i) {
+            const Unsigned more = reinterpret_cast<Unsigned>(reinterpret_cast<Signed>(a.v[i]) >
+                                                             reinterpret_cast<Signed>(b.v[i]));
+            return (a.v[i] & more) | (b.v[i] & ~more);
+        });
+    }
+    uint32_t largest() const {
+        uint32_t lanes[kLanes], most = 0;
+        store(lanes);
+        for (const uint32_t lane : lanes) most = lane > most ? lane : most;
+        return most;
+    }
+    int32_t sum() const {
+        const Unsigned four = v[0] + v[1] + v[2] + v[3];
+        return static_cast<int32_t>(four[0] + four[1] + four[2] + four[3]);
+    }
     MK_INLINE Vec to_float() const {
         Vec a;
         for (int i = 0; i < 4; ++i) {
@@ -102,6 +133,7 @@ struct Ints {
 }  // namespace
 }  // namespace mk::cpu
 
+#include "cpu/quant_halves.h"
 #include "cpu/quant_kernels.h"
 
 const mk::cpu::QuantKernels mk::cpu::kQuantBaseline = mk::cpu::kQuantKernels;

@@ -1,13 +1,14 @@
 // The ten types of GGUF blocks, unpacked over Ints, a vector of 16 x 32 bits that the including
-// file has defined: lane r belongs to row r of 16. minitron_kernels/quantized.py draws the blocks.
+// file has defined (as Order): lane r belongs to row r of 16. minitron_kernels/quantized.py draws
+// the blocks.
 //
-// A type has kBlock, the columns that share a scale; kOffset, what its integers are biased by;
-// kHasMin; kColumns and kBytes of a stored block; and unpack(rows, columns, to), which unpacks
-// `columns` columns, up to a group, from where rows[0 ... 15] point to.
+// A type has kBlock, the columns that share a scale; kHasMin; kBias, where it has none,
+// log2 of what its integers are biased by; kColumns and kBytes of a stored block; and unpack(rows,
+// columns, to), which unpacks `columns` columns, up to a group, from where rows[0 ... 15] point to.
 //
 // A field of the four bytes of a word belongs to four columns that follow each other. So 16 or 32
 // bytes of each of the 16 rows become 4 or 8 vectors, word j of every row in vector j, and a field
-// is shifted to bit 0 of both halves: that of bytes 0 and 2, then that of bytes 1 and 3.
+// is shifted to bit 0 of all four bytes, which Order::put stores as its products want them.
 #pragma once
 
 #include "cpu/quant.h"
@@ -52,7 +53,15 @@ struct Target {
     QuantPanel& panel;
     int first;  // row
 
-    MK_INLINE uint32_t* columns(int column) const { return panel.q[column / 2] + first; }
+    // Four columns from `column` of these rows, a byte each.
+    MK_INLINE void put(int column, Ints four) const {
+        Order::put(panel.q[column / 4 * Order::kWords] + first, four);
+    }
+    // The same, of bytes that have a field at `shift`.
+    template <uint32_t kMask>
+    MK_INLINE void put_fields(int column, Ints bytes, int shift) const {
+        put(column, (bytes >> shift) & (kMask * 0x01010101));
+    }
     MK_INLINE void put_scale(int block, Vec scale) const {
         scale.store(panel.scale[block] + first);
     }
@@ -61,23 +70,11 @@ struct Target {
     }
 };
 
-// Four columns from `column` of those that begin at `to`.
-MK_INLINE void put(uint32_t* to, int column, Ints even, Ints odd) {
-    even.store(to + column / 2 * kTileRows);
-    odd.store(to + (column / 2 + 1) * kTileRows);
-}
-
-// The fields of the even and of the odd bytes, at `shift` of a byte.
-template <uint32_t kMask>
-MK_INLINE void put_bytes(uint32_t* to, int column, Ints w, int shift) {
-    put(to, column, (w >> shift) & (kMask * 0x10001), (w >> (shift + 8)) & (kMask * 0x10001));
-}
-
 // ---- 32 columns: scale, perhaps minimum, perhaps fifth bits, low bits ----
 
-template <bool kHasMin_, bool kHasFifth, int kOffset_>
+template <bool kHasMin_, bool kHasFifth, int kBias_>
 struct Simple {
-    static constexpr int kBlock = 32, kColumns = 32, kOffset = kOffset_;
+    static constexpr int kBlock = 32, kColumns = 32, kBias = kBias_;
     static constexpr bool kHasMin = kHasMin_;
     static constexpr int kHeader = kHasMin ? 4 : 2, kLow = kHeader + (kHasFifth ? 4 : 0);
     static constexpr int kBytes = kLow + 16;
@@ -89,48 +86,47 @@ struct Simple {
             to.put_scale(b, header.half());
             if constexpr (kHasMin) to.put_minimum(b, (header >> 16).half());
             const Words low = words_at(rows, at + kLow);
-            uint32_t* const q = to.columns(32 * b);
+            const int q = 32 * b;
             if constexpr (!kHasFifth) {
                 unroll<4>([&](auto j) {
-                    put_bytes<15>(q, 4 * j.value, low.word[j.value], 0);
-                    put_bytes<15>(q, 16 + 4 * j.value, low.word[j.value], 4);
+                    to.template put_fields<15>(q + 4 * j.value, low.word[j.value], 0);
+                    to.template put_fields<15>(q + 16 + 4 * j.value, low.word[j.value], 4);
                 });
             } else {
                 const Ints fifth = Ints::gather(rows, at + kHeader);
                 unroll<4>([&](auto j) {
                     const Ints w = low.word[j.value], bits = fifth >> (4 * j.value);
-                    put5(q, 4 * j.value, w, bits & 15);
-                    put5(q, 16 + 4 * j.value, w >> 4, (bits >> 16) & 15);
+                    to.put(q + 4 * j.value, with_fifth(w, bits & 15));
+                    to.put(q + 16 + 4 * j.value, with_fifth(w >> 4, (bits >> 16) & 15));
                 });
             }
         }
     }
 
     // Bits 0 ... 3 of `fifth` are those of 4 columns.
-    static MK_INLINE void put5(uint32_t* to, int column, Ints w, Ints fifth) {
-        const Ints spread = fifth | fifth << 14;  // bit 0 and, at 16, 2; bit 1 and, at 17, 3
-        put(to, column, Ints::and_or(spread << 4, 0x00100010, w & 0x000f000f),
-            Ints::and_or(spread << 3, 0x00100010, (w >> 8) & 0x000f000f));
+    static MK_INLINE Ints with_fifth(Ints low, Ints fifth) {
+        const Ints two = fifth | fifth << 14;  // bits 0, 1, and at 16, 17 bits 2, 3
+        const Ints four = two << 4 | two << 11;
+        return Ints::and_or(four, 0x10101010, low & 0x0f0f0f0f);
     }
 };
 
-using Q4_0 = Simple<false, false, 8>;
+using Q4_0 = Simple<false, false, 3>;
 using Q4_1 = Simple<true, false, 0>;
-using Q5_0 = Simple<false, true, 16>;
+using Q5_0 = Simple<false, true, 4>;
 using Q5_1 = Simple<true, true, 0>;
 
 struct Q8_0 {
-    static constexpr int kBlock = 32, kColumns = 32, kBytes = 34, kOffset = 128;
+    static constexpr int kBlock = 32, kColumns = 32, kBytes = 34, kBias = 7;
     static constexpr bool kHasMin = false;
 
     static MK_NOINLINE void unpack(Rows rows, int columns, const Target& to) {
         for (int b = 0; b < columns / 32; ++b) {
             const int at = b * kBytes;
             to.put_scale(b, half_at(rows, at));
-            uint32_t* const q = to.columns(32 * b);
             const MoreWords all = more_words_at(rows, at + 2);
             unroll<8>(
-                [&](auto j) { put_bytes<255>(q, 4 * j.value, all.word[j.value] ^ 0x80808080, 0); });
+                [&](auto j) { to.put(32 * b + 4 * j.value, all.word[j.value] ^ 0x80808080); });
         }
     }
 };
@@ -143,7 +139,7 @@ struct KType {
 
 // Bytes 0-15: scale and minimum of 16 columns, 4 bits each; 16-79: 2 x 32 bytes of 4 x 2 bits.
 struct Q2_K : KType {
-    static constexpr int kBlock = 16, kBytes = 84, kOffset = 0;
+    static constexpr int kBlock = 16, kBytes = 84, kBias = 0;
     static constexpr bool kHasMin = true;
 
     static MK_NOINLINE void unpack(Rows rows, int, const Target& to) {
@@ -155,12 +151,12 @@ struct Q2_K : KType {
             to.put_minimum(b.value, minus_dmin * ((word >> 4) & 15).to_float());
         });
         for (int half = 0; half < 2; ++half) {
-            uint32_t* const q = to.columns(128 * half);
             const MoreWords all = more_words_at(rows, 16 + 32 * half);
             unroll<8>([&](auto j) {
-                const Ints w = all.word[j.value];
-                unroll<4>(
-                    [&](auto f) { put_bytes<3>(q, 32 * f.value + 4 * j.value, w, 2 * f.value); });
+                unroll<4>([&](auto f) {
+                    const int column = 128 * half + 32 * f.value + 4 * j.value;
+                    to.template put_fields<3>(column, all.word[j.value], 2 * f.value);
+                });
             });
         }
     }
@@ -168,7 +164,7 @@ struct Q2_K : KType {
 
 // Bytes 0-31: third bits, bit 4 * half + field of a byte; 32-95: as in Q2_K; 96-107: 16 scales.
 struct Q3_K : KType {
-    static constexpr int kBlock = 16, kBytes = 110, kOffset = 4;
+    static constexpr int kBlock = 16, kBytes = 110, kBias = 2;
     static constexpr bool kHasMin = false;
 
     static MK_NOINLINE void unpack(Rows rows, int, const Target& to) {
@@ -184,14 +180,13 @@ struct Q3_K : KType {
         const MoreWords third = more_words_at(rows, 0);
         unroll<2>([&](auto half) {
             const MoreWords all = more_words_at(rows, 32 + 32 * half.value);
-            uint32_t* const q = to.columns(128 * half.value);
             unroll<8>([&](auto j) {
-                const Ints w = all.word[j.value], t = third.word[j.value] >> (4 * half.value);
+                const Ints w = all.word[j.value], t = third.word[j.value];
                 unroll<4>([&](auto f) {
-                    const Ints two = w >> (2 * f.value), one = t >> f.value;
-                    put(q, 32 * f.value + 4 * j.value,
-                        Ints::and_or(one << 2, 0x00040004, two & 0x00030003),
-                        Ints::and_or(one >> 6, 0x00040004, (two >> 8) & 0x00030003));
+                    constexpr int kBit = 4 * half.value + f.value;  // of the third bits
+                    const Ints high = kBit < 2 ? t << (2 - kBit) : t >> (kBit - 2);
+                    to.put(128 * half.value + 32 * f.value + 4 * j.value,
+                           Ints::and_or(high, 0x04040404, (w >> (2 * f.value)) & 0x03030303));
                 });
             });
         });
@@ -219,17 +214,17 @@ MK_INLINE void put_scales_and_minima(Rows rows, const Target& to) {
 
 // Bytes 16-143: 4 x 32 bytes of 2 x 4 bits.
 struct Q4_K : KType {
-    static constexpr int kBlock = 32, kBytes = 144, kOffset = 0;
+    static constexpr int kBlock = 32, kBytes = 144, kBias = 0;
     static constexpr bool kHasMin = true;
 
     static MK_NOINLINE void unpack(Rows rows, int, const Target& to) {
         put_scales_and_minima(rows, to);
         unroll<4>([&](auto i) {
             const MoreWords all = more_words_at(rows, 16 + 32 * i.value);
-            uint32_t* const q = to.columns(64 * i.value);
+            constexpr int q = 64 * i.value;
             unroll<8>([&](auto j) {
-                put_bytes<15>(q, 4 * j.value, all.word[j.value], 0);
-                put_bytes<15>(q, 32 + 4 * j.value, all.word[j.value], 4);
+                to.template put_fields<15>(q + 4 * j.value, all.word[j.value], 0);
+                to.template put_fields<15>(q + 32 + 4 * j.value, all.word[j.value], 4);
             });
         });
     }
@@ -237,7 +232,7 @@ struct Q4_K : KType {
 
 // Bytes 16-47: bit i of byte j is the fifth of column 32 i + j; 48-175: as in Q4_K.
 struct Q5_K : KType {
-    static constexpr int kBlock = 32, kBytes = 176, kOffset = 0;
+    static constexpr int kBlock = 32, kBytes = 176, kBias = 0;
     static constexpr bool kHasMin = true;
 
     static MK_NOINLINE void unpack(Rows rows, int, const Target& to) {
@@ -245,26 +240,27 @@ struct Q5_K : KType {
         const MoreWords fifth = more_words_at(rows, 16);
         unroll<4>([&](auto i) {
             const MoreWords all = more_words_at(rows, 48 + 32 * i.value);
-            uint32_t* const q = to.columns(64 * i.value);
+            constexpr int q = 64 * i.value;
             unroll<8>([&](auto j) {
-                const Ints w = all.word[j.value], bits = fifth.word[j.value] >> (2 * i.value);
-                put5(q, 4 * j.value, w, bits);
-                put5(q, 32 + 4 * j.value, w >> 4, bits >> 1);
+                const Ints w = all.word[j.value], bits = fifth.word[j.value];
+                to.put(q + 4 * j.value, with_fifth<2 * i.value>(w, bits));
+                to.put(q + 32 + 4 * j.value, with_fifth<2 * i.value + 1>(w >> 4, bits));
             });
         });
     }
 
-    // The fifth bits are bit 0 of the bytes of `fifth`.
-    static MK_INLINE void put5(uint32_t* to, int column, Ints w, Ints fifth) {
-        put(to, column, Ints::and_or(fifth << 4, 0x00100010, w & 0x000f000f),
-            Ints::and_or(fifth >> 4, 0x00100010, (w >> 8) & 0x000f000f));
+    // The fifth bits are bit kBit of the bytes of `fifth`.
+    template <int kBit>
+    static MK_INLINE Ints with_fifth(Ints low, Ints fifth) {
+        const Ints high = kBit < 4 ? fifth << (4 - kBit) : fifth >> (kBit - 4);
+        return Ints::and_or(high, 0x10101010, low & 0x0f0f0f0f);
     }
 };
 
 // Bytes 0-127: 2 x 64 bytes of 2 x 4 low bits; 128-191: 2 x 32 bytes of 4 x 2 high bits; 192-207:
 // 16 signed scales.
 struct Q6_K : KType {
-    static constexpr int kBlock = 16, kBytes = 210, kOffset = 32;
+    static constexpr int kBlock = 16, kBytes = 210, kBias = 5;
     static constexpr bool kHasMin = false;
 
     static MK_NOINLINE void unpack(Rows rows, int, const Target& to) {
@@ -278,23 +274,22 @@ struct Q6_K : KType {
             const MoreWords first = more_words_at(rows, 64 * half);
             const MoreWords second = more_words_at(rows, 64 * half + 32);
             const MoreWords high = more_words_at(rows, 128 + 32 * half);
-            uint32_t* const q = to.columns(128 * half);
+            const int q = 128 * half;
             unroll<8>([&](auto j) {
                 const Ints a = first.word[j.value], b = second.word[j.value];
                 const Ints h = high.word[j.value];
-                put6(q, 4 * j.value, a, h << 4);
-                put6(q, 32 + 4 * j.value, b, h << 2);
-                put6(q, 64 + 4 * j.value, a >> 4, h);
-                put6(q, 96 + 4 * j.value, b >> 4, h >> 2);
+                to.put(q + 4 * j.value, with_high(a, h << 4));
+                to.put(q + 32 + 4 * j.value, with_high(b, h << 2));
+                to.put(q + 64 + 4 * j.value, with_high(a >> 4, h));
+                to.put(q + 96 + 4 * j.value, with_high(b >> 4, h >> 2));
             });
         }
     }
 
     // The high bits are bits 4 and 5 of the bytes of `high`; bits that a shift brought from the
     // next byte are masked.
-    static MK_INLINE void put6(uint32_t* to, int column, Ints low, Ints high) {
-        put(to, column, Ints::and_or(high, 0x00300030, low & 0x000f000f),
-            Ints::and_or(high >> 8, 0x00300030, (low >> 8) & 0x000f000f));
+    static MK_INLINE Ints with_high(Ints low, Ints high) {
+        return Ints::and_or(high, 0x30303030, low & 0x0f0f0f0f);
     }
 };
 

@@ -1,28 +1,35 @@
 // The kernels of mk_cpu_linear_quant over Vec and Ints, vectors of 16 floats and of 16 x 32 bits
 // that the including file defines. A lane is a row of w:
 //
-//   unpack    32 rows x 256 columns of w -> QuantPanel, in L1: integers of 16 bits, fp32 scales
+//   unpack    32 rows x 256 columns of w -> QuantPanel, in L1: integers of 16 bits or of 8 (Order:
+//             quant_halves.h, quant_bytes.h), fp32 scales
 //   multiply  for each 16 rows of w and each row of integers of x, one vector of sums; x is
-//             broadcast, two columns at a time, and no sum crosses lanes
+//             broadcast, two or four columns at a time, and no sum crosses lanes
 //
 // One row of x or two hundred, the same code. As sums of integers are exact, any order of them
 // within a block gives the same bits; the fp32 sums over blocks and groups are in the order that
 // the header tells.
 //
 // On a Sapphire Rapids core an instruction of 32 16-bit products takes half a clock, one of 32
-// bf16 products 2 clocks, one of 16 fp32 products half a clock: hence integers. 512 weights of Q4_K
-// in L1 take 41 clocks to unpack, and 18 more for the first row of x. Products of six rows reach
-// 140 of the 200 thousand million a second that the instruction could do.
+// bf16 products 2 clocks, one of 16 fp32 products half a clock: hence integers. A Zen 4 core (3.6
+// GHz) takes a clock for 32 products with 16 bits of x, by halves, bytes or bf16: 117 thousand
+// million a second, of which products of six rows reach 90 with Q4_K. Its stores are 32 bytes a
+// clock, so that bytes pay off where x has few rows: 28 weights a nanosecond at one, halves 20.
 //
 // Tried and lost: one or two rows multiplied while unpacking, without the panel (0 to 10 % at one
 // row, -10 % at two; as much code again); loops of four or of one instead of eight steps (up to
 // 10 %); halves and words of 16 rows inserted one by one instead of gathered (20 to 40 % for the
-// types of 32 columns); each row fetched 512 bytes ahead (0 to 10 %).
+// types of 32 columns, there; on Zen 4 broadcasts under masks are 5 to 15 % faster than gathering);
+// each row fetched 512 bytes ahead (0 to 10 %).
 //
-// Ints: load, store, set, +, &, |, ^, <<, >>, and_or(a, mask, b) = (a & mask) | b, to_float,
+// Ints: load, store, set, +, -, &, |, ^, <<, >>, and_or(a, mask, b) = (a & mask) | b, to_float,
+//   round(vec)                   to the nearest integers, |vec| < 2^22
+//   max, largest(), sum()        of signed lanes
+//   store_bytes                  the low byte of each lane, 16 bytes
 //   half()                       the half-precision number in the low 16 bits of each lane
 //   gather(rows, offset)         the word at rows[0 ... 15] + offset
-//   dot(acc, w, x)               acc + the two products of signed 16-bit halves of w and x
+//   dot(acc, w, x)               acc + the two products of signed 16-bit halves of w and x, or
+//                                (quant_bytes.h) the four of unsigned bytes of w and signed of x
 //   columns(rows, offset, out)   out[j] = words j of the 16 or 32 bytes at rows[0 ... 15] + offset
 #pragma once
 
@@ -36,72 +43,49 @@ namespace {
 
 // ---- x as integers ----
 
-MK_INLINE uint32_t bits_of(float a) {
-    uint32_t bits;
-    __builtin_memcpy(&bits, &a, 4);
-    return bits;
-}
-
 MK_INLINE float from_bits(uint32_t bits) {
     float a;
     __builtin_memcpy(&a, &bits, 4);
     return a;
 }
 
-// Rounds |a| < 2^22 to an integer, halves to even: the sum's last bit is worth 1.
-MK_INLINE int32_t round_to_int(float a) {
-    return static_cast<int32_t>(bits_of(a + 0x1.8p23f) - bits_of(0x1.8p23f));
-}
-
-void set_group(XGroup& group, const int32_t* q, float unit) {
-    for (int i = 0; i < kGroup; i += 4) {
-        for (int j = 0; j < 4; ++j) {
-            group.q[i + j] = static_cast<int16_t>(q[i + (j & 1) * 2 + j / 2]);
-        }
-    }
-    for (int b = 0; b < kGroup / 16; ++b) {
-        int32_t sum = 0;
-        for (int i = 0; i < 16; ++i) sum += q[16 * b + i];
-        group.sums16[b] = sum;
-    }
-    for (int b = 0; b < kGroup / 32; ++b) {
-        group.sums32[b] = group.sums16[2 * b] + group.sums16[2 * b + 1];
-    }
-    group.unit = unit;
-}
-
 // One group of a row, `count` columns, as kLimbs groups of integers.
 template <int kLimbs, class T>
 void round_group(const T* x, int count, XGroup* groups) {
-    constexpr uint32_t kTop = kLimbs == 1 ? 14 : 13;  // the largest is at least 2^kTop
-    alignas(64) float values[kGroup];
+    constexpr uint32_t kTop = kLimbs == 1 ? 14 : 13;  // the largest is about 2^kTop or more
+    alignas(64) uint32_t bits[kGroup];
+    float* const values = reinterpret_cast<float*>(bits);
+    Ints magnitude = Ints::set(0);
     for (int i = 0; i < kGroup; i += kLanes) {
         const int left = count - i < kLanes ? (count > i ? count - i : 0) : kLanes;
         Vec::load(x + (left ? i : 0), left).store(values + i);
+        magnitude = Ints::max(magnitude, Ints::load(bits + i) & 0x7fffffff);
     }
-    uint32_t largest = 0;
-    for (int i = 0; i < kGroup; ++i) {
-        const uint32_t bits = bits_of(values[i]) & 0x7fffffff;
-        largest = bits > largest ? bits : largest;
-    }
-    if (largest >= 0x7f800000) {  // the row becomes NaN
-        for (float& a : values) a = 0;
-    }
-    const uint32_t exponent = largest >> 23 < 15 ? 15 : largest >> 23;  // biased by 127
-    const float factor = from_bits((127 + 127 + kTop - exponent) << 23);
-    const float unit =
-        largest >= 0x7f800000 ? __builtin_nanf("") : from_bits((exponent - kTop) << 23);
-    int32_t q[kGroup];
-    for (int i = 0; i < kGroup; ++i) {
-        values[i] *= factor;
-        q[i] = round_to_int(values[i]);
-    }
-    set_group(groups[0], q, unit);
-    if constexpr (kLimbs == 2) {
-        for (int i = 0; i < kGroup; ++i) {
-            q[i] = round_to_int((values[i] - static_cast<float>(q[i])) * 0x1p15f);
+    const uint32_t largest = magnitude.largest();
+    const bool finite = largest < 0x7f800000;  // else the row becomes NaN
+    // Biased by 127; of what follows the largest in bf16, so that none is above 127 * 2^8.
+    const uint32_t above = (largest + (kLimbs == 1 ? 0x10000 : 0)) >> 23;
+    const uint32_t exponent = above < 15 ? 15 : above;
+    const Vec factor = Vec::set(from_bits((127 + 127 + kTop - exponent) << 23));
+    const float unit = finite ? from_bits((exponent - kTop) << 23) : __builtin_nanf("");
+    const auto put = [&](XGroup& group, int i, Ints q) MK_INLINE_LAMBDA {
+        Order::put_x(group.words + i / 2, q);
+        group.sums16[i / 16] = q.sum();
+    };
+    for (int i = 0; i < kGroup; i += kLanes) {
+        const Vec value = (finite ? Vec::load(values + i) : Vec::set(0.f)) * factor;
+        const Ints q = Ints::round(value);
+        put(groups[0], i, q);
+        if constexpr (kLimbs == 2) {
+            put(groups[1], i, Ints::round((value - q.to_float()) * Vec::set(0x1p15f)));
         }
-        set_group(groups[1], q, unit * 0x1p-15f);
+    }
+    for (int limb = 0; limb < kLimbs; ++limb) {
+        XGroup& group = groups[limb];
+        for (int b = 0; b < kGroup / 32; ++b) {
+            group.sums32[b] = group.sums16[2 * b] + group.sums16[2 * b + 1];
+        }
+        group.unit = limb == 0 ? unit : unit * 0x1p-15f;
     }
 }
 
@@ -122,53 +106,30 @@ void round_rows(const QuantTask& task, int64_t m, int64_t m_end) {
 // sums[i][j] += unit[i] * (the group's sum), for kM rows of integers of x, the rows of w of kN
 // vectors from v.
 template <int kBlock, bool kHasMin, int kM>
-MK_INLINE void multiply(const XGroup* x, const QuantPanel& panel, int blocks, int offset, int v,
+MK_INLINE void multiply(const XGroup* x, const QuantPanel& panel, int blocks, int bias, int v,
                         float* sums) {
-    constexpr int kN = Ints::kTileN, kPairs = kBlock / 2, kUnroll = 8;
-    // Accumulators that take turns: a dot product takes 5 clocks, two begin in each.
-    constexpr int kTurns = kM * kN >= 8 ? 1 : kM * kN >= 4 ? 2 : 4;
+    constexpr int kN = Ints::kTileN;
     const uint32_t* w = panel.q[0] + v * kLanes;
     Vec s[kM][kN];
-    unroll<kM>([&](auto i) { unroll<kN>([&](auto j) { s[i.value][j.value] = Vec::set(0.f); }); });
-    const auto x_sum = [&](int i, int b) { return kBlock == 16 ? x[i].sums16[b] : x[i].sums32[b]; };
+    each<kM, kN>([&](auto i, auto j) { s[i.value][j.value] = Vec::set(0.f); });
+    const auto x_sum = [&](int i, int b) {
+        return Ints::set(kBlock == 16 ? x[i].sums16[b] : x[i].sums32[b]);
+    };
     for (int b = 0; b < blocks; ++b) {
-        Ints acc[kTurns][kM][kN];
-        unroll<kM>([&](auto i) {
-            const Ints start = Ints::set(kHasMin ? 0 : -offset * x_sum(i.value, b));
-            unroll<kN>([&](auto j) {
-                unroll<kTurns>([&](auto turn) {
-                    acc[turn.value][i.value][j.value] = turn.value == 0 ? start : Ints::set(0);
-                });
+        Ints p[kM][kN];
+        Order::block_sums<kBlock>(x->words + b * (kBlock / 2), w, p);
+        w += kBlock / 4 * Order::kWords * kTileRows;
+        if constexpr (!kHasMin) {
+            unroll<kM>([&](auto i) {
+                const Ints biased = x_sum(i.value, b) << bias;
+                unroll<kN>([&](auto j) { p[i.value][j.value] = p[i.value][j.value] - biased; });
             });
-        });
-        const int16_t* q = x->q + b * kBlock;
-        for (int pair = 0; pair < kPairs; pair += kUnroll) {
-            unroll<kUnroll>([&](auto u) {
-                Ints w_frag[kN];
-                unroll<kN>([&](auto j) {
-                    w_frag[j.value] = Ints::load(w + u.value * kTileRows + j.value * kLanes);
-                });
-                unroll<kM>([&](auto i) {
-                    constexpr int64_t kRow = sizeof(XGroup) / sizeof(int16_t) * i.value;
-                    int32_t two;
-                    __builtin_memcpy(&two, q + kRow + 2 * u.value, 4);
-                    const Ints x_frag = Ints::set(two);
-                    unroll<kN>([&](auto j) {
-                        Ints& a = acc[u.value % kTurns][i.value][j.value];
-                        a = Ints::dot(a, w_frag[j.value], x_frag);
-                    });
-                });
-            });
-            w += kUnroll * kTileRows;
-            q += kUnroll * 2;
         }
         unroll<kN>([&](auto j) {
             const Vec scale = Vec::load(panel.scale[b] + (v + j.value) * kLanes);
             unroll<kM>([&](auto i) {
-                Ints p = acc[0][i.value][j.value];
-                unroll<kTurns - 1>([&](auto t) { p = p + acc[t.value + 1][i.value][j.value]; });
                 Vec& a = s[i.value][j.value];
-                a = Vec::fma(p.to_float(), scale, a);
+                a = Vec::fma(p[i.value][j.value].to_float(), scale, a);
             });
         });
         if constexpr (kHasMin) {
@@ -176,7 +137,7 @@ MK_INLINE void multiply(const XGroup* x, const QuantPanel& panel, int blocks, in
                 const Vec minimum = Vec::load(panel.minimum[b] + (v + j.value) * kLanes);
                 unroll<kM>([&](auto i) {
                     Vec& a = s[i.value][j.value];
-                    a = Vec::fma(Ints::set(x_sum(i.value, b)).to_float(), minimum, a);
+                    a = Vec::fma(x_sum(i.value, b).to_float(), minimum, a);
                 });
             });
         }
@@ -192,7 +153,7 @@ MK_INLINE void multiply(const XGroup* x, const QuantPanel& panel, int blocks, in
 
 // sums[i] += this group's part, for `rows` rows of integers.
 template <int kBlock, bool kHasMin>
-void multiply_rows(const XGroup* x, int64_t rows, const QuantPanel& panel, int blocks, int offset,
+void multiply_rows(const XGroup* x, int64_t rows, const QuantPanel& panel, int blocks, int bias,
                    float* sums) {
     for (int v = 0; v < kTileRows / kLanes; v += Ints::kTileN) {
         int64_t i = 0;
@@ -200,7 +161,7 @@ void multiply_rows(const XGroup* x, int64_t rows, const QuantPanel& panel, int b
             constexpr int kM = decltype(count)::value;
             if constexpr (kM <= Ints::kTileM) {
                 for (; i + kM <= rows; i += kM) {
-                    multiply<kBlock, kHasMin, kM>(x + i, panel, blocks, offset, v,
+                    multiply<kBlock, kHasMin, kM>(x + i, panel, blocks, bias, v,
                                                   sums + i * kTileRows);
                 }
             }
@@ -225,18 +186,18 @@ void tile_sums(const QuantTask& task, const void* w, int64_t row_bytes, int64_t 
     for (int64_t at = 0, column = 0; column < k; column += kGroup, x += task.x_rows) {
         const int columns = static_cast<int>(k - column < kGroup ? k - column : kGroup);
         const int bytes = columns / Type::kColumns * Type::kBytes;
-        // Meanwhile the next tile is fetched into L2, in the order in which it lies.
         const uint8_t* next = row<uint8_t>(w, row_bytes, n + kTileRows) + kTileRows * at;
-        for (int b = 0; b < kTileRows * bytes; b += 64) {
-            __builtin_prefetch(next + b, 0, 2);  // may lie outside w
-        }
         const uint8_t* group_rows[kTileRows];
         for (int r = 0; r < kTileRows; ++r) group_rows[r] = w_rows[r] + at;
         for (int r = 0; r < kTileRows; r += kLanes) {
+            // Meanwhile the next tile is fetched into L2, in the order in which it lies.
+            for (int b = r * bytes; b < (r + kLanes) * bytes; b += 64) {
+                __builtin_prefetch(next + b, 0, 2);  // may lie outside w
+            }
             Type::unpack(group_rows + r, columns, Target{scratch.panel, r});
         }
         multiply_rows<Type::kBlock, Type::kHasMin>(x, rows, scratch.panel, columns / Type::kBlock,
-                                                   Type::kOffset, sums);
+                                                   Type::kBias, sums);
         at += bytes;
     }
     if (task.limbs == 2) {
@@ -294,13 +255,11 @@ int64_t gathered_row(const mk_cpu_dequantize_params& p, int64_t t) {
 template <class Type>
 void decode_group(const uint8_t* const* rows, int columns, QuantPanel& panel,
                   float (&values)[kLanes][kGroup]) {
+    constexpr int kBias = Type::kHasMin ? 0 : 1 << Type::kBias;
     Type::unpack(rows, columns, Target{panel, 0});
     for (int r = 0; r < kLanes; ++r) {
         for (int i = 0; i < columns; ++i) {
-            // Columns 0, 2 of four are the halves of one word, 1, 3 of the next.
-            const uint32_t two = panel.q[i / 4 * 2 + (i & 1)][r];
-            const int32_t q = static_cast<int32_t>(i & 2 ? two >> 16 : two & 0xffff);
-            values[r][i] = static_cast<float>(q - Type::kOffset);
+            values[r][i] = static_cast<float>(Order::column(panel, i, r) - kBias);
         }
         for (int i = 0; i < columns; i += kLanes) {
             const int b = i / Type::kBlock;

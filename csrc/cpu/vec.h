@@ -50,5 +50,12 @@ MK_INLINE void unroll(const F& f) {
     }
 }
 
+// f(i, j) for all i < kM and j < kN.
+template <int kM, int kN, class F>
+MK_INLINE void each(const F& f) {
+    unroll<kM>([&](auto i)
+                   MK_INLINE_LAMBDA { unroll<kN>([&](auto j) MK_INLINE_LAMBDA { f(i, j); }); });
+}
+
 }  // namespace
 }  // namespace mk::cpu

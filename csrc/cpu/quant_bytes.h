@@ -1,0 +1,67 @@
+// The order of an unpacked w and of x for products of bytes, over Ints, which the including file
+// has defined: a word is four columns, of w as they are, of x (16 bits) as 256 * high + low, both
+// signed.
+//
+// Two instructions of 64 products of bytes do what two of 32 products of 16 bits do, in the same
+// time. But w takes half as many words: to unpack, to store, and to load again.
+#pragma once
+
+#include "cpu/quant.h"
+
+namespace mk::cpu {
+namespace {
+
+struct Order {
+    static constexpr int kWords = 1;
+
+    static MK_INLINE void put(uint32_t* to, Ints four) { four.store(to); }
+    // Four words of high bytes, then four of low ones.
+    static MK_INLINE void put_x(uint32_t* to, Ints q) {
+        ((q + Ints::set(0x80)) >> 8).store_bytes(to);
+        q.store_bytes(to + 4);
+    }
+    static int32_t column(const QuantPanel& panel, int i, int row) {
+        return panel.q[i / 4][row] >> (8 * (i & 3)) & 0xff;
+    }
+
+    template <int kBlock, int kM, int kN>
+    static MK_INLINE void block_sums(const uint32_t* x, const uint32_t* w, Ints (&p)[kM][kN]) {
+        const auto add = [&](auto half, auto u, Ints(&to)[kM][kN]) MK_INLINE_LAMBDA {
+            Ints w_frag[kN];
+            unroll<kN>([&](auto j) MK_INLINE_LAMBDA {
+                w_frag[j.value] = Ints::load(w + u.value * kTileRows + j.value * kLanes);
+            });
+            unroll<kM>([&](auto i) MK_INLINE_LAMBDA {
+                const uint32_t four =
+                    x[kXRow * i.value + u.value / 4 * 8 + 4 * half.value + u.value % 4];
+                const Ints x_frag = Ints::set(static_cast<int32_t>(four));
+                unroll<kN>([&](auto j) MK_INLINE_LAMBDA {
+                    Ints& a = to[i.value][j.value];
+                    a = Ints::dot(a, w_frag[j.value], x_frag);
+                });
+            });
+        };
+        each<kM, kN>([&](auto i, auto j) { p[i.value][j.value] = Ints::set(0); });
+        if constexpr (kM * kN <= 4) {  // a chain of sums each: a dot product takes 4 clocks
+            Ints low[kM][kN];
+            each<kM, kN>([&](auto i, auto j) { low[i.value][j.value] = Ints::set(0); });
+            unroll<kBlock / 4>([&](auto u) MK_INLINE_LAMBDA {
+                add(Int<0>{}, u, p);
+                add(Int<1>{}, u, low);
+            });
+            each<kM, kN>([&](auto i, auto j) {
+                Ints& a = p[i.value][j.value];
+                a = (a << 8) + low[i.value][j.value];
+            });
+        } else {  // one after the other, in the same registers
+            unroll<kBlock / 4>([&](auto u) MK_INLINE_LAMBDA { add(Int<0>{}, u, p); });
+            each<kM, kN>([&](auto i, auto j) { p[i.value][j.value] = p[i.value][j.value] << 8; });
+            // Loads w once more: to keep it, there are not registers enough.
+            __atomic_signal_fence(__ATOMIC_SEQ_CST);
+            unroll<kBlock / 4>([&](auto u) MK_INLINE_LAMBDA { add(Int<1>{}, u, p); });
+        }
+    }
+};
+
+}  // namespace
+}  // namespace mk::cpu
