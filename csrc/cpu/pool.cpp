@@ -13,7 +13,7 @@
 namespace mk::cpu {
 namespace {
 
-constexpr int kMaxWorkers = 255;
+constexpr int kMaxWorkers = kMaxThreads - 1;
 // How long a thread waits for another before it gives its core away: it spins, then yields to
 // whoever else wants to run, then (a worker) sleeps. Decoding a token of a small model calls here
 // every 50 to 400 us, and waking a sleeper takes about 50.
@@ -45,11 +45,11 @@ bool wait_briefly(Done done) {
 class Pool {
   public:
     // False when another job is running: nothing was done.
-    bool run(int num_workers, Chunks& chunks, Job job, void* context) {
+    bool run(int num_workers, Ranges& ranges, Job job, void* context) {
         const std::unique_lock<std::mutex> running(running_, std::try_to_lock);
         if (!running) return false;
         start_workers(num_workers);
-        chunks_ = &chunks;
+        ranges_ = &ranges;
         job_ = job;
         context_ = context;
         invited_ = num_workers;
@@ -61,6 +61,7 @@ class Pool {
             }
             wake_.notify_all();
         }
+        Chunks chunks(ranges, 0);
         job(context, chunks);
         // A worker enters by inside_ + 1 and then looks at open_; here open_ is cleared before
         // inside_ is read. So either it sees the closed door, or it is waited for.
@@ -101,7 +102,10 @@ class Pool {
             }
             seen = round_.load();
             inside_.fetch_add(1);
-            if (open_.load() && index < invited_) job_(context_, *chunks_);
+            if (open_.load() && index < invited_) {
+                Chunks chunks(*ranges_, index + 1);
+                job_(context_, chunks);
+            }
             inside_.fetch_sub(1);
         }
     }
@@ -110,7 +114,7 @@ class Pool {
     int num_workers_ = 0;
 
     // The job, written while no worker is inside.
-    Chunks* chunks_ = nullptr;
+    Ranges* ranges_ = nullptr;
     Job job_ = nullptr;
     void* context_ = nullptr;
     int invited_ = 0;  // workers 0 ... invited_-1 take part
@@ -138,9 +142,13 @@ Pool& pool() {
 }  // namespace
 
 void parallel(int num_threads, int64_t num_chunks, Job job, void* context) {
-    Chunks chunks(num_chunks);
     if (num_threads > num_chunks) num_threads = static_cast<int>(num_chunks);
-    if (num_threads > 1 && pool().run(num_threads - 1, chunks, job, context)) return;
+    if (num_threads > 1) {
+        Ranges ranges(num_chunks, num_threads);
+        if (pool().run(num_threads - 1, ranges, job, context)) return;
+    }
+    Ranges all(num_chunks, 1);
+    Chunks chunks(all, 0);
     job(context, chunks);
 }
 
