@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import gc
 import io
 import json
 import math
@@ -54,6 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # show the escape of what the encoding lacks
             stream.reconfigure(errors="backslashreplace")
+    collects = gc.isenabled()
+    gc.disable()  # until a model is loaded: what imports and headers make stays, and is much
     try:
         with _silence() if _rank() else nullcontext():
             return cli.main(args=argv, prog_name="minitron", standalone_mode=False) or 0
@@ -69,6 +72,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if _is_first_to_fail():
             raise
         return EXIT_USAGE  # another process has failed, and told why
+    finally:
+        if collects:
+            gc.enable()
 
 
 def _one_line(error: Exception) -> str:
@@ -171,8 +177,9 @@ class ModelOptions:
     def load(self) -> tuple[MinitronForCausalLM, Tokenizer]:
         import torch
 
+        from minitron_kernels.loaders.gguf import GGUFCheckpoint
         from minitron_kernels.loaders.hub import resolve
-        from minitron_kernels.loaders.tokenizer import AutoTokenizer
+        from minitron_kernels.loaders.tokenizer import AutoTokenizer, Tokenizer
         from minitron_kernels.model import MinitronForCausalLM
 
         if self.num_threads is not None:
@@ -185,7 +192,8 @@ class ModelOptions:
                 err=True,
             )
         path = resolve(self.model or SMOLLM2, self.revision)
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        # A GGUF file's header, of half a million strings, is read once: with the model.
+        tokenizer = None if path.suffix == ".gguf" else AutoTokenizer.from_pretrained(path)
         model = MinitronForCausalLM.from_pretrained(
             path,
             dtype=self.dtype,
@@ -194,6 +202,10 @@ class ModelOptions:
             allow_nonfinite=self.allow_nonfinite,
             tensor_parallel=_rank() is not None,
         )
+        if tokenizer is None:
+            assert isinstance(model.checkpoint, GGUFCheckpoint)
+            tokenizer = Tokenizer.from_gguf(model.checkpoint.metadata, str(path))
+        gc.enable()
         return model, tokenizer
 
 
