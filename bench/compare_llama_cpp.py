@@ -1,0 +1,162 @@
+"""Prefill and decode speed against llama.cpp: same machine, GGUF file, threads and prompt.
+
+    python bench/compare_llama_cpp.py smollm2-135m --llama-python llama/bin/python
+
+Sides are processes that take turns: this package, llama.cpp (llama-cpp-python, which --llama-python
+finds in another environment) at each --setting, and transformers on the expanded weights if asked
+for. Printed are medians, in brackets the least and the greatest, and ratios to the best of the
+others. Settings of llama.cpp are those words, joined by +: flash (flash attention), repack (weights
+copied into an order of its own at load; without, they stay mapped), or plain.
+
+--first-token measures, instead, the seconds from a process' start to the first token of a prompt.
+--busy-core keeps one core busy with another process meanwhile.
+"""
+
+from __future__ import annotations
+
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+from comparison import median, random_prompt, ratio, take_turns
+from side_process import SideProcess, Timing, busy
+
+from minitron_kernels.loaders.hub import resolve
+
+HERE = Path(__file__).parent
+PROMPT = "Complete the paragraph: our solar system is"
+Command = list[str | Path]
+
+
+def llama_command(python: str, path: Path, setting: str) -> Command:
+    words = [f"--{word}" for word in setting.split("+") if word != "plain"]
+    return [python, HERE / "llama_cpp_side.py", path, *words]
+
+
+def seconds_to_output(command: Command) -> float:
+    """From the start of a process to the first line that it prints."""
+    started = time.perf_counter()
+    with subprocess.Popen(
+        [str(part) for part in command], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    ) as process:
+        assert process.stdout is not None
+        first = process.stdout.read(1)
+        seconds = time.perf_counter() - started
+        process.stdout.read()
+    if process.returncode or not first:
+        raise click.ClickException(f"{command[0]} ended with exit code {process.returncode}")
+    return seconds
+
+
+def spread(timings: Sequence[Timing], phase: int) -> str:
+    each = [timing[phase] for timing in timings]
+    return f"{statistics.median(each):.1f} ({min(each):.1f}-{max(each):.1f})"
+
+
+def measure_first_token(commands: dict[str, Command], repeat: int) -> None:
+    times: dict[str, list[float]] = {name: [] for name in commands}
+    for _ in range(repeat):
+        for name, command in commands.items():
+            times[name].append(seconds_to_output(command))
+    print("| | first token, s |\n| --- | --- |")
+    for name, each in times.items():
+        print(f"| {name} | {statistics.median(each):.2f} ({min(each):.2f}-{max(each):.2f}) |")
+
+
+def measure_speed(
+    commands: dict[str, Command], prompt_tokens: int, new_tokens: int, repeat: int
+) -> None:
+    sides: dict[str, SideProcess] = {}
+    for name, command in commands.items():
+        sides[name] = SideProcess(command)
+    measured = take_turns(sides, random_prompt(prompt_tokens), new_tokens, repeat, "runs")
+    columns = f"| | prefill {prompt_tokens}, tokens/s | decode {new_tokens}, tokens/s"
+    print(f"{columns} | load, s | peak memory, GB |\n| --- | --- | --- | --- | --- |")
+    for name, side in sides.items():
+        phases = " | ".join(spread(measured[name], phase) for phase in (0, 1))
+        memory = side.peak_bytes * 1e-9
+        print(f"| {name} | {phases} | {side.load_seconds:.2f} | {memory:.2f} |")
+        side.close()
+    ours, *others = measured
+    for phase, what in enumerate(("prefill", "decode")):
+        best = max(others, key=lambda name: median(measured[name], phase))
+        times = ratio(measured[ours], measured[best], phase)
+        print(f"{what}: {times:.2f} times {best}")
+
+
+@click.command(help=__doc__)
+@click.argument("model")
+@click.option("--llama-python", default=sys.executable, help="an interpreter with llama_cpp")
+@click.option(
+    "--setting",
+    "settings",
+    multiple=True,
+    default=("plain", "flash", "repack", "flash+repack"),
+    show_default=True,
+)
+@click.option("--transformers", is_flag=True, help="also transformers in bfloat16")
+@click.option("--prompt", "prompt_tokens", default=512, show_default=True)
+@click.option("--new-tokens", default=128, show_default=True)
+@click.option("--threads", default=2, show_default=True)
+@click.option("--repeat", default=5, show_default=True)
+@click.option("--first-token", is_flag=True, help="measure the time to the first token")
+@click.option("--cpu-time", is_flag=True, help="of all threads, for a busy machine: --threads 1")
+@click.option("--busy-core", type=int, help="core that another process keeps busy")
+def main(
+    model: str,
+    llama_python: str,
+    settings: tuple[str, ...],
+    transformers: bool,
+    prompt_tokens: int,
+    new_tokens: int,
+    threads: int,
+    repeat: int,
+    first_token: bool,
+    busy_core: int | None,
+    cpu_time: bool,
+) -> None:
+    found = subprocess.run([llama_python, "-c", "import llama_cpp"], stderr=subprocess.DEVNULL)
+    if found.returncode:
+        print(
+            f"llama-cpp-python cannot be imported by {llama_python}; install it there, or name "
+            "another interpreter with --llama-python",
+            file=sys.stderr,
+        )
+        raise SystemExit(2)
+    path = resolve(model)
+    each = ["--threads", str(threads), *(["--cpu-time"] if cpu_time else [])]
+    serve: Command = [sys.executable, HERE / "comparison.py"]
+    commands: dict[str, Command] = {
+        "minitron_kernels": [*serve, "minitron_kernels", path, *each],
+        **{
+            f"llama.cpp {setting}": [*llama_command(llama_python, path, setting), *each]
+            for setting in settings
+        },
+    }
+    if transformers:
+        commands["transformers bfloat16"] = [*serve, "transformers", path, *each]
+    if first_token:
+        generate: Command = [sys.executable, "-m", "minitron_kernels", "generate", PROMPT]
+        commands = {
+            name: [*command, "--first-token", PROMPT]
+            for name, command in commands.items()
+            if name.startswith("llama.cpp")
+        }
+        commands = {
+            "minitron_kernels": [*generate, "--model", path, "--max-new-tokens", "1"],
+            **commands,
+        }
+    print(f"{path.name}, {threads} threads, {repeat} runs each\n")
+    with busy(busy_core):
+        if first_token:
+            measure_first_token(commands, repeat)
+        else:
+            measure_speed(commands, prompt_tokens, new_tokens, repeat)
+
+
+if __name__ == "__main__":
+    main()

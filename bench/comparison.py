@@ -1,0 +1,120 @@
+"""What comparisons with other runtimes have in common: the sides, turns, and medians.
+
+A side is a function of a prompt and a number of new tokens that returns tokens/s. Sides take turns,
+so that a change of the machine's speed meets all of them. Run as a script, this module serves a
+side to the process that started it:
+
+    python bench/comparison.py minitron_kernels FILE.gguf --dtype bfloat16 --threads 2
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import click
+import torch
+from side_process import Clock, Run, Timing, clock_of, serve
+from tqdm import tqdm
+
+from minitron_kernels import MinitronForCausalLM, SamplingParams
+from minitron_kernels.generate import stream
+
+
+def ours(path: Path, dtype: str, clock: Clock) -> Run:
+    """`stream`, sampling included."""
+    model = MinitronForCausalLM.from_pretrained(path, dtype=dtype, device="cpu")
+
+    def run(prompt: list[int], new_tokens: int) -> Timing:
+        started = clock()
+        params = SamplingParams(max_new_tokens=new_tokens + 1, ignore_eos=True)
+        events = stream(model, None, [prompt], params)
+        next(events)
+        prefilled = clock()
+        for _ in events:
+            pass
+        ended = clock()
+        return len(prompt) / (prefilled - started), new_tokens / (ended - prefilled)
+
+    return run
+
+
+def transformers(path: Path, dtype: str, clock: Clock) -> Run:
+    """transformers' plain model with the same weights, expanded, in a loop of argmax."""
+    from transformers import MistralConfig, MistralForCausalLM
+
+    loaded = MinitronForCausalLM.from_pretrained(path, dtype=dtype, device="cpu", expand=True)
+    with torch.device("meta"):
+        model = MistralForCausalLM(MistralConfig(**loaded.config.to_hf()))
+    model = model.to(getattr(torch, dtype)).to_empty(device="cpu").eval()
+    model.model.rotary_emb = type(model.model.rotary_emb)(
+        model.config
+    )  # its buffers are no weights
+    missing, unexpected = model.load_state_dict(loaded.state_dict(), strict=False)
+    assert not unexpected and set(missing) <= {"lm_head.weight"}
+    model.tie_weights()
+
+    @torch.inference_mode()
+    def run(prompt: list[int], new_tokens: int) -> Timing:
+        started = clock()
+        out = model(torch.tensor([prompt]), use_cache=True, logits_to_keep=1)
+        token = out.logits[:, -1].argmax(-1, keepdim=True)
+        prefilled = clock()
+        for _ in range(new_tokens):
+            out = model(token, past_key_values=out.past_key_values, use_cache=True)
+            token = out.logits[:, -1].argmax(-1, keepdim=True)
+        ended = clock()
+        return len(prompt) / (prefilled - started), new_tokens / (ended - prefilled)
+
+    return run
+
+
+SIDES: dict[str, Callable[[Path, str, Clock], Run]] = {
+    "minitron_kernels": ours,
+    "transformers": transformers,
+}
+
+
+def random_prompt(tokens: int) -> list[int]:
+    ids: list[int] = torch.randint(
+        10, 1000, (tokens,), generator=torch.Generator().manual_seed(0)
+    ).tolist()
+    return ids
+
+
+def take_turns(
+    sides: Mapping[str, Run], prompt: list[int], new_tokens: int, repeat: int, title: str
+) -> dict[str, list[Timing]]:
+    """``repeat`` timings of each side, after a warm-up."""
+    timings: dict[str, list[Timing]] = {name: [] for name in sides}
+    for i in tqdm(range(repeat + 1), desc=title, leave=False):
+        for name, run in sides.items():
+            timing = run(prompt, new_tokens)
+            if i:
+                timings[name].append(timing)
+    return timings
+
+
+def median(timings: Sequence[Timing], phase: int) -> float:
+    return statistics.median(timing[phase] for timing in timings)
+
+
+def ratio(a: Sequence[Timing], b: Sequence[Timing], phase: int) -> float:
+    """Median of the ratios of runs that followed each other."""
+    return statistics.median(x[phase] / y[phase] for x, y in zip(a, b, strict=True))
+
+
+@click.command(help=__doc__)
+@click.argument("side", type=click.Choice(list(SIDES)))
+@click.argument("path", type=click.Path(exists=True, path_type=Path))
+@click.option("--dtype", default="bfloat16", show_default=True)
+@click.option("--threads", default=2, show_default=True)
+@click.option("--cpu-time", is_flag=True)
+def main(side: str, path: Path, dtype: str, threads: int, cpu_time: bool) -> None:
+    torch.set_num_threads(threads)
+    serve(lambda: SIDES[side](path, dtype, clock_of(cpu_time)))
+
+
+if __name__ == "__main__":
+    main()
