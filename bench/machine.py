@@ -25,7 +25,8 @@ def name(device: str) -> str:
     if device == "emulated":
         return "PTX emulator"
     about = info.cpu_info()
-    return f"{about['name']}, {about['threads']} threads"
+    threads = about["threads"]
+    return f"{about['name']}, {threads} thread{'s' * (threads > 1)}"
 
 
 def arch(device: str) -> str:

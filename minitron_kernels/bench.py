@@ -58,6 +58,7 @@ class Side(Protocol):
     """What runs prompts of token ids greedily, ``new_tokens`` for each; ValueError if it cannot."""
 
     name: str
+    version: str | None  # where `versions` does not tell it
 
     def run(self, prompts: Prompts, new_tokens: int) -> RunTimes: ...
 
@@ -66,6 +67,7 @@ class Ours:
     """This package's engine, one for each batch size: what it captures or records is kept."""
 
     name = OURS
+    version: str | None = None
 
     def __init__(
         self,
@@ -237,8 +239,9 @@ def run(
             if side is ours and memory[batch] is not None:
                 row["peak_memory_bytes"] = memory[batch]
             rows.append(row)
+    loaded = model.checkpoint
     return {
-        "model": model.config.source,
+        "model": model.config.source if loaded is None else loaded.path.name,
         "device": _device_name(model.device),
         "dtype": str(model.dtype).removeprefix("torch."),
         "weights": weights_info(model),
@@ -246,7 +249,7 @@ def run(
         "clock": "processor time" if clock is time.process_time else "wall clock",
         "bandwidth_bytes_per_second": speed,
         "bandwidth_source": source,
-        "versions": versions(),
+        "versions": versions() | {s.name: s.version for s in sides if s.version},
         **asdict(workload),
         "rows": rows,
     }

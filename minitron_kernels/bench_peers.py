@@ -50,6 +50,7 @@ class Transformers:
     argmax, which does less than its generate(). Quantised weights are expanded, as it does."""
 
     name = "transformers"
+    version: str | None = None
 
     def __init__(self, model: MinitronForCausalLM, clock: Clock = time.perf_counter) -> None:
         from transformers import MistralConfig, MistralForCausalLM
@@ -106,6 +107,7 @@ class LlamaCpp:
     """llama-cpp-python on the model's own GGUF file, one sequence, argmax of its logits."""
 
     name = "llama-cpp"
+    version: str | None = None
 
     def __init__(
         self, path: Path, model: MinitronForCausalLM, clock: Clock = time.perf_counter
@@ -117,10 +119,11 @@ class LlamaCpp:
         if self._path.suffix != ".gguf":
             raise ValueError(f"llama.cpp reads GGUF files, not {self._path.name}")
         if self._llama is None:
-            from llama_cpp import Llama
+            import llama_cpp
 
+            self.version = getattr(llama_cpp, "__version__", None)
             threads = torch.get_num_threads()
-            self._llama = Llama(
+            self._llama = llama_cpp.Llama(
                 str(self._path), n_ctx=num_tokens, n_batch=512, n_threads=threads,
                 n_threads_batch=threads, logits_all=False, verbose=False,
                 n_gpu_layers=-1 if self._model.device.type == "cuda" else 0,

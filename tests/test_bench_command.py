@@ -116,11 +116,11 @@ def test_compare_with_llama_cpp(
     model: MinitronForCausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module = types.ModuleType("llama_cpp")
-    module.Llama = FakeLlama  # type: ignore[attr-defined]
+    module.Llama, module.__version__ = FakeLlama, "0.3"  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "llama_cpp", module)
     side = bench_peers.LlamaCpp(Path("m.gguf"), model)
     times = side.run([[1, 2, 3]], 5)
-    assert side._llama.seen == [[1, 2, 3], [7], [7], [7], [7]]
+    assert side.version == "0.3" and side._llama.seen == [[1, 2, 3], [7], [7], [7], [7]]
     assert (times.prefill_tokens, times.decode_tokens, len(times.gaps)) == (3, 4, 4)
     assert times.decode_seconds == pytest.approx(sum(times.gaps)) and min(times.gaps) > 0.002
     with pytest.raises(ValueError, match="one sequence at a time"):
@@ -132,6 +132,7 @@ def test_compare_with_llama_cpp(
 def test_what_a_side_cannot_run_is_told(model: MinitronForCausalLM) -> None:
     class Unable:
         name = "unable"
+        version = None
 
         def run(self, prompts: Any, new_tokens: int) -> RunTimes:
             raise ValueError("not today")

@@ -50,7 +50,7 @@ MODEL = {
     "model": "/models/m.gguf", "device": "NVIDIA H100", "dtype": "bfloat16", "threads": 16,
     "weights": {"Q4_K": {"count": 3, "bytes": 9}}, "bandwidth_bytes_per_second": 3.35e12,
     "bandwidth_source": "published", "prompt": 512, "generate": 128, "batches": [1], "repeat": 5,
-    "clock": "wall clock", "rows": [
+    "clock": "wall clock", "versions": {"torch": "2.11", "llama-cpp": "0.3", "gguf": "1"}, "rows": [
         {
             "side": "minitron_kernels", "batch": 1, "prefill_tokens_per_second": 12345.0,
             "decode_tokens_per_second": 234.5, "time_to_first_token": 0.04,
@@ -83,16 +83,14 @@ def test_page_of_made_up_results(folder: Path) -> None:
     measured, modelled_part = measured_and_modelled(page)
     assert "No GPU has been measured" not in measured
     assert measured.count("### NVIDIA H100 80GB HBM3") == 1, "two files of one machine"
-    assert (
-        "| rms_norm | bfloat16 | 64 x 4096 | 10.0 (9.00-11.0) | 10.0 | 50 | 4.20 | 1.25 |" in page
-    )
+    assert "| rms_norm | bfloat16 | 64 x 4096 | 10.0 (9.00-11.0) | 10.0 | 3 | 4.20 | 1.25 |" in page
     product = "| linear | bfloat16 | gate_up 23040 x 4096 M 64 | 40.0 (39.0-41.0) | 3.50 | 10.0 "
-    assert f"{product}| 50 | 0.75 | - |" in page
+    assert f"{product}| 20 | 0.75 | - |" in page
     assert "| linear Q4_K |" in page and "| 2.50 | 25.00 |" in page
     assert "- liger: not installed (rms_norm)" in measured
     assert "| minitron_kernels | 1 | 12345 | 234 | 40.0 | p50 4.00, p99 5.00 | 6.00 | 61 |" in page
     assert "| llama-cpp | 8 | one sequence at a time |" in page
-    assert "memory, published: 3350 GB/s" in page
+    assert "memory, published: 3350 GB/s; torch 2.11, llama-cpp 0.3." in page
     assert (
         "Modelled: nothing below was measured" in modelled_part and "Measured" not in modelled_part
     )
