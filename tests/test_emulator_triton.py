@@ -107,10 +107,12 @@ def test_triton_kernel_gives_the_right_answer(case: Case, capability: int, table
 # The validation can fail: the same kernels with one thing wrong
 
 
-def faulty(case_id: str, pattern: str, replacement: str) -> tuple[Case, CompiledCase]:
-    """A case for sm_80 with its PTX edited."""
+def faulty(
+    case_id: str, pattern: str, replacement: str, capability: int = 80
+) -> tuple[Case, CompiledCase]:
+    """A case with its PTX edited."""
     case = next(c for c in CASES if c.id == case_id)
-    compiled = compile_case(case, 80)
+    compiled = compile_case(case, capability)
     ptx, changed = re.subn(pattern, replacement, compiled.ptx, flags=re.M)
     assert changed
     return case, replace(compiled, ptx=ptx)
@@ -137,6 +139,37 @@ def test_a_detector_finds_the_fault(
     for seed in SEEDS:
         with pytest.raises(EmulatorError) as error:
             launch(compiled, case.problem(seed=1), 80, seed)
+        assert re.search(detector, error.value.kind)
+
+
+WGMMA, TMA = "matmul-bf16-128x128x32-w4-s3", "matmul_tma-bf16-64x64x64-w4-s3"
+FLASH = "flash_tma-bf16-full-d64-64x64-w4-s3"
+WAIT, EXPECT = r"wgmma\.wait_group\.sync\.aligned\s+", r"(arrive\.expect_tx.*\]), \d+"
+
+
+@pytest.mark.parametrize(
+    ("case_id", "pattern", "replacement", "detector"),
+    [
+        (WGMMA, r"^\s*fence\.proxy\.async.*$", "", "missing proxy fence"),
+        (WGMMA, r"^\s*wgmma\.fence.*$", "", "missing wgmma.fence"),
+        (WGMMA, WAIT + "0", "wgmma.wait_group.sync.aligned 5", "wgmma not waited for"),
+        # The next cp.async overwrites what the wgmma before last still reads.
+        (WGMMA, WAIT + "1", "wgmma.wait_group.sync.aligned 5", "shared-memory race"),
+        (FLASH, WAIT + r"\d", "wgmma.wait_group.sync.aligned 5", "wgmma not waited for"),
+        (TMA, EXPECT, r"\1, 4096", "mbarrier misuse"),
+        (TMA, EXPECT, r"\1, 32768", "deadlock"),
+        (TMA, r"^\s*fence\.proxy\.async.*$", "", "missing proxy fence"),
+        (TMA, r"bulk\.wait_group\.read\s+0", "bulk.wait_group.read 5", "shared-memory race"),
+        (TMA, r"mbarrier\.try_wait.*", "setp.eq.u32 complete, 0, 0;", "asynchronous copy|race"),
+    ],
+)
+def test_a_detector_finds_the_fault_on_sm_90(
+    case_id: str, pattern: str, replacement: str, detector: str
+) -> None:
+    case, compiled = faulty(case_id, pattern, replacement, 90)
+    for seed in SEEDS:
+        with pytest.raises(EmulatorError) as error:
+            launch(compiled, case.problem(seed=1), 90, seed)
         assert re.search(detector, error.value.kind)
 
 
