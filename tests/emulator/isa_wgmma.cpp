@@ -62,6 +62,7 @@ struct Reading {
     Warp& w;
     int reader;  // of the CTA, from 0
     uint32_t number;
+    bool marks;  // else another warp has marked the same bytes
 };
 
 WgmmaDescriptor descriptor_of(uint64_t bits) {
@@ -81,7 +82,8 @@ const uint8_t* operand(const Reading& r, uint32_t address) {
     if (address + 16 > shared.size())
         fault("out of bounds", "matrix at shared address " + hex(address) + "; the CTA has " +
                                    std::to_string(shared.size()));
-    shared.async_read(r.w.agent, -1, r.reader, r.number, address, 16);
+    shared.check_async_read(r.w.agent, -1, address, 16);
+    if (r.marks) shared.mark_read(r.reader, r.number, address, 16);
     return shared.data() + address;
 }
 
@@ -93,16 +95,19 @@ void read_matrix(const Reading& r, const WgmmaDescriptor& d, MmaType type, bool 
     auto* bytes = reinterpret_cast<uint8_t*>(words);
     if (!transpose) {
         for (int row = 0; row < rows; ++row)
-            for (uint32_t c = 0; c < 2; ++c)
-                std::memcpy(bytes + row * kWgmmaBytes + c * 16,
-                            operand(r, d.k_major(first + static_cast<uint32_t>(row), c)), 16);
+            for (uint32_t c = 0; c < 2; ++c) {
+                const uint8_t* from = operand(r, d.k_major(first + static_cast<uint32_t>(row), c));
+                if (out) std::memcpy(bytes + row * kWgmmaBytes + c * 16, from, 16);
+            }
         if (out) wgmma_unpack(type, words, rows, out);
         return;
     }
     for (uint32_t k = 0; k < 16; ++k)
-        for (int chunk = 0; chunk < rows / 8; ++chunk)
-            std::memcpy(bytes + (static_cast<int>(k) * rows + chunk * 8) * 2,
-                        operand(r, d.mn_major(first / 8 + static_cast<uint32_t>(chunk), k)), 16);
+        for (int chunk = 0; chunk < rows / 8; ++chunk) {
+            const uint32_t mn_chunk = first / 8 + static_cast<uint32_t>(chunk);
+            const uint8_t* from = operand(r, d.mn_major(mn_chunk, k));
+            if (out) std::memcpy(bytes + (static_cast<int>(k) * rows + chunk * 8) * 2, from, 16);
+        }
     if (out) wgmma_unpack_transposed(type, reinterpret_cast<const uint16_t*>(words), rows, out);
 }
 
@@ -132,7 +137,7 @@ void mma_async(Warp& w, const Instr& in, Mask m) {
     if (first) clocks.next_operation(agent);
     if (!first && b.number == number && (b.a_bits != a_bits || b.b_bits != b_bits))
         fault("bad wgmma", "the warps of a warpgroup give different descriptors");
-    const Reading reading{w, clocks.warps_per_cta() + w.index / kWarps, number};
+    Reading reading{w, clocks.warps_per_cta() + w.index / kWarps, number, first};
     const WgmmaOp& op = code.op;
     const auto k = static_cast<size_t>(op.k());
     const bool unpacked = b.number == number;
@@ -151,6 +156,7 @@ void mma_async(Warp& w, const Instr& in, Mask m) {
         }
         wgmma_unpack(op.a, words, kWgmmaRows, a);
     } else {
+        reading.marks = true;
         read_matrix(reading, descriptor_of(a_bits), op.a, code.transpose_a,
                     static_cast<uint32_t>(w.index % kWarps * kWgmmaRows), kWgmmaRows, a);
     }

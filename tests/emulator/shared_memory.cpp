@@ -99,7 +99,10 @@ void SharedMemory::reset(uint32_t bytes, int granule_shift, Clocks& clocks, int 
         read_time_.assign(static_cast<size_t>(granules_ + 4) * static_cast<size_t>(warps_), 0);
         async_reads_.assign(
             clocks.async() ? static_cast<size_t>(clocks.readers_per_cta()) : size_t{0}, {});
+        pages_ = (data_.size() >> kPageShift) + 1;
+        version_.assign(clocks.async() ? pages_ : 0, 1);
     }
+    if (clocks.async()) checked_.assign(pages_ * static_cast<size_t>(warps_), 0);
     start_ = clocks.start();
     flags_.clear();
     // What is read uninitialised on purpose must not depend on earlier CTAs, nor look like a zero.
@@ -151,7 +154,10 @@ void SharedMemory::access(Access kind, int warp, int lane, uint32_t address, uin
     }
     if (kind != Access::strong_read) {
         check_readers(warp, lane, first, last);
-        if (!async_reads_.empty()) check_async_readers(warp, lane, address, bytes);
+        if (!async_reads_.empty()) {
+            check_async_readers(warp, lane, address, bytes);
+            touch_pages(address, bytes);
+        }
         for (uint32_t g = first; g <= last; ++g) {
             write_time_[g] = kind == Access::async_write ? kPending : time;
             writer_[g] = me | (strong ? kAtomic : 0);
@@ -173,6 +179,7 @@ void SharedMemory::access(Access kind, int warp, Mask lanes, const uint64_t* add
 }
 
 void SharedMemory::land(int warp, int lane, uint32_t address, uint32_t bytes) {
+    if (!async_reads_.empty()) touch_pages(address, bytes);
     for (uint32_t g = address >> shift_; g <= (address + bytes - 1) >> shift_; ++g) {
         write_time_[g] = clocks_->time();
         writer_[g] = static_cast<uint16_t>(warp << 5 | lane);
@@ -300,6 +307,24 @@ void SharedMemory::check_proxy(int warp, int lane, uint32_t granule, const char*
 
 void SharedMemory::async_read(int warp, int lane, int reader, uint32_t number, uint32_t address,
                               uint32_t bytes) {
+    check_async_read(warp, lane, address, bytes);
+    mark_read(reader, number, address, bytes);
+}
+
+void SharedMemory::slow_async_read(int warp, int lane, uint32_t address, uint32_t bytes) {
+    const uint32_t page = address >> kPageShift;
+    uint32_t& checked = checked_[static_cast<size_t>(warp) * pages_ + page];
+    const uint32_t end = ((page + 1) << kPageShift) >> shift_;
+    // Once for each version of a page; what a warp knows of it may grow later without that, which
+    // costs time only.
+    if ((address + bytes - 1) >> kPageShift == page && end <= granules_ &&
+        checked != (version_[page] << 1 | 1)) {
+        bool good = true;
+        for (uint32_t g = (page << kPageShift) >> shift_; g < end && good; ++g)
+            good = in_order(g, clocks_->seen(warp), clocks_->proxied(warp));
+        checked = version_[page] << 1 | (good ? 0 : 1);
+        if (good) return;
+    }
     const uint32_t first = address >> shift_, last = (address + bytes - 1) >> shift_;
     const uint32_t* seen = clocks_->seen(warp);
     const uint32_t* proxied = clocks_->proxied(warp);
@@ -316,12 +341,15 @@ void SharedMemory::async_read(int warp, int lane, int reader, uint32_t number, u
         if (t >= start_ && t < kBarrier && !through && options_.check_races)
             check_proxy(warp, lane, g, "an asynchronous read of");
     }
-    mark_read(reader, number, address, bytes);
 }
 
 void SharedMemory::mark_read(int reader, uint32_t number, uint32_t address, uint32_t bytes) {
     auto& marks = async_reads_[static_cast<size_t>(reader)];
     if (marks.empty()) marks.assign(data_.size() / 16, 0);
+    if (bytes == 16 && address % 16 == 0) {
+        marks[address >> 4] = number;
+        return;
+    }
     std::fill(marks.begin() + (address >> 4), marks.begin() + ((address + bytes + 15) >> 4),
               number);
 }
@@ -341,6 +369,7 @@ void SharedMemory::bulk_write(int warp, int lane, int engine, uint32_t address, 
     }
     check_readers(warp, lane, first, last);
     check_async_readers(warp, lane, address, bytes);
+    touch_pages(address, bytes);
     std::fill(write_time_.begin() + first, write_time_.begin() + last + 1, kPending);
     std::fill(writer_.begin() + first, writer_.begin() + last + 1,
               static_cast<uint16_t>(engine << 5));
@@ -348,6 +377,7 @@ void SharedMemory::bulk_write(int warp, int lane, int engine, uint32_t address, 
 
 void SharedMemory::bulk_land(int engine, uint32_t address, uint32_t bytes, bool atomic) {
     const uint32_t first = address >> shift_, last = (address + bytes - 1) >> shift_;
+    touch_pages(address, bytes);
     std::fill(write_time_.begin() + first, write_time_.begin() + last + 1, clocks_->time());
     std::fill(writer_.begin() + first, writer_.begin() + last + 1,
               static_cast<uint16_t>(engine << 5 | (atomic ? kAtomic : 0)));

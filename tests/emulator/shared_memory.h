@@ -103,7 +103,14 @@ class SharedMemory {
     // a whole warp, reads these bytes from now until it is retired.
     void async_read(int warp, int lane, int reader, uint32_t number, uint32_t address,
                     uint32_t bytes);
-    // Marks without checking: another warp of the group did.
+    // The two halves of it. The check is quick where the warp has found all of the page (1 KB) in
+    // order, and nobody has written to it since.
+    void check_async_read(int warp, int lane, uint32_t address, uint32_t bytes) {
+        const uint32_t page = address >> kPageShift;
+        if ((address + bytes - 1) >> kPageShift != page ||
+            checked_[static_cast<size_t>(warp) * pages_ + page] != version_[page] << 1)
+            slow_async_read(warp, lane, address, bytes);
+    }
     void mark_read(int reader, uint32_t number, uint32_t address, uint32_t bytes);
     void make_barrier(int warp, int lane, uint32_t address);
     void end_barrier(int warp, int lane, uint32_t address);
@@ -121,6 +128,18 @@ class SharedMemory {
     }
     void slow_check(Access kind, int warp, int lane, uint32_t granule, const uint8_t* value);
     void check_readers(int warp, int lane, uint32_t first, uint32_t last);
+    static constexpr int kPageShift = 10;
+    // Bytes are written, or change hands: in programs with asynchronous readers.
+    void touch_pages(uint32_t address, uint32_t bytes) {
+        for (uint32_t p = address >> kPageShift; p <= (address + bytes - 1) >> kPageShift; ++p)
+            ++version_[p];
+    }
+    bool in_order(uint32_t granule, const uint32_t* seen, const uint32_t* proxied) const {
+        const uint32_t t = write_time_[granule];
+        const int writer = (writer_[granule] & ~kAtomic) >> 5;
+        return t - start_ < seen[writer] - start_ && (writer >= warps_ || t < proxied[writer]);
+    }
+    void slow_async_read(int warp, int lane, uint32_t address, uint32_t bytes);
     void check_async_readers(int warp, int lane, uint32_t address, uint32_t bytes);
     void check_proxy(int warp, int lane, uint32_t granule, const char* what);
     std::string describe(int agent) const;
@@ -142,6 +161,10 @@ class SharedMemory {
     std::vector<uint32_t> read_time_;  // see reads_of
     // By reader of this CTA and 16 bytes: the number of the operation that read them last.
     std::vector<std::vector<uint32_t>> async_reads_;
+    // By page: how often it was written. By warp and page: twice the count at which the warp found
+    // the page in order, plus one if it did not.
+    std::vector<uint32_t> version_, checked_;
+    size_t pages_ = 0;
     std::unordered_map<uint32_t, Clock> flags_;  // carried by atomics and strong accesses
 };
 
