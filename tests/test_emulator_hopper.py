@@ -285,6 +285,18 @@ def test_bulk_reductions(op: str, dtype: type, name: str) -> None:
     assert np.array_equal(y, expected)
 
 
+def test_prefetches_move_nothing() -> None:
+    array = np.arange(64, dtype=np.int32).reshape(8, 8)
+    body = """
+    @!%leader bra $end;
+    cp.async.bulk.prefetch.L2.global [%x], 256;
+    cp.async.bulk.prefetch.tensor.2d.L2.global.tile [%map, {0, -3}];
+    prefetch.tensormap [%map]; prefetch.global.L2 [%x];
+$end: st.global.u32 [%yt], 3;"""
+    y = run(body, maps=[encode_map(array, [8, 8], 3)], regions=[array])
+    assert (y == 3).all()
+
+
 # --------------------------------------------------------------------------------------------------
 # Tensor maps
 
@@ -356,6 +368,29 @@ def test_tensor_tiles(
         assert np.array_equal(got, tile, equal_nan=True)
         inside = tile_of(np.ones(shape, np.int8), box, at, 0).sum() * array.itemsize
         assert counters.read_bytes == inside
+
+
+def test_tensor_multicast() -> None:
+    """Either CTA of two loads half of a swizzled tile for both."""
+    array = np.arange(16 * 32, dtype=np.int32).reshape(16, 32)
+    tensor_map = encode_map(array, [32, 8], 3, 3)
+    body = f"""
+    {INIT.format(count=1)} {CLUSTER_SYNC}
+    @%first mbarrier.arrive.expect_tx.shared.b64 _, [%bar], 2048;
+    mad.lo.u32 %r1, %rank, 1024, %s; shl.b32 %r2, %rank, 3; mov.u16 %h1, 3;
+    @%first cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes
+        .multicast::cluster [%r1], [%map, {{0, %r2}}], [%bar], %h1;
+    {wait("%bar", 0)}
+    mad.lo.u32 %r3, %tid, 32, %s;
+    ld.shared.u32 %r5, [%r3]; st.global.u32 [%yt], %r5; {CLUSTER_SYNC}"""
+    body = body.replace("bytes\n        .multicast", "bytes.multicast")
+    at = swizzled(np.arange(2048), 128)
+    image = np.zeros(2048, np.uint8)
+    image[at] = array.view(np.uint8).ravel()
+    expected = image.view(np.int32)[np.arange(64) * 8]
+    for seed in SEEDS:
+        y = run(body, seed, 64, 2, maps=[tensor_map], regions=[array])
+        assert np.array_equal(y, np.tile(expected, 2))
 
 
 def test_a_row_narrower_than_the_swizzle_takes_a_whole_one() -> None:
