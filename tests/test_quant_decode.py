@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bench import quant_decode as counts
 from minitron_kernels import reference
 from minitron_kernels.quantized import GGML_NUMBERS, QUANT_TYPES, QuantizedTensor
 from tests import native_abi as abi
@@ -24,7 +25,6 @@ from tests.quant_cases import (
     check_linear,
     compare,
     out_of,
-    quant_params,
     random_weights,
     run_linear,
     weights_of,
@@ -342,11 +342,16 @@ def test_plan_fits(arch: str, kind: str, m: int, n: int, blocks: int) -> None:
     assert ceil_div(tiles, plan.grid[0]) == ceil_div(tiles, device.num_sms)
 
 
-# Lane-instructions per weight (PTX, without mov) at m = 1 and m = 8, K 4096, N 11520.
+# Lane-instructions per weight (PTX, without mov), K 4096, N 11520: the bar at m = 1, which may be
+# 15 % more at m = 8; and what is reached at m = 1 and 8.
+BARS = {
+    "Q4_0": 1.6, "Q4_1": 1.6, "Q8_0": 1.6, "Q4_K": 1.6, "Q5_0": 2.2, "Q5_1": 2.2, "Q5_K": 2.2,
+    "Q6_K": 2.2, "Q2_K": 2.6, "Q3_K": 2.6,
+}  # fmt: skip
 BUDGET = {
-    "Q4_0": (1.75, 2.3), "Q4_1": (1.75, 2.3), "Q8_0": (1.82, 2.35), "Q4_K": (1.85, 2.4),
-    "Q5_0": (2.15, 2.7), "Q5_1": (2.15, 2.7), "Q5_K": (2.25, 2.8), "Q6_K": (2.5, 3.05),
-    "Q2_K": (2.25, 2.8), "Q3_K": (2.55, 3.1),
+    "Q4_0": (1.5, 1.76), "Q4_1": (1.52, 1.78), "Q8_0": (1.45, 1.71), "Q4_K": (1.57, 1.83),
+    "Q5_0": (1.92, 2.18), "Q5_1": (1.92, 2.18), "Q5_K": (1.96, 2.22), "Q6_K": (2.2, 2.47),
+    "Q2_K": (1.97, 2.23), "Q3_K": (2.19, 2.45),
 }  # fmt: skip
 
 
@@ -355,29 +360,17 @@ def test_instructions_and_bytes_per_weight(kind: str) -> None:
     """What is read and executed does not depend on the values."""
     if "80" not in BUILT:
         pytest.skip("sm_80 is not in this build")
-    n, k = 11520, 4096
-    block = QUANT_TYPES[kind]
-    stored = n * k // block.elements * block.nbytes
-    zeros = torch.zeros(n, k // block.elements * block.nbytes, dtype=torch.uint8)
-    w = Weights.__new__(Weights)
-    w.blocks = QuantizedTensor(zeros, kind, (n, k))
-    size = ctypes.c_int64()
-    abi.check(abi.library().mk_quant_packed_bytes(GGML_NUMBERS[kind], n, k, ctypes.byref(size)))
-    w.tiles = torch.zeros(size.value, dtype=torch.uint8)
-    for m, budget in zip((1, 8), BUDGET[kind], strict=True):
-        x = values(m, k, dtype=BF16)
-        out = out_of("linear_quant", x, w)
-        params, tensors = quant_params(x, w, out)
-        c = run("linear_quant", "80", params, tensors)
-        assert c is not None
-        lanes = (sum(c.lanes.values()) - c.lanes["mov"]) / (n * k)
-        assert lanes <= budget, f"m {m}: {lanes:.3f} lane-instructions per weight"
-        assert c.unique_read_sectors * 32 <= 1.03 * stored + x.nbytes
-        assert c.unique_write_sectors == out.nbytes // 32
-        # Only the block sums are stored with conflicts, once a block: 5.3 wavefronts for 256 k.
+    for m, budget, most in zip((1, 8), BUDGET[kind], (1.0, 1.15), strict=True):
+        c, params = counts.count(kind, m)
+        lanes = counts.lanes_per_weight(c)
+        print(f"{kind} m {m}: {lanes:.3f}")
+        assert lanes <= budget < most * BARS[kind] + 1e-6, f"m {m}: {lanes:.3f} lane-instructions"
+        assert c.unique_read_sectors * 32 <= 1.03 * counts.compulsory_bytes(kind, m)
+        assert c.unique_write_sectors == m * counts.N * 2 // 32
+        # Only the block sums are stored with conflicts, once a block: two wavefronts for 4 groups.
         blocks = abi.plan("linear_quant", params, "80").grid[0]
         conflicts = c.shared_wavefronts - c.shared_wavefronts_min
-        assert conflicts <= 5.5 * blocks * m * k / 256
+        assert conflicts <= 0.5 * blocks * m * counts.K / 256
 
 
 # ---------------------------------------------------------------------------------- can it fail

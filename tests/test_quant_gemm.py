@@ -240,6 +240,28 @@ def test_rows_have_the_bits_of_the_decode_kernel(arch: str, kind: str) -> None:
         assert torch.equal(out, whole[:m])
 
 
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("arch", BUILT[:1], ids=lambda a: f"emu-sm_{a}")
+def test_rows_of_any_size_have_the_bits_of_the_decode_kernel(arch: str, dtype: torch.dtype) -> None:
+    """Rows from the smallest to the largest numbers, of elements 2^40 apart; those whose squares
+    fp32 does not hold among them."""
+    m, k = 33, 4096
+    rng = torch.Generator().manual_seed(5)
+    least, most = (-130, 126) if dtype == BF16 else (-24, 14)
+    rows = torch.linspace(least, most, m).round()[:, None]
+    spread = torch.randint(-40, 1, (m, k), generator=rng)
+    x = (values(m, k, dtype=torch.float64, seed=6) * 2.0 ** (rows + spread)).to(dtype)
+    x = x.clamp(-torch.finfo(dtype).max, torch.finfo(dtype).max)
+    w = random_weights("Q4_1", 16, k, seed=4)
+    whole = out_of("linear_quant", x, w, F32)
+    run_linear("linear_quant", arch, x, w, whole)
+    for first, count in ((0, 16), (16, 16), (32, 1)):
+        part = x[first : first + count]
+        out = out_of("linear_quant", part, w, F32)
+        run_linear("linear_quant", arch, part, w, out, seed=first)
+        assert torch.equal(out.nan_to_num(7.0), whole[first : first + count].nan_to_num(7.0))
+
+
 @pytest.mark.parametrize("arch", BUILT, ids=lambda a: f"emu-sm_{a}")
 def test_row_with_a_nan_gives_nans_and_zeros_give_zeros(arch: str) -> None:
     x, w = values(20, 512, dtype=BF16), random_weights("Q4_K", 30, 512)

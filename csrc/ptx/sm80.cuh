@@ -108,6 +108,12 @@ __device__ __forceinline__ uint32_t mov_b32(uint32_t a) {
     return d;
 }
 
+__device__ __forceinline__ int64_t mov_b64(int64_t a) {
+    int64_t d;
+    asm volatile("mov.b64 %0, %1;" : "=l"(d) : "l"(a));
+    return d;
+}
+
 // threadIdx.x read here and now, so that what is derived from it holds no register elsewhere.
 __device__ __forceinline__ uint32_t mov_u32_tid_x() {
     uint32_t d;

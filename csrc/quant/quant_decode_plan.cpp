@@ -30,7 +30,7 @@ QuantDecodeArgs<Params> decode_args(const Product& a, const mk_quant_matrix* w, 
     for (int i = 0; i < count; ++i) {
         QuantDecodeMatrix& m = args.w[i];
         m.tiles = static_cast<const uint8_t*>(w[i].tiles);
-        m.row_tile_bytes = quant_row_tile_bytes(w[i].type, a.k);
+        m.row_tile_bytes = static_cast<int32_t>(quant_row_tile_bytes(w[i].type, a.k));
         m.tile_bytes = quant_tile_bytes(w[i].type, 4);
         m.type = w[i].type;
         m.first = end;

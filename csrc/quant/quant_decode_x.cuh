@@ -1,11 +1,10 @@
 // The x of a decode kernel: converted by each block, into its shared memory.
 //
-//   1. each row's largest magnitude (and before it, with a norm, its scale): warps share the rows
-//   2. x16 of a chunk of k, in the order of quant_x.cuh, a warp a group of 256 k of a row
-//   3. its block sums, by MMAs with ones, from shared memory
+//   1. how large each row is (and before it, with a norm, its scale)
+//   2. x16 of a chunk of k, in the order of quant_x.cuh, and its block sums, by MMAs with ones
 //
+// Up to kQuantWarps / m warps share a row (XShare).
 // Rows come from L2 twice (with a norm three times): they are few, and w comes from DRAM meanwhile.
-// Of 4096 k counted per element: 1.3 instructions for 1, 1.9 for 2, 0.8 for 3.
 #pragma once
 
 #include "common/static_for.cuh"
@@ -22,22 +21,22 @@ __device__ __forceinline__ uint32_t smem_address(const void* smem) {
 }
 
 struct QuantSmem {
-    XScale* x_scale;    // of each row of x
-    uint32_t* maxima;   // of shares of rows
+    float* unscale;     // of each row of x: XScale
+    uint32_t* maxima;   // of the sums of squares of shares of rows
     float* norm_scale;  // of each row
     uint8_t* scales;    // of this warp's tile
     uint8_t* x;
     uint8_t* sums;
 
     __device__ __forceinline__ QuantSmem(uint8_t* smem, int rows, int x_stride)
-        : x_scale(reinterpret_cast<XScale*>(smem)),
-          maxima(reinterpret_cast<uint32_t*>(smem + 256)),
-          norm_scale(reinterpret_cast<float*>(smem + 256 + 64)),
+        : unscale(reinterpret_cast<float*>(smem)),
+          maxima(reinterpret_cast<uint32_t*>(smem + 64)),
+          norm_scale(reinterpret_cast<float*>(smem + 128)),
           scales(smem + kQuantRowsBytes + threadIdx.x / 32 * kQuantScaleBytes),
           x(smem + kQuantFixedBytes),
           sums(x + rows * x_stride) {}
 };
-static_assert(sizeof(XScale) * 16 == 256 && 256 + 64 + 64 <= kQuantRowsBytes);
+static_assert(3 * 64 <= kQuantRowsBytes);
 
 // ---- x ----
 
@@ -58,6 +57,11 @@ struct XReader {
         __device__ __forceinline__ void operator+=(int k) {
             x += k;
             if constexpr (kHasNorm) weight += k;
+        }
+        __device__ __forceinline__ Place operator+(int k) const {
+            Place sum = *this;
+            sum += k;
+            return sum;
         }
     };
     __device__ __forceinline__ Place place(int row, int k) const {
@@ -89,78 +93,111 @@ struct XReader {
     }
 };
 
-// How each row is converted, from its largest magnitude: warps take a share of a row each.
-template <class Reader>
-__device__ __forceinline__ void find_maxima(const Reader& reader, const QuantSmem& smem,
-                                            int shares) {
-    using Dtype = typename Reader::Type;
-    const Product& a = reader.a;
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const int num_groups = a.k / kQuantTileK, share_groups = (num_groups + shares - 1) / shares;
-    for (int unit = warp; unit < shares * a.m; unit += kQuantWarps) {
-        const int share = unit / a.m, row = unit - share * a.m;
-        const float norm_scale = reader.norm_scale(row);
-        const int first = share * share_groups;
-        auto at = reader.place(row, first * kQuantTileK + lane * kVec);
-        uint32_t largest = 0;
-        const auto add = [&] {
-            const Vec8 v = reader.template load<4>(at, norm_scale);
-            MK_UNROLL
-            for (const uint32_t pair : v.pair) {
-                largest = max_magnitudes<Dtype>(largest, magnitudes(pair));
-            }
-            at += kQuantTileK;
-        };
-        int groups = min(share_groups, num_groups - first);
-        for (; groups >= 4; groups -= 4) {
-            add();
-            add();
-            add();
-            add();
-        }
-        for (; groups > 0; --groups) add();
-        if (share == 0 && num_groups * kQuantTileK + lane * kVec < a.k) {  // the last, a short one
-            at = reader.place(row, num_groups * kQuantTileK + lane * kVec);
-            add();
-        }
-        largest = __reduce_max_sync(0xFFFFFFFFu, larger_half(largest));
-        if (lane == 0) smem.maxima[unit] = largest;
+// What a warp has of x: groups of a row, and of every kQuantWarps'th after it. Not less than m:
+// nothing.
+struct XShare {
+    uint32_t number, row;
+
+    __device__ __forceinline__ XShare(uint32_t m, uint32_t shares) {
+        const uint32_t warp = threadIdx.x / 32;
+        number = warp / m;
+        row = number < shares ? warp - number * m : m;
+    }
+};
+
+// body(8 adjacent elements of a lane) for groups of 256 k of a row, from k = first, by a warp.
+template <class Reader, class Body>
+__device__ __forceinline__ void for_each_of_row(const Reader& reader, int row, int first, int end,
+                                                const Body& body) {
+    const int k = reader.a.k, lane_k = first + ptx::mov_u32_tid_x() % 32 * kVec;
+    const float norm_scale = reader.norm_scale(row);
+    auto at = reader.place(row, lane_k);
+    MK_NO_UNROLL
+    for (; first + 4 * kQuantTileK <= min(end, k); first += 4 * kQuantTileK) {
+        MK_UNROLL
+        for (int i = 0; i < 4; ++i) body(reader.template load<4>(at + i * kQuantTileK, norm_scale));
+        at += 4 * kQuantTileK;
+    }
+    MK_NO_UNROLL
+    for (; first < min(end, k); first += kQuantTileK) {
+        Vec8 v{};
+        if (first + lane_k % kQuantTileK < k) v = reader.template load<4>(at, norm_scale);
+        body(v);
+        at += kQuantTileK;
     }
 }
 
-// Groups `first`, ... of all rows to shared memory: a warp takes the 32 pieces of a group of a row.
+// The largest sum of squares of each share of a row (quant_x.cuh).
+template <class Reader>
+__device__ __forceinline__ void find_maxima(const Reader& reader, const QuantSmem& smem,
+                                            const QuantDecodeShape& shape, const XShare& share) {
+    const uint32_t m = reader.a.m;
+    MK_NO_UNROLL
+    for (uint32_t row = share.row; row < m; row += kQuantWarps) {
+        const int first = share.number * shape.x_share_k;
+        XSquares<typename Reader::Type> squares;
+        for_each_of_row(reader, row, first, first + shape.x_share_k,
+                        [&](const Vec8& v) { squares.add(v); });
+        const uint32_t largest = squares.largest();
+        if (threadIdx.x % 32 == 0) smem.maxima[share.number * m + row] = largest;
+    }
+}
+
+// Groups `first`, ... of all rows to shared memory.
 template <class Reader>
 __device__ __forceinline__ void convert_groups(const Reader& reader, const QuantSmem& smem,
-                                               int x_stride, int first, int num_groups) {
+                                               const QuantDecodeShape& shape, const XShare& share,
+                                               int first, int num_groups) {
     using Dtype = typename Reader::Type;
     const Product& a = reader.a;
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const int lane_k = lane / 4 * 32 + lane % 4 * 4;
-    const int whole_groups = min(num_groups, a.k / kQuantTileK - first);
-    for (int row = 0; row < a.m; ++row) {
+    const int lane = ptx::mov_u32_tid_x() % 32, t = lane % 4;
+    MK_NO_UNROLL
+    for (uint32_t row = share.row; row < a.m; row += kQuantWarps) {
         const float norm_scale = reader.norm_scale(row);
-        const XRowConvert<Dtype> convert(smem.x_scale[row]);
-        int group = (warp + row) % kQuantWarps;
-        auto at = reader.place(row, (first + group) * kQuantTileK + lane_k);
-        uint8_t* to = smem.x + row * x_stride + group * kXGroupBytes + lane * 16;
-        const auto store = [&](const Vec8& v) {
-            *reinterpret_cast<uint4*>(to) = convert({v.pair[0], v.pair[1], v.pair[2], v.pair[3]});
+        const uint32_t largest = lane < shape.x_shares ? smem.maxima[lane * a.m + row] : 0;
+        const XScale scale = scale_of_row<Dtype>(
+            __reduce_max_sync(0xFFFFFFFFu, largest),
+            [&](const auto& body) { for_each_of_row(reader, row, 0, a.k, body); });
+        if (share.number == 0 && lane == 0) smem.unscale[row] = scale.unscale;
+        const XRowConvert<Dtype> convert(scale);
+
+        const int first_group = share.number * shape.x_share_groups;
+        int groups = min(shape.x_share_groups, num_groups - first_group);
+        int k = (first + first_group) * kQuantTileK;
+        auto at = reader.place(row, k + lane / 4 * 32 + t * 4);
+        uint8_t* to = smem.x + row * shape.x_stride + first_group * kXGroupBytes;
+        // Four groups at a time: all of their sums are in columns of one MMA (quant_x.cuh).
+        const auto batch = [&](auto is_whole) {
+            float sums[4]{};
+            static_for<kXSumsGroups>([&](auto i) {
+                if (!is_whole && i >= groups) return;
+                Vec8 v{};
+                if (is_whole || k + i * kQuantTileK + lane / 4 * 32 < a.k) {
+                    v = reader.template load<16>(at + i * kQuantTileK, norm_scale);
+                }
+                const uint4 x = convert({v.pair[0], v.pair[1], v.pair[2], v.pair[3]});
+                *reinterpret_cast<uint4*>(to + lane * 16 + i * kXGroupBytes) = x;
+                add_group_sums(sums, lane, i, x);
+            });
+            if (is_whole || t < groups) {
+                // Blocks 2g and 2g + 1 of group t: of lane g / 2 of four, its first or second pair
+                const int g = lane / 4;
+                uint8_t* const to_sums = to + t * kXGroupBytes + 512 + g / 2 * 16 + g % 2 * 4;
+                const uint2 parts = split_sums(sums[0], sums[2]);
+                *reinterpret_cast<uint32_t*>(to_sums) = parts.x;
+                *reinterpret_cast<uint32_t*>(to_sums + 8) = parts.y;
+            }
+            at += kXSumsGroups * kQuantTileK;
+            to += kXSumsGroups * kXGroupBytes;
+            k += kXSumsGroups * kQuantTileK;
+            groups -= kXSumsGroups;
         };
-        const auto next = [&] {
-            store(reader.template load<16>(at, norm_scale));
-            at += kQuantWarps * kQuantTileK;
-            to += kQuantWarps * kXGroupBytes;
-            group += kQuantWarps;
-        };
-        while (group + kQuantWarps < whole_groups) {
-            next();
-            next();
+        MK_NO_UNROLL
+        while (groups >= kXSumsGroups && k + kXSumsGroups * kQuantTileK <= a.k) {
+            batch(Constant<1>());
         }
-        if (group < whole_groups) next();
-        if (group == whole_groups && group < num_groups) {  // a short one
-            const bool is_inside = (first + group) * kQuantTileK + lane_k < a.k;
-            store(is_inside ? reader.template load<16>(at, norm_scale) : Vec8{});
-        }
+        MK_NO_UNROLL
+        while (groups > 0) batch(Constant<0>());
     }
 }
 
@@ -178,57 +215,21 @@ __device__ __forceinline__ void with_x_reader(const Product& a, const QuantSmem&
 }
 
 template <class Dtype>
-__device__ __forceinline__ void find_x_scales(const Product& a, const QuantSmem& smem) {
-    const int shares = max(kQuantWarps / a.m, 1);  // of a row
-    with_x_reader<Dtype>(a, smem, [&](const auto& reader) { find_maxima(reader, smem, shares); });
-    __syncthreads();
-    if (threadIdx.x < a.m) {
-        uint32_t largest = 0;
-        for (int i = 0; i < shares; ++i) {
-            largest = max(largest, smem.maxima[i * a.m + threadIdx.x]);
-        }
-        smem.x_scale[threadIdx.x] = XConvert<Dtype>::scale(largest);
-    }
+__device__ __forceinline__ void find_x_maxima(const Product& a, const QuantSmem& smem,
+                                              const QuantDecodeShape& shape, const XShare& share) {
+    with_x_reader<Dtype>(a, smem,
+                         [&](const auto& reader) { find_maxima(reader, smem, shape, share); });
     __syncthreads();
 }
 
 // Groups `first`, ... of all rows of x to shared memory, with their block sums.
 template <class Dtype>
-__device__ __forceinline__ void convert_x(const Product& a, const QuantSmem& smem, int x_stride,
+__device__ __forceinline__ void convert_x(const Product& a, const QuantSmem& smem,
+                                          const QuantDecodeShape& shape, const XShare& share,
                                           int first, int num_groups) {
     with_x_reader<Dtype>(a, smem, [&](const auto& reader) {
-        convert_groups(reader, smem, x_stride, first, num_groups);
+        convert_groups(reader, smem, shape, share, first, num_groups);
     });
-    __syncthreads();
-
-    // Columns of the MMAs are groups of rows here: 8 of all of them.
-    const int thread = ptx::mov_u32_tid_x();
-    const int warp = thread / 32, lane = thread % 32, g = lane / 4, t = lane % 4;
-    const int num_columns = a.m * num_groups;
-    if (warp * 8 < num_columns) {
-        const auto group = [&](int column) {
-            const int row = column / num_groups;
-            return smem.x + row * x_stride + (column - row * num_groups) * kXGroupBytes;
-        };
-        const BlockSumFragments ones(lane);
-        for (int column = warp * 8; column < num_columns; column += kQuantWarps * 8) {
-            const uint8_t* const x = group(min(column + g, num_columns - 1)) + t * 16;
-            float d[4]{};
-            MK_UNROLL
-            for (int i = 0; i < 8; ++i) {
-                ones.add(d, i, *reinterpret_cast<const uint4*>(x + i * 64));
-            }
-            MK_UNROLL
-            for (int i = 0; i < 2; ++i) {
-                if (column + 2 * t + i >= num_columns) continue;
-                // Blocks 2g and 2g + 1: of lane g / 2 of four, its first or second pair
-                uint8_t* const to = group(column + 2 * t + i) + 512 + g / 2 * 16 + g % 2 * 4;
-                const uint2 parts = split_sums(d[i], d[2 + i]);
-                *reinterpret_cast<uint32_t*>(to) = parts.x;
-                *reinterpret_cast<uint32_t*>(to + 8) = parts.y;
-            }
-        }
-    }
     __syncthreads();
 }
 

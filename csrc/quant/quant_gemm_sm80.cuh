@@ -51,12 +51,14 @@ __device__ __forceinline__ void convert_scales(const uint8_t* group, uint8_t* to
     using Smem = QuantGemmSmem<kType, T>;
     const int thread = ptx::mov_u32_tid_x(), lane = thread % 32, tile = thread / 32;
     if (tile >= S::kBlockTiles) return;
-    const auto scales = load_scales<kType>(group + tile * Smem::kTile, lane, quarters);
+    using Scales = QuantScales<kType>;
+    typename Scales::Pairs pairs;
+    load_scales<kType>(group + tile * Smem::kTile, lane, quarters).scale_pairs(pairs);
     MK_UNROLL
-    for (int i = 0; i < QuantScales<kType>::kFloat4s; ++i) {
+    for (int i = 0; i < Scales::kFloat4s; ++i) {
         *reinterpret_cast<float4*>(to + tile * Smem::kTileScales + i * kQuantGemmScalePart +
                                    lane % 4 * kQuantGemmScalePitch + lane / 4 * 16) =
-            scales.scales(i);
+            Scales::scales(pairs, i);
     }
 }
 
@@ -111,7 +113,9 @@ __device__ __forceinline__ void add_group(QuantGemmSums<T>& total, QuantGemmSums
     MK_UNROLL
     for (int i = 0; i < S::kTiles; ++i) {
         scales[i] = load_scales<kType>(tiles + i * QuantGemmSmem<kType, T>::kTile, lane, quarters);
-        scales[i].minima(minima[i]);
+        typename QuantScales<kType>::Pairs pairs;
+        scales[i].scale_pairs(pairs);
+        scales[i].minima(pairs, minima[i]);
     }
     MK_UNROLL
     for (int n = 0; n < S::kTokens; ++n) {

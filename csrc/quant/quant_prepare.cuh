@@ -73,18 +73,25 @@ struct PreparedRow {
         return normalise<Dtype>(x, norm_scale, load_piece_of_x(a.norm_weight, k, a));
     }
 
-    // The bits of the largest magnitude, by a warp.
-    __device__ __forceinline__ uint32_t max_bits() const {
-        const int lane = threadIdx.x % 32;
-        uint32_t most = 0;
-        for (int k = lane / 4 * 32 + lane % 4 * 4; k < a.k; k += kQuantTileK) {
-            const Vec8 v = piece(k);
-            MK_UNROLL
-            for (const uint32_t pair : v.pair) {
-                most = max_magnitudes<Dtype>(most, magnitudes(pair));
-            }
+    // body(8 adjacent elements of a lane) for all of the row, by a warp.
+    template <class Body>
+    __device__ __forceinline__ void for_each(const Body& body) const {
+        for (int first = 0; first < a.k; first += kQuantTileK) {
+            const int k = first + threadIdx.x % 32 * kVec;
+            const auto load = [&](const void* from) -> Vec8 {
+                const uint2 low = load4(from, k, a.k, a.is_aligned);
+                const uint2 high = load4(from, k + 4, a.k, a.is_aligned);
+                return {low.x, low.y, high.x, high.y};
+            };
+            const Vec8 x = load(row);
+            body(a.norm_weight ? normalise<Dtype>(x, norm_scale, load(a.norm_weight)) : x);
         }
-        return __reduce_max_sync(0xFFFFFFFFu, larger_half(most));
+    }
+
+    __device__ __forceinline__ XScale scale() const {
+        XSquares<Dtype> squares;
+        for_each([&](const Vec8& v) { squares.add(v); });
+        return scale_of_row<Dtype>(squares.largest(), [&](auto body) { for_each(body); });
     }
 };
 
@@ -106,7 +113,7 @@ __device__ __forceinline__ void quant_prepare_x(const QuantPrepareArgs& args) {
     if (first_row + warp < a.m) {
         PreparedRow<Dtype> row = prepared_row(warp, 0.f);
         if (a.norm_weight) row.norm_scale = rms_of_row<Dtype>(a, row.row);
-        const XScale scale = XConvert<Dtype>::scale(row.max_bits());
+        const XScale scale = row.scale();
         if (lane == 0) {
             smem_norm_scale[warp] = row.norm_scale;
             smem_scale[warp] = scale;

@@ -10,7 +10,7 @@ namespace mk {
 // A packed matrix, or one of several that make one: rows of tiles first ... end - 1 are its.
 struct QuantDecodeMatrix {
     const uint8_t* tiles;
-    int64_t row_tile_bytes;
+    int32_t row_tile_bytes;
     int32_t tile_bytes;  // of 256 k
     int32_t type;
     int32_t first, end;
@@ -33,13 +33,13 @@ constexpr int kQuantThreads = 32 * kQuantWarps;
 constexpr int kQuantPrefetchBytes = 64 << 10;
 
 // Shared memory in this order:
-//   512 B    a row's XScale, its largest magnitudes, its norm scale
+//   256 B    of each row: 2^-e, the largest sums of squares of its shares, its norm scale
 //   9 KB     scales of the tile that a warp works on (quant_decode_sm80.cuh)
 //   x        m rows of chunk_groups groups of 256 k (quant_x.cuh), quant_x_stride apart
 //   sums     of the tiles under way, 16 rows x 8 (or 16) tokens fp32 a group; before that the
 //            norm's sums of squares
 constexpr int kQuantScaleBytes = 8 * (128 + 16);  // 16 blocks of 16 rows; 16 B apart in banks
-constexpr int kQuantRowsBytes = 512;
+constexpr int kQuantRowsBytes = 256;
 constexpr int kQuantFixedBytes = kQuantRowsBytes + kQuantWarps * kQuantScaleBytes;
 constexpr int kQuantXGroupBytes = 512 + 64;  // of a row of x
 // 64 (mod 128), see quant_x.cuh.
@@ -47,6 +47,13 @@ constexpr int quant_x_stride(int groups) {
     return groups * kQuantXGroupBytes + (groups % 2 ? 0 : 64);
 }
 constexpr int quant_slot_bytes(int m) { return 512 * quant_token_tiles(m); }
+
+// As many warps as there are for a row, but 4 groups for each: fewer repeat what a warp does once.
+constexpr int quant_x_shares(int m, int groups) {
+    const int most = groups < 8 ? 1 : groups / 4;
+    const int warps = m < kQuantWarps ? kQuantWarps / m : 1;
+    return warps < most ? warps : most;
+}
 
 // How a block goes over its tiles: in rounds of round_tiles, of which all groups (or, where x does
 // not fit, chunks of them) are multiplied by the warps, and then added. None of it changes a bit.
@@ -56,15 +63,18 @@ struct QuantDecodeShape {
     int32_t num_quarters;  // of 64 k
     int32_t chunk_groups, num_chunks;
     int32_t x_stride;
+    int32_t x_shares;   // warps that convert a row of x together: each x_share_k elements to
+    int32_t x_share_k;  // find the largest, and x_share_groups of a chunk
+    int32_t x_share_groups;
     int32_t round_tiles, num_rounds;  // of the block with most tiles
     int32_t round_bytes;  // from one round's sums to the next one's, where there are two buffers
     int32_t smem_bytes;
 };
 // Totals that a thread keeps from chunk to chunk.
-constexpr int kQuantKeptSteps = 4;
+constexpr int kQuantKeptSteps = 2;
 
-// Threads that add the groups of a tile, each of two rows and a token.
-constexpr int quant_tile_threads(int m) { return 64 * quant_token_tiles(m); }
+// Threads that add the groups of a tile, each of two rows and two tokens.
+constexpr int quant_tile_threads(int m) { return 32 * quant_token_tiles(m); }
 
 constexpr QuantDecodeShape quant_decode_shape(int m, int k, int num_tiles, int num_blocks,
                                               int smem_bytes) {
@@ -89,6 +99,9 @@ constexpr QuantDecodeShape quant_decode_shape(int m, int k, int num_tiles, int n
         if (s.num_chunks > 1 && tiles > most_kept) tiles = most_kept;
         if (s.chunk_groups > 1 && (tiles < 1 || left < least)) continue;
         if (tiles > block_tiles) tiles = block_tiles;
+        s.x_shares = quant_x_shares(m, s.chunk_groups);
+        s.x_share_k = (s.num_groups + s.x_shares - 1) / s.x_shares * kQuantTileK;
+        s.x_share_groups = (s.chunk_groups + s.x_shares - 1) / s.x_shares;
         s.num_rounds = static_cast<int32_t>((block_tiles + tiles - 1) / tiles);
         s.round_tiles = (block_tiles + s.num_rounds - 1) / s.num_rounds;
         const int64_t round = s.round_tiles * tile;

@@ -14,6 +14,7 @@
 // as they are shared with the other three lanes of the rows.
 #pragma once
 
+#include "common/f16_pair.cuh"
 #include "common/vec.cuh"
 #include "quant/quant_layout.h"
 
@@ -179,11 +180,6 @@ __device__ __forceinline__ float quant_unscaled(int type, float total) {
 static_assert(quant_has_integer_patterns(MK_Q2_K) && quant_has_integer_patterns(MK_Q4_K) &&
               quant_has_integer_patterns(MK_Q5_K) && !quant_has_integer_patterns(MK_Q6_K));
 
-__device__ __forceinline__ float2 f16_pair(uint32_t pair) {
-    uint16_t low, high;
-    ptx::mov_b32(low, high, pair);
-    return {ptx::cvt_f32_f16(low), ptx::cvt_f32_f16(high)};
-}
 __device__ __forceinline__ uint32_t both_halves_low(uint32_t a) {
     return __byte_perm(a, 0, 0x1010);
 }
@@ -205,16 +201,17 @@ struct QuantScales {
     uint32_t words[kWords];  // of the scales' section
     uint32_t halves[2];      // K types: d (and dmin) of g, and of g + 8
 
-    // This lane's place in the sections of a whole tile, to which load() adds constants.
-    static __device__ __forceinline__ int scales_place(int lane) {
-        return lane * (kType == MK_Q3_K ? 4 : kWords * 4);
+    // From byte lane * 16 of a whole tile to this lane's place in the scales, but for a constant.
+    static __device__ __forceinline__ int64_t scales_place(int lane) {
+        return lane * ((kType == MK_Q3_K ? 4 : kWords * 4) - 16);
     }
 
-    // Of a whole tile. `at`: the tile and scales_place.
-    __device__ __forceinline__ void load(const uint8_t* tile, const uint8_t* at, int lane) {
+    // Of a whole tile. `lane_piece`: its byte lane * 16; place: scales_place.
+    __device__ __forceinline__ void load(const uint8_t* lane_piece, int64_t place, int lane) {
+        const uint8_t* const at = lane_piece + place;
         if constexpr (kType == MK_Q3_K) {
             words[0] = ptx::ld_global_nc_l1_no_allocate<kScalesAt>(at);
-            words[1] = ptx::ld_global_nc_l1_no_allocate_u16<kScalesAt + 128>(tile + lane * 2);
+            words[1] = ptx::ld_global_nc_l1_no_allocate_u16<kScalesAt + 128>(at - lane * 2);
         } else if constexpr (kWords == 4) {
             const uint4 v = ptx::ld_global_nc_l1_no_allocate_v4<kScalesAt>(at);
             words[0] = v.x, words[1] = v.y, words[2] = v.z, words[3] = v.w;
@@ -222,18 +219,15 @@ struct QuantScales {
             load2<kScalesAt>(words, at);
         }
         if constexpr (kIsK && kFormat.has_min) {
-            load2<kHalvesAt>(halves, tile + lane / 4 * 8);
+            load2<kHalvesAt>(halves, lane_piece + (lane / 4 * 8 - lane * 16));
         } else if constexpr (kIsK) {
-            halves[0] = ptx::ld_global_nc_l1_no_allocate<kHalvesAt>(tile + lane / 4 * 4);
+            halves[0] = ptx::ld_global_nc_l1_no_allocate<kHalvesAt>(lane_piece +
+                                                                    (lane / 4 * 4 - lane * 16));
         }
     }
 
-    // Of a tile of `quarters`, in device memory.
-    __device__ __forceinline__ void load(const uint8_t* tile, int lane, int quarters) {
-        if (kIsK || quarters == 4) {
-            load(tile, tile + scales_place(lane), lane);
-            return;
-        }
+    // Of a tile of fewer quarters: of a simple type.
+    __device__ __forceinline__ void load_short(const uint8_t* tile, int lane, int quarters) {
         if constexpr (!kIsK) {
             const int g = lane / 4, t = lane % 4;
             const uint8_t* const at =
@@ -263,36 +257,42 @@ struct QuantScales {
             return ptx::sub_rn_f16x2(__byte_perm(words[h], 0x64646464u, i ? 0x4341 : 0x4240),
                                      0x64806480u);  // 1024 + n, less 1152
         } else {
-            return words[0] >> 8 * h & 0x00FF00FFu;
+            return __byte_perm(words[0], 0, 0x4240 + h * 0x0101);
         }
     }
 
+    // All of them: that of h and i is pairs[2 * i + h].
+    using Pairs = uint32_t[2 * kFloat4s];
+    __device__ __forceinline__ void scale_pairs(Pairs& pairs) const {
+        MK_UNROLL
+        for (int i = 0; i < 2 * kFloat4s; ++i) pairs[i] = scale_pair(i % 2, i / 2);
+    }
+
     // Of blocks b and b + 1: {b of g, b of g + 8, b + 1 of g, b + 1 of g + 8}; b = 2t, or 4t + 2i.
-    __device__ __forceinline__ float4 scales(int i) const {
-        const float2 lo = f16_pair(scale_pair(0, i)), hi = f16_pair(scale_pair(1, i));
+    static __device__ __forceinline__ float4 scales(const Pairs& pairs, int i) {
+        const float2 lo = f16_pair(pairs[2 * i]), hi = f16_pair(pairs[2 * i + 1]);
         return {lo.x, hi.x, lo.y, hi.y};
     }
 
     // A of C: k = 2t, 2t + 1 of the MMA are blocks of 16 k 4t and 4t + 1, k = 2t + 8, 2t + 9 are
     // 4t + 2 and 4t + 3.
-    __device__ __forceinline__ void minima(uint32_t (&a)[4]) const {
+    __device__ __forceinline__ void minima(const Pairs& pairs, uint32_t (&a)[4]) const {
         if constexpr (kIs16) {
             MK_UNROLL
-            for (int i = 0; i < 2; ++i) {
-                MK_UNROLL
-                for (int h = 0; h < 2; ++h) {
-                    a[2 * i + h] =
-                        kType == MK_Q2_K ? words[h] >> 8 * i & 0x00F000F0u : scale_pair(h, i);
-                }
+            for (int i = 0; i < 4; ++i) {
+                a[i] = kFormat.has_min ? words[i % 2] >> i / 2 * 8 & 0x00F000F0u : pairs[i];
             }
         } else {
             MK_UNROLL
             for (int h = 0; h < 2; ++h) {
-                const uint32_t pair = kIsK              ? words[1] >> 8 * h & 0x00FF00FFu
-                                      : kFormat.has_min ? words[2 + h]
-                                                        : words[h];
-                a[h] = both_halves_low(pair);
-                a[2 + h] = both_halves_high(pair);
+                if constexpr (kIsK) {
+                    a[h] = __byte_perm(words[1], 0, 0x4040 + h * 0x0101);
+                    a[2 + h] = __byte_perm(words[1], 0, 0x4242 + h * 0x0101);
+                } else {
+                    const uint32_t pair = words[kFormat.has_min ? 2 + h : h];
+                    a[h] = both_halves_low(pair);
+                    a[2 + h] = both_halves_high(pair);
+                }
             }
         }
     }

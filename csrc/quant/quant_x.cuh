@@ -1,11 +1,14 @@
 // x as the products with quantised weights take it: x16, f16 with a power of two per row, in the
 // order of the fragments of mma.m16n8k16's B; and the sums of its blocks of 16.
 //
-//   e      of a row: max |x| * 2^e is in [2^13, 2^14). Below 2^-113 (bf16), or 2^-14 (f16), and for
-//          a row of zeros, e is what that number gives.
+//   e      of a row: r * 2^e is in [2^14, 2^15), where r^2 is the largest sum of squares of 32
+//          adjacent elements, so that max |x| is r / 5.7 ... r. Tensor cores square and add, half
+//          the instructions of a maximum; where fp32 does not hold the squares (bf16, r^2 below
+//          2^-100 or an infinity), max |x| * 2^e is in [2^13, 2^14). Below 2^-113 (bf16), or 2^-14
+//          (f16), and for a row of zeros, e is what that number gives.
 //   x16    k % 4 < 2: f16(x * 2^e), k % 4 >= 2: f16(x * 2^(e - 4)), for those weights are x16
-//          (quant_layout.h). Exact but for elements below 2^-23 of the row's largest, which keep an
-//          absolute error of at most 2^-34 of it.
+//          (quant_layout.h). Exact but for elements below 2^-21 of the row's largest, which keep an
+//          absolute error of at most 2^-32 of it.
 //   sums   of 16 k each: 2^-4 * sum of x * 2^e, as a high and a low f16 (22 bits)
 //
 // A row lies in memory in groups of 256 k, kXGroupBytes each (zeros past k):
@@ -21,6 +24,7 @@
 // are served at once.
 #pragma once
 
+#include "common/f16_pair.cuh"
 #include "common/vec.cuh"
 
 namespace mk {
@@ -43,7 +47,29 @@ __device__ __forceinline__ uint32_t larger_half(uint32_t pair) {
     return max(pair & 0xFFFFu, pair >> 16);
 }
 
-// How a row is converted, from the bits of its largest magnitude.
+// The largest of a row's r^2, by a warp that gets 8 adjacent elements a lane at a time.
+template <class Dtype>
+struct XSquares {
+    float even = 0.f, odd = 0.f;
+
+    // A A^T of 8 rows of 32 elements, of which the diagonal counts: of row g in lane 4g + g / 2.
+    __device__ __forceinline__ void add(const Vec8& x) {
+        float d[4]{};
+        Dtype::mma(d, {x.pair[0], 0, x.pair[1], 0}, x.pair[0], x.pair[1]);
+        Dtype::mma(d, {x.pair[2], 0, x.pair[3], 0}, x.pair[2], x.pair[3]);
+        even = ptx::max_nan_f32(even, d[0]);
+        odd = ptx::max_nan_f32(odd, d[1]);
+    }
+
+    // As bits, which are in the order of the numbers, NaN last.
+    __device__ __forceinline__ uint32_t largest() const {
+        const int lane = ptx::mov_u32_tid_x() % 32, g = lane / 4, t = lane % 4;
+        const float own = g == 2 * t ? even : g == 2 * t + 1 ? odd : 0.f;
+        return __reduce_max_sync(0xFFFFFFFFu, __float_as_uint(own));
+    }
+};
+
+// How a row is converted.
 struct XScale {
     uint32_t first;  // f16: 2^n, by which x is multiplied before the other factor, if it is not 1
     uint32_t low;    // 2^e, twice: for k % 4 < 2
@@ -58,12 +84,19 @@ template <>
 struct XConvert<Bf16> {
     static constexpr bool kHasFirst = false;
 
-    static __device__ __forceinline__ XScale scale(uint32_t max_bits) {
-        const uint32_t exponent = max(max_bits >> 7, 14u);  // e is 140 less it
+    // 140 less e, from r^2, or from the bits of max |x| where that does not tell.
+    static __device__ __forceinline__ int exponent(uint32_t r2) { return (r2 >> 23) + 125 >> 1; }
+    static __device__ __forceinline__ bool is_extreme(uint32_t r2) {
+        return r2 < 0x0D800000u || r2 >= 0x7F800000u;  // 2^-100, infinity
+    }
+    static __device__ __forceinline__ int exponent_of_max(uint32_t bits) { return bits >> 7; }
+
+    static __device__ __forceinline__ XScale scale(int exponent) {
+        exponent = max(exponent, 14);
         const uint32_t field = 267 - exponent;
         return {
             0, (field << 7) * 0x00010001u, ((field - 4) << 7) * 0x00010001u,
-            exponent == 255 ? __int_as_float(0x7FC00000) : __uint_as_float((exponent - 13) << 23)};
+            exponent == 255 ? __int_as_float(0x7FC00000) : __int_as_float((exponent - 13) << 23)};
     }
 
     // A pair; the product is exact, or so small that it is 0.
@@ -78,20 +111,46 @@ struct XConvert<F16> {
     static constexpr bool kHasFirst = true;
     static constexpr uint32_t kOne = 0x3C003C00u;
 
-    static __device__ __forceinline__ XScale scale(uint32_t max_bits) {
-        const uint32_t exponent = max(max_bits >> 10, 1u);  // e is 28 less it
-        const bool is_tiny = exponent < 13;                 // 2^e would be an infinity
+    // 28 less e.
+    static __device__ __forceinline__ int exponent(uint32_t r2) {
+        return r2 >= 0x7F800000u ? 31 : static_cast<int>((r2 >> 23) - 99) >> 1;
+    }
+    static __device__ __forceinline__ bool is_extreme(uint32_t) { return false; }
+    static __device__ __forceinline__ int exponent_of_max(uint32_t bits) { return bits >> 10; }
+
+    static __device__ __forceinline__ XScale scale(int exponent) {
+        exponent = max(exponent, 1);
+        const bool is_tiny = exponent < 13;  // 2^e would be an infinity
         const uint32_t field = (is_tiny ? 31 : 43) - exponent;
         return {
             is_tiny ? 0x6C006C00u : kOne,  // 2^12
             (field << 10) * 0x00010001u, ((field - 4) << 10) * 0x00010001u,
-            exponent == 31 ? __int_as_float(0x7FC00000) : __uint_as_float((exponent + 99) << 23)};
+            exponent == 31 ? __int_as_float(0x7FC00000) : __int_as_float((exponent + 99) << 23)};
     }
 
     static __device__ __forceinline__ uint32_t to_f16(uint32_t pair, uint32_t by) {
         return F16::mul(pair, by);
     }
 };
+
+// The scale of a row from r^2; for_each(body) gives body all of the row, 8 elements a lane at a
+// time, to the warp.
+template <class Dtype, class ForEach>
+__device__ __forceinline__ XScale scale_of_row(uint32_t r2, const ForEach& for_each) {
+    using C = XConvert<Dtype>;
+    int exponent = C::exponent(r2);
+    if (C::is_extreme(r2)) {
+        uint32_t most = 0;
+        for_each([&](const Vec8& v) {
+            MK_UNROLL
+            for (const uint32_t pair : v.pair) {
+                most = max_magnitudes<Dtype>(most, magnitudes(pair));
+            }
+        });
+        exponent = C::exponent_of_max(__reduce_max_sync(0xFFFFFFFFu, larger_half(most)));
+    }
+    return C::scale(exponent);
+}
 
 // A piece of 16 bytes: x at 4t + (0, 1), (2, 3) of two steps, converted.
 template <class Dtype>
@@ -163,10 +222,20 @@ struct BlockSumFragments {
     }
 };
 
+// The same from a warp's 32 pieces of one row, which are A here, ones are B: of up to kXSumsGroups
+// groups, each in two columns of its own. Lane 4g + t then has the sums of blocks 2g (elements 0,
+// 1) and 2g + 1 (2, 3) of group t.
+constexpr int kXSumsGroups = 4;
+__device__ __forceinline__ void add_group_sums(float (&d)[4], int lane, int group, const uint4& x) {
+    const bool is_column = lane / 8 == group;
+    ptx::mma_m16n8k16_f32_f16(d, {x.x, x.z, x.y, x.w}, is_column ? 0x2C002C00u : 0,
+                              is_column ? 0x3C003C00u : 0);
+}
+
 // Two sums as a pair of high and a pair of low parts.
 __device__ __forceinline__ uint2 split_sums(float a, float b) {
     const uint32_t high = F16::pack(a, b);
-    const float2 back = F16::unpack(high);
+    const float2 back = f16_pair(high);
     return {high, F16::pack(a - back.x, b - back.y)};
 }
 

@@ -1,0 +1,86 @@
+"""The table of docs/native.md: what products with few rows of x and quantised w take per weight.
+
+    python -m bench.quant_decode
+
+The emulator executes the sm_80 kernels and counts; nothing here has run on a GPU. What is counted
+does not depend on the values, so w is zeros.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+
+from minitron_kernels.quantized import GGML_NUMBERS, QUANT_TYPES, QuantizedTensor
+from tests import emulator
+from tests import native_abi as abi
+from tests.native_emulator import run
+from tests.quant_cases import KINDS, Weights, out_of, quant_params
+from tests.test_kernels_memory import values
+
+N, K = 11520, 4096
+ROWS = (1, 8, 16)
+
+# Lane-instructions per weight of llama.cpp's mmvq on sm_89, counted in the same way: at M = 1 and
+# per weight at M = 8.
+LLAMA_CPP = {
+    "Q4_0": (5.8, 14.0), "Q5_0": (8.9, 18.0), "Q8_0": (6.7, 19.0), "Q2_K": (10.2, 32.0),
+    "Q3_K": (16.5, 45.0), "Q4_K": (8.8, 36.7), "Q5_K": (9.9, 38.0), "Q6_K": (13.7, 45.0),
+}  # fmt: skip
+
+
+def zeros(kind: str, n: int, k: int) -> Weights:
+    """A packed matrix of zeros; only what a launch needs."""
+    block = QUANT_TYPES[kind]
+    size = ctypes.c_int64()
+    abi.check(abi.library().mk_quant_packed_bytes(GGML_NUMBERS[kind], n, k, ctypes.byref(size)))
+    w = Weights.__new__(Weights)
+    rows = torch.zeros(n, k // block.elements * block.nbytes, dtype=torch.uint8)
+    w.blocks = QuantizedTensor(rows, kind, (n, k))
+    w.tiles = torch.zeros(size.value, dtype=torch.uint8)
+    return w
+
+
+def count(kind: str, m: int) -> tuple[emulator.Counters, ctypes.Structure]:
+    """Counters of mk_linear_quant in bf16, and the struct it was called with."""
+    x, w = values(m, K, dtype=torch.bfloat16), zeros(kind, N, K)
+    params, tensors = quant_params(x, w, out_of("linear_quant", x, w))
+    counters = run("linear_quant", "80", params, tensors)
+    assert counters is not None
+    return counters, params
+
+
+def lanes_per_weight(counters: emulator.Counters) -> float:
+    """Executed PTX instructions of lanes, without mov, which ptxas mostly deletes."""
+    return (sum(counters.lanes.values()) - counters.lanes["mov"]) / (N * K)
+
+
+def compulsory_bytes(kind: str, m: int) -> int:
+    """The stored blocks, and x."""
+    block = QUANT_TYPES[kind]
+    return N * K // block.elements * block.nbytes + m * K * 2
+
+
+def line(kind: str) -> str:
+    cells, read = [], []
+    for m in ROWS:
+        counters, _ = count(kind, m)
+        cells.append(f"{lanes_per_weight(counters):.2f}")
+        read.append(f"{counters.unique_read_sectors * 32 / compulsory_bytes(kind, m):.3f}")
+    peer = [f"{v:.1f}" for v in LLAMA_CPP[kind]] if kind in LLAMA_CPP else ["", ""]
+    return f"| {' | '.join([kind, *cells, ', '.join(read), *peer])} |"
+
+
+def main() -> None:
+    rows = [f"M = {m}" for m in ROWS]
+    print(
+        f"| type | {' | '.join(rows)} | DRAM bytes read / (blocks + x) | llama.cpp, M = 1 | M = 8 |"
+    )
+    print("|---" * 7 + "|")
+    for kind in KINDS:
+        print(line(kind), flush=True)
+
+
+if __name__ == "__main__":
+    main()
