@@ -41,7 +41,7 @@ CLAIMS = {
     "embedding": (40, 0),
     "embedding_unaligned": (40, 0),
     "embedding_quant": (64, 0),
-    "quant_prepare_x": (64, 160),
+    "quant_prepare_x": (80, 160),
     "quant_gemm_rows128_m128": (255, 0),
     "quant_gemm_rows64_m128": (232, 0),
     "quant_gemm_rows32_m64": (128, 0),
