@@ -176,11 +176,15 @@ def balance(work: Iterable[float], sms: int) -> float:
 
 
 def mma_flop(ptx: str) -> int:
-    """FLOP of the one mma.sync shape that a kernel uses; 0 if it has none."""
-    shapes = set(re.findall(r"\bmma\.sync\.\S*?\.m(\d+)n(\d+)k(\d+)\.", ptx))
+    """A warp's FLOP of the one MMA shape that a kernel uses, a quarter of the warpgroup's if it is
+    wgmma; 0 if it has none."""
+    shapes = set(re.findall(r"\b(mma\.sync|wgmma\.mma_async)\.\S*?\.m(\d+)n(\d+)k(\d+)\.", ptx))
     if len(shapes) > 1:
-        raise ValueError(f"mma.sync of several shapes: {sorted(shapes)}")
-    return 2 * math.prod(map(int, shapes.pop())) if shapes else 0
+        raise ValueError(f"MMAs of several shapes: {sorted(shapes)}")
+    if not shapes:
+        return 0
+    kind, *sizes = shapes.pop()
+    return 2 * math.prod(map(int, sizes)) // (1 if kind == "mma.sync" else 4)
 
 
 # ---------------------------------------------------------------------------------------- modelling

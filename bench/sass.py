@@ -70,9 +70,12 @@ def parse(text: str) -> list[Instruction]:
     ]
 
 
+_MMAS = ("HMMA", "HGMMA")
+
+
 @dataclass(frozen=True)
 class MainLoop:
-    """The innermost loop with the most HMMA instructions, counted once around.
+    """The innermost loop with the most HMMA (or HGMMA) instructions, counted once around.
 
     `instructions`: those of every turn that goes through the block with the most HMMAs;
     `conditional`: all others of the loop (the rescaling of accumulators, say). Predicated ones
@@ -90,7 +93,7 @@ def main_loop(code: list[Instruction]) -> MainLoop | None:
     copy of the loop is longer."""
     blocks, successors = _basic_blocks(code)
     dominators = _dominators(successors)
-    hmma = [sum(i.name == "HMMA" for i in block) for block in blocks]
+    hmma = [sum(i.name in _MMAS for i in block) for block in blocks]
     loops: dict[int, set[int]] = {}  # by header; several ways back to it are one loop
     latches: dict[int, set[int]] = {}
     for latch, targets in enumerate(successors):
@@ -116,7 +119,12 @@ def main_loop(code: list[Instruction]) -> MainLoop | None:
         size = sum(len(blocks[b]) for b in body)
         opcodes = Counter(i.name for i in always)
         found.append(
-            MainLoop(len(always), size - len(always), opcodes["HMMA"], dict(opcodes.most_common()))
+            MainLoop(
+                len(always),
+                size - len(always),
+                sum(opcodes[name] for name in _MMAS),
+                dict(opcodes.most_common()),
+            )
         )
     return max(found, key=lambda loop: (loop.hmma, -loop.instructions), default=None)
 

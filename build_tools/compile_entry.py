@@ -1,7 +1,8 @@
 """Compile one entry file for one architecture (ninja runs this once per pair).
 
 Writes OUT (a fatbin: SASS, and PTX as text), OUT.json (what ptxas says of each entry) and OUT.d
-(the headers used). Spills and stack are errors: a kernel that needs them has the wrong tile.
+(the headers used). Spills and stack are errors: a kernel that needs them has the wrong tile. So is
+wgmma that ptxas serialises.
 """
 
 from __future__ import annotations
@@ -81,6 +82,8 @@ def main() -> int:
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if done.returncode:
         sys.exit(f"error: compiling {what} failed:\n{done.stdout}")
+    if "(C75" in done.stdout:  # advice on wgmma: serialised, or registers that setmaxnreg lacks
+        sys.exit(f"error: ptxas warns of {what}:\n{done.stdout}")
     entries = parse_ptxas(done.stdout)
     for name, use in entries.items():
         if use["spill_bytes"] or use["stack_bytes"]:

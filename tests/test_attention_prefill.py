@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from minitron_kernels import ops, reference
 from tests import native_abi as abi
 from tests.emulator import Counters, Emulator
-from tests.native_emulator import ARCHS, DEVICES, dtype_id, ptx_of, run, storage_of
+from tests.native_emulator import ARCHS, BUILT, DEVICES, dtype_id, ptx_of, run, storage_of
 from tests.test_kernels_memory import (
     HALVES,
     archs,
@@ -400,6 +400,34 @@ def test_interleavings_change_no_bit(arch: str) -> None:
             assert torch.equal(got, first), seed
 
 
+def test_tiles_by_tma_and_by_copies_are_the_same() -> None:
+    """sm_90 takes whole tiles by TMA, one box or one a page; where rows of K and V overlap there is
+    no tensor map, and all comes by cp.async. Head 1's row r is head 0's row r + 1 here."""
+    if "90a" not in BUILT:
+        pytest.skip("sm_90a is not in this build")
+    inputs = make_inputs(Case([(100, 500)], (2, 2), 128, causal=False))
+    rows = values(501, 128, dtype=torch.bfloat16, seed=3)
+    inputs.k = inputs.v = [torch.stack((rows[:-1], rows[1:]), 1)]
+    copies = {}
+    outs = []
+    for name, page in (("boxes", 0), ("pages", 32), ("overlap", 0)):
+        inputs.case = replace(inputs.case, page=page)
+        call = make_call(inputs)
+        if name == "overlap":
+            call.params.k = call.params.v = rows.data_ptr()
+            call.params.k_stride = call.params.k_head_stride = 128
+            call.params.v_stride = call.params.v_head_stride = 128
+            call.tensors.append(rows)
+        counters = run("attention", "90a", call.params, call.tensors)
+        assert counters is not None
+        copies[name] = counters.issued["copy"]
+        outs.append(call.out)
+    check(inputs, outs[0], call.lse[:, :100])
+    assert all(torch.equal(out, outs[0]) for out in outs)
+    # Of Q and of the last tile, 500 % 128 rows; of all four tiles.
+    assert copies["boxes"] <= copies["pages"] < copies["overlap"] / 2, copies
+
+
 def test_chunks_equal_the_whole_prompt() -> None:
     """A prompt in pieces over the same keys: each within the tolerance of what the whole has."""
     whole = make_inputs(Case([(300, 300)], (4, 2), 128, page=16))
@@ -539,28 +567,34 @@ def test_issue_slots_of_four_heads() -> None:
 
 
 @pytest.mark.parametrize(
-    "old, new, fails",
+    "arch, old, new, fails",
     [
-        (r"0f41000000", "0f41100000", False),  # references follow at 9, not at 8: all the same
-        (r"0f41000000", "0f43000000", True),  # at 128: weights overflow the dtype
-        (r"bar\.sync[^;]*;", "", True),
-        (r"cp\.async\.wait_group \d;", "cp.async.wait_group 2;", True),
-        (r"shfl\.sync\.bfly\.b32(.*), (%r\d+|2), ", r"shfl.sync.bfly.b32\1, 4, ", True),
+        # References follow at 9, not at 8: all the same; at 128: weights overflow the dtype.
+        *((a, r"0f41000000", "0f41100000", False) for a in ("80", "90a")),
+        *((a, r"0f41000000", "0f43000000", True) for a in ("80", "90a")),
+        *((a, r"bar\.sync[^;]*;", "", True) for a in ("80", "90a")),
+        *((a, r"cp\.async\.wait_group \d;", "cp.async.wait_group 2;", True) for a in ("80", "90a")),
+        ("80", r"shfl\.sync\.bfly\.b32(.*), (%r\d+|2), ", r"shfl.sync.bfly.b32\1, 4, ", True),
+        ("90a", r"fence\.proxy\.async[^;]*;", "", True),
+        ("90a", r"wgmma\.fence[^;]*;", "", True),
+        ("90a", r"wgmma\.wait_group\.sync\.aligned 1;", "wgmma.wait_group.sync.aligned 2;", True),
+        ("90a", r"(mbarrier\.arrive[^;]*\+ )40\]", r"\g<1>56]", True),  # K's slots are V's
     ],
-    ids=["harmless", "rescale", "barrier", "wait", "shuffle"],
+    ids=lambda v: v if isinstance(v, str) and len(v) < 4 else None,
 )
-def test_a_planted_fault_is_found(old: str, new: str, fails: bool) -> None:
-    """Changes in the kernel's PTX: the emulator or the comparison objects."""
+def test_a_planted_fault_is_found(arch: str, old: str, new: str, fails: bool) -> None:
+    """Changes in the kernel's PTX: the emulator or the comparison objects. (sm_90 without tensor
+    maps: all comes by copies.)"""
     inputs = make_inputs(Case([(64, 400)], (2, 1), 64, torch.float16, causal=False, scale=0.5))
     call = make_call(inputs)
-    plan = abi.plan("attention", call.params, "80")
+    plan = abi.plan("attention", call.params, arch)
     entry = plan.entry.decode()
-    (text,) = (t for t in ptx_of("80") if f".entry {entry}(" in t)
+    (text,) = (t for t in ptx_of(arch) if f".entry {entry}(" in t)
     before, name, after = text.partition(f".entry {entry}(")
     body, brace, rest = after.partition("\n}\n")
     assert re.search(old, body), f"{old} is not in {entry}"
     changed = before + name + re.sub(old, new, body) + brace + rest
-    kernel = Emulator("sm_80").load(changed).kernel(entry)
+    kernel = Emulator(f"sm_{arch.rstrip('a')}").load(changed).kernel(entry)
     arguments = kernel_arguments(call.params, kernel.param_bytes[0])
 
     def attempt() -> None:
@@ -577,7 +611,7 @@ def test_a_planted_fault_is_found(old: str, new: str, fails: bool) -> None:
 
 
 def kernel_arguments(params: ctypes.Structure, size: int) -> bytes:
-    """AttnPrefillArgs (attn_tiles.h) of packed K and V."""
+    """AttnPrefillArgs (attn_tiles.h) of packed K and V, or AttnPrefillSm90Args without maps."""
 
     class Rows(ctypes.Structure):
         _fields_ = (
@@ -595,5 +629,8 @@ def kernel_arguments(params: ctypes.Structure, size: int) -> bytes:
     k, v = (Rows(0, 8 * n, 2 * n) for n in (params.k_stride, params.v_stride))
     scale = params.softmax_scale / math.log(2)
     arguments = bytes(Arguments(params, k, v, scale, 0, 0xFFFFFFFF))
-    assert len(arguments) == size
-    return arguments
+    if size == len(arguments):
+        return arguments
+    maps = -len(arguments) % 64 + 2 * 128
+    assert size == len(arguments) + maps + 64
+    return arguments.ljust(size, b"\0")

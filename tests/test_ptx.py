@@ -146,6 +146,18 @@ def test_sass_is_of_the_arch_and_has_no_local_memory(arch: str) -> None:
         assert bool(waits) == (arch in ("90a", "100a")), f"{name}: griddepcontrol {waits}"
 
 
+# Instructions that a kernel of an architecture is there for: by op, and the flags of its entries.
+OWN_INSTRUCTIONS = {("90a", "attention"): {"HGMMA", "UTMALDG", "USETMAXREG"}}
+
+
+@archs
+def test_sass_has_the_instructions_of_its_arch(arch: str) -> None:
+    for name, text in sass(arch).items():
+        expected = OWN_INSTRUCTIONS.get((arch, ENTRY_NAME.fullmatch(name)["op"]), set())
+        found = set(re.findall(r"\b(HGMMA|UTMALDG|USETMAXREG)\b", text))
+        assert found == expected, name
+
+
 @pytest.mark.slow
 @archs
 def test_cuxray_gate(arch: str, tmp_path: Path) -> None:
@@ -217,7 +229,12 @@ def test_ptx_functions_are_named_as_their_mnemonics() -> None:
         assert "ISA#" in path.read_text()
         for text in functions:
             name = re.search(r"(\w+)\(", text)[1]
-            instructions = re.findall(r'asm(?: volatile)?\("([^";]+)', text)
+            # Past what only sets up a predicate; and what has no instruction at all.
+            setup = r"(?:\{\.reg \.pred p; (?:setp[^;]+; (?:\"\s*\")?)?)?"
+            instructions = re.findall(rf'asm(?: volatile)?\(\s*"{setup}([^";]*)', text)
+            if name == "pin":
+                assert set(instructions) <= {""}
+                continue
             assert len(instructions) == 1, f"{path.name}: {name}"
             words = set(re.findall(r"[a-z0-9]+", instructions[0].lower()))  # of immediates too
             assert set(name.split("_")) <= words, (name, instructions[0])

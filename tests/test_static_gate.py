@@ -31,15 +31,16 @@ CLAIMED_BLOCKS = {
     r"linear.*_m128_n256|qkv.*_m128_n256": (1, 1, 1, 1),
     r"linear.*_m128_n128|qkv.*_m128_n128": (2, 2, 2, 2),
     r"linear.*_m64_n64|qkv.*_m64_n64": (2, 2, 2, 2),
-    r"attention_sm\d+_\w+_hd128": (2, 1, 2, 1),
+    r"attention_sm\d+_\w+_hd128": (2, 1, 1, 1),
     r"attention_decode.*_rows8": (3, 2, 3, 3),
 }
 
 
 def mma_entries(arch: str) -> list[str]:
+    """Those with mma.sync; test_ptx.py names the ones with wgmma."""
     if arch not in BUILT:
         pytest.skip(f"sm_{arch} is not in this build")
-    return [name for name, ptx in ptx_by_entry(arch).items() if mma_flop(ptx)]
+    return [name for name, ptx in ptx_by_entry(arch).items() if re.search(r"\bmma\.sync\.", ptx)]
 
 
 def code(arch: str) -> dict[str, list[sass.Instruction]]:
@@ -108,6 +109,8 @@ def test_operands_come_by_16_byte_copies_and_ldmatrix(arch: str) -> None:
 def test_the_gate_can_fail() -> None:
     """It sees an entry without tensor core, a main loop without it, a block too large."""
     assert mma_flop("fma.rn.f32 %f1, %f2, %f3, %f4;") == 0
+    wgmma = "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {%f1, %f2}, %rd1, %rd2, p;"
+    assert mma_flop(wgmma) == 64 * 128 * 16 * 2 // 4
     assert sass.main_loop(sass.parse("/*0000*/ HMMA.16816.F32 R0, R1, R2, R0 ;")) is None
     assert GPUS["89"].occupancy(256, 255, 99 << 10) == 1
     assert GPUS["89"].occupancy(256, 255, 100 << 10) == 0

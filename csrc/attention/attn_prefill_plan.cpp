@@ -113,7 +113,7 @@ struct Attention {
         plan.grid[0] = is_empty(p) ? 0 : p.num_q_heads;
         plan.grid[1] = std::max(p.batch, 1);
         plan.grid[2] = std::max(ceil_div(p.max_seqlen_q, tile.tile_m), 1);
-        plan.block[0] = 32 * tile.warps;
+        plan.block[0] = attn_prefill_threads(tile);
         plan.smem_bytes = attn_prefill_smem_bytes(tile, p.head_dim);
         return plan;
     }
@@ -143,10 +143,59 @@ struct Attention {
                (p.window ? " window " + std::to_string(p.window) : "");
     }
 
+    // What sm_90's kernel takes: the same, and tensor maps.
+    static mk_status args_sm90(const Params& p, const AttnPrefillTile& tile,
+                               AttnPrefillSm90Args* to) {
+        static_cast<AttnPrefillArgs&>(*to) = args(p);
+        to->box_rows = 0;
+        const int32_t rows = p.page_size ? p.page_size : p.tokens_k;
+        const int32_t pages = p.page_size ? p.num_pages : 1;
+        if (is_empty(p) || pages == 0 || (!p.page_size && rows < tile.tile_n)) return MK_OK;
+        const int32_t box_rows = std::min(rows, tile.tile_n);
+        const cuda::Driver* driver = nullptr;
+        MK_TRY(cuda::get_driver(&driver));
+        for (const bool is_k : {true, false}) {
+            const int64_t head_stride = is_k ? p.k_head_stride : p.v_head_stride;
+            const int64_t stride = is_k ? p.k_stride : p.v_stride;
+            const int64_t page_stride = is_k ? p.k_page_stride : p.v_page_stride;
+            // A dimension of one has no stride, but must be given one.
+            const auto bytes = [&](int64_t elements, int32_t count) {
+                return static_cast<uint64_t>(count > 1 ? 2 * elements : 2 * p.head_dim);
+            };
+            const uint64_t dims[] = {static_cast<uint64_t>(p.head_dim),
+                                     static_cast<uint64_t>(p.num_kv_heads),
+                                     static_cast<uint64_t>(rows), static_cast<uint64_t>(pages)};
+            const uint64_t strides[] = {bytes(head_stride, p.num_kv_heads), bytes(stride, rows),
+                                        bytes(page_stride, pages)};
+            if (overlap(dims, strides)) return MK_OK;
+            const uint32_t box[] = {64, 1, static_cast<uint32_t>(box_rows), 1};
+            const uint32_t ones[] = {1, 1, 1, 1};
+            MK_CUDA(*driver, cuTensorMapEncodeTiled, is_k ? &to->k_map : &to->v_map,
+                    p.dtype == MK_BF16 ? cuda::kTensorMapBfloat16 : cuda::kTensorMapFloat16, 4,
+                    const_cast<void*>(is_k ? p.k : p.v), dims, strides, box, ones, 0,
+                    cuda::kTensorMapSwizzle128B, cuda::kTensorMapL2Promotion256B, 0);
+        }
+        to->box_rows = box_rows;
+        return MK_OK;
+    }
+
   private:
     // No query, or none that is not skipped.
     static bool is_empty(const Params& p) {
         return p.tokens_q == 0 || p.batch == 0 || p.max_seqlen_q <= p.skip_seqlen_q;
+    }
+
+    // Whether elements of a tensor map share memory, which TMA does not allow.
+    static bool overlap(const uint64_t (&dims)[4], const uint64_t (&strides)[3]) {
+        int order[] = {0, 1, 2};
+        std::sort(order, order + 3, [&](int a, int b) { return strides[a] < strides[b]; });
+        uint64_t below = 2 * dims[0];
+        for (const int i : order) {
+            if (dims[i + 1] == 1) continue;
+            if (strides[i] < below) return true;
+            below += strides[i] * (dims[i + 1] - 1);
+        }
+        return false;
     }
 };
 
@@ -156,7 +205,18 @@ struct Attention {
 extern "C" {
 
 mk_status mk_attention(const mk_attention_params* params, void* stream) {
-    return mk::run<mk::Attention>(params, stream);
+    using mk::Attention;
+    MK_REQUIRE(params, MK_ERR_NULL, "params is NULL");
+    MK_TRY(Attention::check(*params));
+    const mk::Device* device = nullptr;
+    MK_TRY(mk::current_device(&device));
+    if (device->info.sm != 90) return mk::run<Attention>(params, stream);
+    mk::AttnPrefillSm90Args args{};
+    MK_TRY(Attention::args_sm90(*params, mk::attn_prefill_tile(90, params->head_dim), &args));
+    return mk::launch(
+        Attention::plan(*params, device->info), *device, &args, stream,
+        [](const void* p) { return Attention::shape(*static_cast<const Attention::Params*>(p)); },
+        params);
 }
 
 mk_status mk_attention_plan(const mk_attention_params* params, const mk_device* device,

@@ -25,83 +25,20 @@
 // KvLoader, one register less, 6 instructions a turn more.
 #pragma once
 
+#include "attention/attn_copy.cuh"
+#include "attention/attn_output.cuh"
 #include "attention/attn_rope.cuh"
-#include "attention/attn_smem.cuh"
-#include "attention/attn_tiles.h"
 #include "attention/mask.cuh"
-#include "attention/softmax.cuh"
-#include "common/static_for.cuh"
 #include "common/vec.cuh"
 #include "ptx/sm90.cuh"
 
 namespace mk {
 
-// How a warp copies rows of a tile: 4 rows x 128 bytes an instruction, 16 bytes a lane.
-template <int kHeadDim>
-struct RowCopy {
-    static constexpr int kRows = 4;                                // of an instruction
-    static constexpr int kPieces = kRowBytes<kHeadDim> / 128;      // of a row
-    static constexpr int kPair = 2 * kRows * kRowBytes<kHeadDim>;  // smem of two instructions' rows
-
-    uint32_t smem;  // destination of this lane's chunk of rows 0-3
-
-    // `smem_rows` is the first row's address; the row's number in its tile is a multiple of 8.
-    __device__ explicit RowCopy(uint32_t smem_rows)
-        : smem(smem_rows + swizzled<kHeadDim>(row(), byte())) {}
-
-    static __device__ int row() { return threadIdx.x % 32 / 8; }   // of this lane, 0 ... 3
-    static __device__ int byte() { return threadIdx.x % 8 * 16; }  // in a piece
-
-    // Destination in rows 0-3, 8-11, ... (is_odd 0), or 4-7, ... (1), kPair apart.
-    __device__ uint32_t to(uint32_t slot, int is_odd) const {
-        const uint32_t even = smem + slot;
-        return is_odd ? (even ^ 64) + kRows * kRowBytes<kHeadDim> : even;
-    }
-
-    // `from`: this lane's row and byte; step: bytes between rows 4 apart. All kNumRows rows.
-    template <int kNumRows>
-    __device__ __forceinline__ void all(uint32_t slot, const uint8_t* from, int64_t step) const {
-        static_for<kNumRows / kRows>([&](auto i) {
-            static_for<kPieces>([&](auto piece) {
-                ptx::cp_async_cg_16<i / 2 * kPair + piece * 128, piece * 128>(to(slot, i % 2),
-                                                                              from);
-            });
-            from += step;
-        });
-    }
-
-    // Rows begin <= r < end of the kNumRows; the others become 0.
-    template <int kNumRows>
-    __device__ __forceinline__ void some(uint32_t slot, const uint8_t* from, int64_t step,
-                                         int begin, int end) const {
-        static_for<kNumRows / kRows>([&](auto i) {
-            const int r = row() + i * kRows;
-            const int bytes = begin <= r && r < end ? 16 : 0;
-            static_for<kPieces>([&](auto piece) {
-                ptx::cp_async_cg_16<i / 2 * kPair + piece * 128, piece * 128>(to(slot, i % 2), from,
-                                                                              bytes);
-            });
-            from += step;
-        });
-    }
-
-    template <int kNumRows>
-    __device__ __forceinline__ void fill(uint32_t slot, uint4 value) const {
-        static_for<kNumRows / kRows>([&](auto i) {
-            static_for<kPieces>([&](auto piece) {
-                ptx::st_shared_v4<i / 2 * kPair + piece * 128>(to(slot, i % 2), value);
-            });
-        });
-    }
-};
-
 // Copies this warp's rows of tiles of K and V: a tile's K, its V, then the next tile's.
 template <class Tile>
 struct KvLoader {
-    static constexpr int kBadPage = INT32_MIN;
-
     const AttnPrefillArgs& args;
-    const RowCopy<Tile::kHeadDim> copy;
+    const typename Tile::Copy copy;
     const uint8_t* k;  // this lane's row and byte of this head, in page 0
     const uint8_t* v;
     int key_begin, key_end;  // the keys that are read
@@ -131,11 +68,8 @@ struct KvLoader {
         const bool all_read = key >= key_begin && key + Tile::kKvRows <= key_end;
         page = all_read ? 0 : ~0;
         if (p.page_size == 0 || key >= key_end || key + Tile::kKvRows <= key_begin) return;
-        const int column = key >> args.page_shift;
-        const int32_t* pages = p.block_table + blockIdx.y * p.block_table_stride;
-        const int found = column < p.max_pages ? pages[column] : -1;
-        const bool exists = static_cast<uint32_t>(found) < static_cast<uint32_t>(p.num_pages);
-        page = !exists ? kBadPage : all_read ? found : ~found;
+        const int found = page_of_key(args, blockIdx.y, key);
+        page = found == kBadPage || all_read ? found : ~found;
     }
 
     __device__ __forceinline__ void next_tile() {
@@ -174,6 +108,7 @@ struct AttnPrefill {
     static constexpr int kSlotBytes = kN * kRowBytes;
     static constexpr int kBlockBytes = 16 * kRowBytes;  // 16 rows of a tile
 
+    using Copy = RowCopy<WholeRows<kHeadDim>, kHeadDim>;
     using Logits = float[kM16][kN / 8][4];
     using Weights = uint32_t[kM16][kN / 16][4];  // A fragments
     using Acc = float[kM16][kHeadDim / 8][4];
@@ -231,34 +166,6 @@ struct AttnPrefill {
         });
     }
 
-    // Rows of acc to the warp's part of Q's tile, and from there 16 bytes at a time to out.
-    static __device__ __forceinline__ void store(const Acc& acc, const Softmax<kM16>& softmax,
-                                                 uint8_t* smem_rows, uint8_t* out, int64_t stride,
-                                                 int num_rows) {
-        const int lane = threadIdx.x % 32;
-        MK_UNROLL
-        for (int i = 0; i < 2 * kM16; ++i) {
-            const int m = i / 2, h = i % 2;
-            const float scale = softmax.inverse_sum(m, h);
-            MK_UNROLL
-            for (int n = 0; n < kHeadDim / 8; ++n) {
-                const uint32_t pair =
-                    Dtype::pack(acc[m][n][2 * h] * scale, acc[m][n][2 * h + 1] * scale);
-                const int at = swizzled<kHeadDim>(16 * m + 8 * h + lane / 4, 16 * n);
-                *reinterpret_cast<uint32_t*>(smem_rows + at + lane % 4 * 4) = pair;
-            }
-        }
-        __syncwarp();
-        constexpr int kLanes = kRowBytes / 16;  // of a row
-        MK_UNROLL
-        for (int first = 0; first < kWarpRows; first += 32 / kLanes) {
-            const int row = first + lane / kLanes, byte = lane % kLanes * 16;
-            const uint4 v =
-                *reinterpret_cast<const uint4*>(smem_rows + swizzled<kHeadDim>(row, byte));
-            if (row < num_rows) ptx::st_global_v4(out + row * stride + byte, v);
-        }
-    }
-
     static __device__ __forceinline__ void run(const AttnPrefillArgs& args) {
         const mk_attention_params& p = args.p;
         extern __shared__ __align__(128) uint8_t smem[];
@@ -295,7 +202,7 @@ struct AttnPrefill {
         KvLoader<AttnPrefill> loader(args, smem_ring, kv_head, first_k, key_begin, key_end,
                                      tile_begin);
         {
-            const RowCopy<kHeadDim> copy(smem_q);
+            const Copy copy(smem_q);
             const int64_t stride = p.q_stride * 2;
             const auto* q = static_cast<const uint8_t*>(p.q) + head * p.q_head_stride * 2;
             copy.template some<kWarpRows>(0,
@@ -313,8 +220,8 @@ struct AttnPrefill {
         if (p.rope.cos && tile_begin < tile_end) {
             ptx::cp_async_wait_group<2>();
             __syncwarp();
-            rotate_rows<Dtype, kHeadDim, kWarpRows>(smem_rows, num_rows, p.rope, first_q + row,
-                                                    row + visible.offset);
+            rotate_rows<Dtype, WholeRows<kHeadDim>, kHeadDim, kWarpRows>(
+                smem_rows, num_rows, p.rope, first_q + row, row + visible.offset);
             __syncwarp();
         }
 
@@ -377,19 +284,7 @@ struct AttnPrefill {
         const int64_t token = p.cu_seqlens_q[sequence] + row;
         const int rows = p.cu_seqlens_q[sequence + 1] - static_cast<int>(token);
         if (rows <= 0) return;
-        softmax.finish();
-        if (p.lse && lane % 4 == 0) {
-            float* const lse = p.lse + head * p.lse_stride + token;
-            MK_UNROLL
-            for (int i = 0; i < 2 * kM16; ++i) {
-                const int r = lane / 4 + 8 * i;
-                if (r < rows) lse[r] = softmax.lse(i / 2, i % 2);
-            }
-        }
-        const int64_t out_stride = p.out_stride * 2;
-        uint8_t* const out =
-            static_cast<uint8_t*>(p.out) + head * p.out_head_stride * 2 + token * out_stride;
-        store(acc, softmax, smem_rows, out, out_stride, rows);
+        write_rows<Dtype, kHeadDim>(p, head, token, rows, softmax, acc, smem_rows);
     }
 };
 

@@ -7,9 +7,9 @@
 namespace mk {
 
 // One warp rotates `kRows` (at most 32) rows of a tile in place, as apply_rope does: in fp32,
-// rounded once. Row r is of token `token + r`, whose place in its sequence is `place + r`; rows
-// from num_rows on are left alone. Lane l takes pairs l, l + 32, ...
-template <class Dtype, int kHeadDim, int kRows>
+// rounded once. Layout: of attn_smem.cuh. Row r is of token `token + r`, whose place in its
+// sequence is `place + r`; rows from num_rows on are left alone. Lane l takes pairs l, l + 32, ...
+template <class Dtype, class Layout, int kHeadDim, int kRows>
 __device__ __forceinline__ void rotate_rows(uint8_t* smem_rows, int num_rows, const mk_rope& rope,
                                             int64_t token, int place) {
     constexpr int kBatch = 8;  // rows whose angles are under way together
@@ -46,8 +46,7 @@ __device__ __forceinline__ void rotate_rows(uint8_t* smem_rows, int num_rows, co
             const int at_a = rope.interleaved ? 2 * pair : pair;
             const int at_b = rope.interleaved ? 2 * pair + 1 : pair + num_pairs;
             const auto element = [&](int at) {
-                return reinterpret_cast<uint16_t*>(smem_rows +
-                                                   swizzled<kHeadDim>(first + r, 2 * at));
+                return reinterpret_cast<uint16_t*>(smem_rows + Layout::at(first + r, 2 * at));
             };
             const float a = Dtype::unpack(*element(at_a)).x;
             const float b = Dtype::unpack(*element(at_b)).x;

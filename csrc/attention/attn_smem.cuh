@@ -19,6 +19,25 @@ __device__ __forceinline__ int swizzled(int row, int byte) {
     return row * kRowBytes<kHeadDim> + (byte ^ (row % 8 * 16));
 }
 
+// The two ways in which a tile's pieces of 128 bytes lie: those of a row side by side (above), for
+// ldmatrix, or those of all rows (a panel), which is wgmma's layout with its swizzle of 128 bytes.
+template <int kHeadDim>
+struct WholeRows {
+    static constexpr int kPitch = kRowBytes<kHeadDim>;  // of rows
+    static constexpr int kPiecePitch = 128;
+    static __device__ __forceinline__ int at(int row, int byte) {
+        return swizzled<kHeadDim>(row, byte);
+    }
+};
+template <int kRows>
+struct Panels {
+    static constexpr int kPitch = 128;
+    static constexpr int kPiecePitch = kRows * kPitch;
+    static __device__ __forceinline__ int at(int row, int byte) {
+        return byte / 128 * kPiecePitch + swizzled<64>(row, byte % 128);
+    }
+};
+
 // What lane l of a warp adds to a tile's address for ldmatrix.x4 of the 16x16 elements at its row
 // 0, byte 0: matrices 0, 1 are rows 0-7, 8-15 of the first eight columns, 2, 3 of the next.
 template <int kHeadDim>

@@ -5,15 +5,21 @@
 
 namespace mk {
 
-// Prefill: a block does tile_m queries of one head, tile_n keys at a time; K and V take turns in a
-// ring of kAttnPrefillSlots tiles, two loads ahead of the tensor cores.
-//   smem = (tile_m of Q + 3 * tile_n) * head_dim * 2 bytes
+// Prefill: a block does tile_m queries of one head, tile_n keys at a time, whose K and V wait in
+// slots of shared memory. Until sm_89, and on sm_100: three slots in which K and V take turns, two
+// loads ahead of the tensor cores. On sm_90: two for K and two for V, filled by a warpgroup that
+// does nothing else.
 struct AttnPrefillTile {
     int tile_m;
     int tile_n;
     int warps;          // tile_m / warps queries each, a multiple of 16
     int blocks_per_sm;  // that registers and shared memory have room for
+    int slots;
+    int producer_warps;
 };
+constexpr int attn_prefill_threads(AttnPrefillTile tile) {
+    return 32 * (tile.warps + tile.producer_warps);
+}
 
 // What the kernel takes: the op's parameters, and what its loop would derive from them again and
 // again.
@@ -29,7 +35,16 @@ struct AttnPrefillArgs {
     uint32_t page_mask;  // page_size - 1; packed: all ones, a sequence is one page
 };
 
-constexpr int kAttnPrefillSlots = 3;
+// sm_90's: a tensor map each of K and V, whole tiles of which TMA copies: dimensions element, head,
+// row (packed: token, else row of a page) and page; boxes of 64 elements x box_rows. box_rows is 0
+// where there is no map: strides that overlap, or fewer rows than a tile.
+struct AttnPrefillSm90Args : AttnPrefillArgs {
+    struct alignas(64) TensorMap {
+        uint64_t opaque[16];
+    } k_map, v_map;
+    int32_t box_rows;
+};
+
 constexpr int kAttnPrefillTileM = 128;  // of all rows of the table
 
 constexpr AttnPrefillTile attn_prefill_tile(int sm, int head_dim) {
@@ -37,16 +52,22 @@ constexpr AttnPrefillTile attn_prefill_tile(int sm, int head_dim) {
     // traffic from shared memory. Two blocks per SM, so that one's softmax runs under the other's
     // MMAs: 2 * (80 + 1) KB of A100's 164 KB. 255 registers. Issue slots over tensor time at 1024 x
     // 1024: .40 full, .44 causal; with 8 warps of 16 queries they are .47 and .52.
-    if (head_dim == 128 && (sm == 80 || sm == 90)) return {kAttnPrefillTileM, 64, 4, 2};
+    if (head_dim == 128 && sm == 80) return {kAttnPrefillTileM, 64, 4, 2, 3, 0};
+    // Two warpgroups of 64 queries, one's softmax under the other's MMAs, and a third that copies.
+    // A wgmma of n = 128 has 64 accumulators a thread; S, O and P take 160 registers of 232.
+    if (sm == 90) return {kAttnPrefillTileM, 128, 8, 1, 4, 4};
     // Ada has room for one block (100 KB): 8 warps. Its tensor cores take twice as long per MMA,
     // so that they hide the second load of each fragment. sm_100 takes the same (181 registers),
     // because with 32 queries per warp the f16 kernel spills 92 bytes when nvcc 13.5 compiles it.
-    if (head_dim == 128) return {kAttnPrefillTileM, 64, 8, 1};
-    return {kAttnPrefillTileM, 64, 4, 2};  // 40 KB
+    if (head_dim == 128) return {kAttnPrefillTileM, 64, 8, 1, 3, 0};
+    return {kAttnPrefillTileM, 64, 4, 2, 3, 0};  // 40 KB
 }
 
+// Behind Q and the slots: the barriers of the producer and the room to align all to 1 KB.
+constexpr int kAttnPrefillBarrierBytes = 128;
 constexpr int attn_prefill_smem_bytes(AttnPrefillTile tile, int head_dim) {
-    return (tile.tile_m + kAttnPrefillSlots * tile.tile_n) * head_dim * 2;
+    const int rows = tile.tile_m + tile.slots * tile.tile_n;
+    return rows * head_dim * 2 + (tile.producer_warps ? kAttnPrefillBarrierBytes + 1024 : 0);
 }
 
 // Whether a tile keeps what it claims on an SM with this much shared memory and 64K registers; a
@@ -55,7 +76,9 @@ constexpr bool fits(AttnPrefillTile tile, int head_dim, int smem_per_sm_kb) {
     const int smem = attn_prefill_smem_bytes(tile, head_dim) + 1024;
     return tile.blocks_per_sm * smem <= smem_per_sm_kb * 1024 &&
            tile.tile_m % (16 * tile.warps) == 0 && tile.tile_n % tile.warps == 0 &&
-           16 % (tile.tile_n / tile.warps) == 0;  // a warp's rows are of one page
+           // A warp's rows, or those that it copies at a time, are of one page.
+           (tile.producer_warps ? tile.tile_n % (16 * tile.producer_warps) == 0
+                                : 16 % (tile.tile_n / tile.warps) == 0);
 }
 static_assert(fits(attn_prefill_tile(80, 64), 64, 164) &&
               fits(attn_prefill_tile(80, 128), 128, 164));

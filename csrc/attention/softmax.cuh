@@ -38,6 +38,14 @@ struct Softmax {
     // Logits -> weights, in place.
     template <int kN, int kAccN>
     __device__ __forceinline__ void step(float (&x)[kM][kN][4], float (&acc)[kM][kAccN][4]) {
+        float factors[kM][2];
+        if (follow(x, factors)) rescale(acc, factors);
+        weigh(x);
+    }
+
+    // The references follow these logits; whether that changes acc, and then each row's factor.
+    template <int kN>
+    __device__ __forceinline__ bool follow(const float (&x)[kM][kN][4], float (&factors)[kM][2]) {
         float largest[kM][2];
         float most_behind = -INFINITY;
         MK_UNROLL
@@ -53,23 +61,10 @@ struct Softmax {
             top = fmaxf(top, __shfl_xor_sync(0xFFFFFFFFu, top, 2));
             most_behind = fmaxf(most_behind, fmaf(top, scale, neg_reference[m][h]));
         }
-        if (__any_sync(0xFFFFFFFFu, most_behind > kRescaleAt)) rescale(largest, acc);
-        MK_UNROLL
-        for (int n = 0; n < kN; ++n) {
-            MK_UNROLL
-            for (int i = 0; i < 4 * kM; ++i) {
-                const int m = i / 4, h = i / 2 % 2;
-                float& w = x[m][n][i % 4];
-                w = ptx::ex2_approx_ftz_f32(fmaf(w, scale, neg_reference[m][h]));
-                sum[m][h] += w;
-            }
-        }
+        return __any_sync(0xFFFFFFFFu, most_behind > kRescaleAt) && move(largest, factors);
     }
 
-    template <int kAccN>
-    __device__ __forceinline__ void rescale(const float (&largest)[kM][2],
-                                            float (&acc)[kM][kAccN][4]) {
-        float factors[kM][2];
+    __device__ __forceinline__ bool move(const float (&largest)[kM][2], float (&factors)[kM][2]) {
         bool has_sum = false;
         MK_UNROLL
         for (int i = 0; i < 2 * kM; ++i) {
@@ -83,7 +78,12 @@ struct Softmax {
             factors[m][h] = factor;
         }
         // Not in a row's first step, when every reference moves and acc is 0.
-        if (!__any_sync(0xFFFFFFFFu, has_sum)) return;
+        return __any_sync(0xFFFFFFFFu, has_sum);
+    }
+
+    template <int kAccN>
+    static __device__ __forceinline__ void rescale(float (&acc)[kM][kAccN][4],
+                                                   const float (&factors)[kM][2]) {
         MK_UNROLL
         for (int i = 0; i < 2 * kM; ++i) {
             const int m = i / 2, h = i % 2;
@@ -91,6 +91,21 @@ struct Softmax {
             for (int n = 0; n < kAccN; ++n) {
                 acc[m][n][2 * h] *= factors[m][h];
                 acc[m][n][2 * h + 1] *= factors[m][h];
+            }
+        }
+    }
+
+    // Logits -> weights, in place, and their sums.
+    template <int kN>
+    __device__ __forceinline__ void weigh(float (&x)[kM][kN][4]) {
+        MK_UNROLL
+        for (int n = 0; n < kN; ++n) {
+            MK_UNROLL
+            for (int i = 0; i < 4 * kM; ++i) {
+                const int m = i / 4, h = i / 2 % 2;
+                float& w = x[m][n][i % 4];
+                w = ptx::ex2_approx_ftz_f32(fmaf(w, scale, neg_reference[m][h]));
+                sum[m][h] += w;
             }
         }
     }

@@ -41,6 +41,7 @@ Loaded load() {
     find(d.cuLibraryGetKernel, "cuLibraryGetKernel");
     find(d.cuKernelSetAttribute, "cuKernelSetAttribute");
     find(d.cuThreadExchangeStreamCaptureMode, "cuThreadExchangeStreamCaptureMode");
+    find(d.cuTensorMapEncodeTiled, "cuTensorMapEncodeTiled");
     find(d.cuLaunchKernelEx, "cuLaunchKernelEx");
     if (missing) {
         return give_up(file + " has no " + missing + ": a driver for CUDA 12 or later is needed");

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 #include <string>
 
 #include "launch/status.h"
@@ -31,6 +32,11 @@ constexpr int kCaptureModeRelaxed = 2;
 
 constexpr int kLaunchCluster = 4;
 constexpr int kLaunchProgrammaticStreamSerialization = 6;
+
+constexpr int kTensorMapFloat16 = 6;
+constexpr int kTensorMapBfloat16 = 9;
+constexpr int kTensorMapSwizzle128B = 3;
+constexpr int kTensorMapL2Promotion256B = 3;
 
 struct CUlaunchAttribute {
     int id;
@@ -64,6 +70,10 @@ struct Driver {
     CUresult (*cuLibraryGetKernel)(CUkernel*, CUlibrary, const char* name);
     CUresult (*cuKernelSetAttribute)(int attribute, int value, CUkernel, CUdevice);
     CUresult (*cuThreadExchangeStreamCaptureMode)(int*);
+    CUresult (*cuTensorMapEncodeTiled)(void* map, int type, uint32_t rank, void* address,
+                                       const uint64_t* dims, const uint64_t* strides,
+                                       const uint32_t* box, const uint32_t* element_strides,
+                                       int interleave, int swizzle, int l2_promotion, int oob_fill);
     CUresult (*cuLaunchKernelEx)(const CUlaunchConfig*, CUkernel, void** params, void** extra);
 };
 

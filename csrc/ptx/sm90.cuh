@@ -1,5 +1,5 @@
-// PTX instructions that sm_90 and later have. On sm_80 and sm_89 those that only order launches do
-// nothing: there a kernel starts after the one before it has ended.
+// PTX instructions that sm_90 and later have (wgmma: sm90_wgmma.cuh). On sm_80 and sm_89 those that
+// only order launches do nothing: there a kernel starts after the one before it has ended.
 // ISA = https://docs.nvidia.com/cuda/parallel-thread-execution/index.html
 #pragma once
 
@@ -21,5 +21,81 @@ __device__ __forceinline__ void griddepcontrol_launch_dependents() {
     asm volatile("griddepcontrol.launch_dependents;");
 #endif
 }
+
+#if MK_SM >= 90
+
+// ISA#parallel-synchronization-and-communication-instructions-mbarrier
+// `barrier` is an address in shared memory, 8-byte aligned. A phase ends with `count` arrivals.
+__device__ __forceinline__ void mbarrier_init(uint32_t barrier, uint32_t count) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
+}
+
+// The barrier kOffset bytes behind the address.
+template <int kOffset = 0>
+__device__ __forceinline__ void mbarrier_arrive(uint32_t barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0 + %1];" ::"r"(barrier), "n"(kOffset)
+                 : "memory");
+}
+
+// The arrival, after `bytes` more that bulk copies have to bring in this phase.
+__device__ __forceinline__ void mbarrier_arrive_expect_tx(uint32_t barrier, uint32_t bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
+                 : "memory");
+}
+
+// Whether the phase of this parity has ended, after some time of waiting for it.
+template <int kOffset = 0>
+__device__ __forceinline__ bool mbarrier_try_wait_parity(uint32_t barrier, uint32_t parity) {
+    uint32_t has_ended;
+    asm volatile(
+        "{.reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1 + %3], %2; "
+        "selp.b32 %0, 1, 0, p;}"
+        : "=r"(has_ended)
+        : "r"(barrier), "r"(parity), "n"(kOffset)
+        : "memory");
+    return has_ended;
+}
+
+// ISA#data-movement-and-conversion-instructions-cp-async-bulk-tensor
+// The box of a tensor map (in the kernel's parameters) at these coordinates, innermost first, to
+// shared memory. Its bytes count for `barrier`.
+__device__ __forceinline__ void cp_async_bulk_tensor_4d(uint32_t smem, const void* map, int x0,
+                                                        int x1, int x2, int x3, uint32_t barrier) {
+    asm volatile(
+        "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
+        "[%0], [%1, {%2, %3, %4, %5}], [%6];" ::"r"(smem),
+        "l"(map), "r"(x0), "r"(x1), "r"(x2), "r"(x3), "r"(barrier)
+        : "memory");
+}
+
+// ISA#parallel-synchronization-and-communication-instructions-bar
+// Named barriers 0 ... 15, of `threads` threads in whole warps: those that sync and those that only
+// arrive.
+__device__ __forceinline__ void bar_sync(int barrier, int threads) {
+    asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+__device__ __forceinline__ void bar_arrive(int barrier, int threads) {
+    asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+
+// ISA#parallel-synchronization-and-communication-instructions-membar
+// What this thread wrote to shared memory is seen by later wgmma and bulk copies of those that it
+// synchronises with.
+__device__ __forceinline__ void fence_proxy_async() {
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+// ISA#miscellaneous-instructions-setmaxnreg
+// Registers of a thread from here on, for all warps of the warpgroup.
+template <int kRegisters>
+__device__ __forceinline__ void setmaxnreg_inc() {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+template <int kRegisters>
+__device__ __forceinline__ void setmaxnreg_dec() {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
+#endif  // MK_SM >= 90
 
 }  // namespace mk::ptx

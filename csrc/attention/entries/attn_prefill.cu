@@ -1,11 +1,11 @@
 #include "attention/attn_prefill_sm80.cuh"
 
-#define MK_ATTENTION(key, Dtype, kHeadDim)                                            \
-    MK_ENTRY(__launch_bounds__(32 * mk::attn_prefill_tile(MK_SM, kHeadDim).warps,     \
-                               mk::attn_prefill_tile(MK_SM, kHeadDim).blocks_per_sm), \
-             attention, key)                                                          \
-    (const __grid_constant__ mk::AttnPrefillArgs args) {                              \
-        mk::attn_prefill_sm80<mk::Dtype, kHeadDim>(args);                             \
+#define MK_ATTENTION(key, Dtype, kHeadDim)                                                       \
+    MK_ENTRY(__launch_bounds__(mk::attn_prefill_threads(mk::attn_prefill_tile(MK_SM, kHeadDim)), \
+                               mk::attn_prefill_tile(MK_SM, kHeadDim).blocks_per_sm),            \
+             attention, key)                                                                     \
+    (const __grid_constant__ mk::AttnPrefillArgs args) {                                         \
+        mk::attn_prefill_sm80<mk::Dtype, kHeadDim>(args);                                        \
     }
 
 MK_ATTENTION(bf16_hd64, Bf16, 64)
