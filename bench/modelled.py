@@ -222,15 +222,15 @@ def bound_text(row: Row) -> str:
 
 
 def throughput(row: Row) -> str:
-    """What the bound lets through, of useful work: TFLOP/s where the tensor pipe or what feeds it
-    binds, else GB/s of compulsory bytes; and its share of the peak."""
+    """What the bound lets through, of useful work, and its share of the peak: TFLOP/s or GB/s of
+    compulsory bytes, whichever comes nearer to its peak."""
     gpu: Architecture = ARCHITECTURES[row["device"]]
-    resource, us = bound(row)
-    if resource == "DRAM" or not row["flop"]:
-        gb_s = row["compulsory_bytes"] / us / 1e3
-        return f"{number(gb_s)} GB/s, {100 * gb_s / gpu.dram_tb_s / 1e3:.0f} %"
-    tflop_s = row["flop"] / us / 1e6
-    return f"{number(tflop_s)} TFLOP/s, {100 * tflop_s / gpu.tensor_tflop_s:.0f} %"
+    _, us = bound(row)
+    gb_s, tflop_s = row["compulsory_bytes"] / us / 1e3, row["flop"] / us / 1e6
+    of_memory, of_arithmetic = gb_s / gpu.dram_tb_s / 1e3, tflop_s / gpu.tensor_tflop_s
+    if of_memory >= of_arithmetic:
+        return f"{number(gb_s)} GB/s, {100 * of_memory:.0f} %"
+    return f"{number(tflop_s)} TFLOP/s, {100 * of_arithmetic:.0f} %"
 
 
 METRIC_NAMES = {
