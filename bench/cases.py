@@ -193,7 +193,13 @@ def prefill(rows: int, causal: bool, paged: bool = False, rope: bool = False) ->
         exact_units=2,
         compulsory_bytes=2 * rows * HEAD_DIM * 2 * (Q_HEADS + KV_HEADS),
         flop=attention_flop(rows, causal),
-        bars=(Bar("issue", 0.44 if causal else 0.40, "80"), COALESCED, CONFLICT_FREE),
+        archs=("80", "89", "90a"),
+        bars=(
+            Bar("issue", 0.44 if causal else 0.40, "80"),
+            Bar("issue", 0.52 if causal else 0.46, "90a"),
+            COALESCED,
+            CONFLICT_FREE,
+        ),
         work=causal_work(rows, Q_HEADS) if causal else None,
     )
 
