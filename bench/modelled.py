@@ -59,8 +59,8 @@ NOTES = {
         "tiles; FlashAttention-3 has 0.53 and, causal, 0.58 at this length"
     ),
     ("prefill attention/attention/2048 x 2048 causal, rotating Q", "issue"): (
-        "the rotation of Q, once for each tile of 128 queries, costs 0.07 on an A100 and 0.22 on an "
-        "H100 at this length, and less at longer ones; the model has qkv_rope_append do it"
+        "the rotation of Q, once for each tile of 128 queries, costs 0.07 on an A100 and 0.22 on "
+        "an H100 at this length, and less at longer ones; the model has qkv_rope_append do it"
     ),
 }
 
