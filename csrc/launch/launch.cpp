@@ -161,9 +161,20 @@ mk_status launch(const mk_plan& plan, const Device& device, const void* args, vo
     cuda::CUkernel kernel = nullptr;
     MK_TRY(find_kernel(*driver, device, &plan, &kernel));
 
-    cuda::CUlaunchAttribute pdl{};
-    pdl.id = cuda::kLaunchProgrammaticStreamSerialization;
-    pdl.value.programmatic_stream_serialization = 1;
+    cuda::CUlaunchAttribute attributes[2] = {};
+    unsigned num_attributes = 0;
+    if (plan.pdl) {
+        cuda::CUlaunchAttribute& pdl = attributes[num_attributes++];
+        pdl.id = cuda::kLaunchProgrammaticStreamSerialization;
+        pdl.value.programmatic_stream_serialization = 1;
+    }
+    if (plan.cluster[0] * plan.cluster[1] * plan.cluster[2] > 1) {
+        cuda::CUlaunchAttribute& cluster = attributes[num_attributes++];
+        cluster.id = cuda::kLaunchCluster;
+        for (int i = 0; i < 3; ++i) {
+            cluster.value.cluster_dim[i] = static_cast<unsigned>(plan.cluster[i]);
+        }
+    }
     cuda::CUlaunchConfig config{};
     for (int i = 0; i < 3; ++i) {
         config.grid[i] = static_cast<unsigned>(plan.grid[i]);
@@ -171,8 +182,8 @@ mk_status launch(const mk_plan& plan, const Device& device, const void* args, vo
     }
     config.smem_bytes = static_cast<unsigned>(plan.smem_bytes);
     config.stream = stream;
-    config.attributes = &pdl;
-    config.num_attributes = plan.pdl ? 1 : 0;
+    config.attributes = attributes;
+    config.num_attributes = num_attributes;
     void* kernel_params[] = {const_cast<void*>(args)};
     MK_CUDA(*driver, cuLaunchKernelEx, &config, kernel, kernel_params, nullptr);
     return MK_OK;

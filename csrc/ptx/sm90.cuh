@@ -56,6 +56,60 @@ __device__ __forceinline__ bool mbarrier_try_wait_parity(uint32_t barrier, uint3
     return has_ended;
 }
 
+// ISA#parallel-synchronization-and-communication-instructions-barrier-cluster
+// All threads of the cluster's blocks that have not exited. Relaxed: orders no memory.
+__device__ __forceinline__ void barrier_cluster_arrive() {
+    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void barrier_cluster_arrive_relaxed() {
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;");
+}
+__device__ __forceinline__ void barrier_cluster_wait() {
+    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+// ISA#special-registers-cluster-ctarank
+__device__ __forceinline__ uint32_t mov_u32_cluster_ctarank() {
+    uint32_t rank;
+    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    return rank;
+}
+
+// ISA#data-movement-and-conversion-instructions-mapa
+// The address, in the cluster, of what this block has at `smem`, in the block of that rank.
+__device__ __forceinline__ uint32_t mapa_shared_cluster(uint32_t smem, uint32_t rank) {
+    uint32_t remote;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(smem), "r"(rank));
+    return remote;
+}
+
+// ISA#parallel-synchronization-and-communication-instructions-membar
+// After mbarrier_init(), before a barrier of the cluster, where other blocks use the mbarriers.
+__device__ __forceinline__ void fence_mbarrier_init() {
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+
+// An arrival at a barrier of any block of the cluster, by mapa_shared_cluster()'s address; those
+// who wait for it do so with the scope of the cluster.
+template <int kOffset = 0>
+__device__ __forceinline__ void mbarrier_arrive_cluster(uint32_t remote) {
+    asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0 + %1];" ::"r"(remote),
+                 "n"(kOffset)
+                 : "memory");
+}
+template <int kOffset = 0>
+__device__ __forceinline__ bool mbarrier_try_wait_parity_cluster(uint32_t barrier,
+                                                                 uint32_t parity) {
+    uint32_t has_ended;
+    asm volatile(
+        "{.reg .pred p; mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1 + %3], %2; "
+        "selp.b32 %0, 1, 0, p;}"
+        : "=r"(has_ended)
+        : "r"(barrier), "r"(parity), "n"(kOffset)
+        : "memory");
+    return has_ended;
+}
+
 // ISA#data-movement-and-conversion-instructions-cp-async-bulk-tensor
 // The box of a tensor map (in the kernel's parameters) at these coordinates, innermost first, to
 // shared memory. Its bytes count for `barrier`.
@@ -66,6 +120,59 @@ __device__ __forceinline__ void cp_async_bulk_tensor_4d(uint32_t smem, const voi
         "[%0], [%1, {%2, %3, %4, %5}], [%6];" ::"r"(smem),
         "l"(map), "r"(x0), "r"(x1), "r"(x2), "r"(x3), "r"(barrier)
         : "memory");
+}
+
+__device__ __forceinline__ void cp_async_bulk_tensor_3d(uint32_t smem, const void* map, int x0,
+                                                        int x1, int x2, uint32_t barrier) {
+    asm volatile(
+        "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
+        "[%0], [%1, {%2, %3, %4}], [%5];" ::"r"(smem),
+        "l"(map), "r"(x0), "r"(x1), "r"(x2), "r"(barrier)
+        : "memory");
+}
+
+// To the same place of each block of the cluster whose bit `blocks` has, each with its own barrier.
+__device__ __forceinline__ void cp_async_bulk_tensor_4d_multicast(uint32_t smem, const void* map,
+                                                                  int x0, int x1, int x2, int x3,
+                                                                  uint32_t barrier,
+                                                                  uint16_t blocks) {
+    asm volatile(
+        "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+        ".multicast::cluster [%0], [%1, {%2, %3, %4, %5}], [%6], %7;" ::"r"(smem),
+        "l"(map), "r"(x0), "r"(x1), "r"(x2), "r"(x3), "r"(barrier), "h"(blocks)
+        : "memory");
+}
+
+// The way back: the box at these coordinates is written, in the thread's current bulk group.
+__device__ __forceinline__ void cp_async_bulk_tensor_3d_global_shared(const void* map, int x0,
+                                                                      int x1, int x2,
+                                                                      uint32_t smem) {
+    asm volatile(
+        "cp.async.bulk.tensor.3d.global.shared::cta.tile.bulk_group [%0, {%1, %2, %3}], [%4];" ::
+            "l"(map),
+        "r"(x0), "r"(x1), "r"(x2), "r"(smem)
+        : "memory");
+}
+
+// ISA#data-movement-and-conversion-instructions-cp-async-bulk-commit-group
+__device__ __forceinline__ void cp_async_bulk_commit_group() {
+    asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+}
+
+// ISA#data-movement-and-conversion-instructions-cp-async-bulk-wait-group
+// Wait until all but the latest kPending bulk groups have read shared memory, which may then be
+// written again.
+template <int kPending>
+__device__ __forceinline__ void cp_async_bulk_wait_group_read() {
+    asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
+}
+
+// ISA#warp-level-matrix-instructions-stmatrix
+// The reverse of ldmatrix_x4: lane l's address is that of row l % 8 of matrix l / 8.
+__device__ __forceinline__ void stmatrix_x4(uint32_t smem, const uint32_t (&r)[4]) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(smem),
+                 "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3])
+                 : "memory");
 }
 
 // ISA#parallel-synchronization-and-communication-instructions-bar
