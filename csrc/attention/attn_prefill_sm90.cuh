@@ -29,56 +29,9 @@
 #include "attention/attn_output.cuh"
 #include "attention/attn_rope.cuh"
 #include "attention/mask.cuh"
-#include "common/vec.cuh"
-#include "ptx/sm90_wgmma.cuh"
+#include "common/wgmma.cuh"
 
 namespace mk {
-
-// Operand of wgmma in shared memory with the 128-byte swizzle: `lead` bytes between atoms along MN
-// (MN-major only), `stride` between groups of 8 rows. ISA#asynchronous-warpgroup-level-matrix-
-// shared-memory-layout-matrix-descriptor
-__device__ __forceinline__ uint64_t wgmma_operand(uint32_t smem, int lead, int stride) {
-    return uint64_t{smem >> 4 & 0x3FFF} | uint64_t(lead >> 4) << 16 | uint64_t(stride >> 4) << 32 |
-           uint64_t{1} << 62;
-}
-// That `bytes` further.
-__device__ __forceinline__ uint64_t wgmma_advance(uint64_t operand, uint32_t bytes) {
-    return operand + (bytes >> 4);
-}
-
-// S = Q K^T and O += P V by the type of the elements.
-template <class Dtype>
-struct Wgmma;
-template <>
-struct Wgmma<Bf16> {
-    template <bool kAccumulate>
-    static __device__ __forceinline__ void qk(float (&s)[16][4], uint64_t q, uint64_t k) {
-        ptx::wgmma_m64n128k16_f32_bf16<kAccumulate>(s, q, k);
-    }
-    static __device__ __forceinline__ void pv(float (&o)[16][4], const uint32_t (&p)[4],
-                                              uint64_t v) {
-        ptx::wgmma_m64n128k16_f32_bf16(o, p, v);
-    }
-    static __device__ __forceinline__ void pv(float (&o)[8][4], const uint32_t (&p)[4],
-                                              uint64_t v) {
-        ptx::wgmma_m64n64k16_f32_bf16(o, p, v);
-    }
-};
-template <>
-struct Wgmma<F16> {
-    template <bool kAccumulate>
-    static __device__ __forceinline__ void qk(float (&s)[16][4], uint64_t q, uint64_t k) {
-        ptx::wgmma_m64n128k16_f32_f16<kAccumulate>(s, q, k);
-    }
-    static __device__ __forceinline__ void pv(float (&o)[16][4], const uint32_t (&p)[4],
-                                              uint64_t v) {
-        ptx::wgmma_m64n128k16_f32_f16(o, p, v);
-    }
-    static __device__ __forceinline__ void pv(float (&o)[8][4], const uint32_t (&p)[4],
-                                              uint64_t v) {
-        ptx::wgmma_m64n64k16_f32_f16(o, p, v);
-    }
-};
 
 template <class Dtype, int kHeadDim>
 struct AttnPrefillSm90 {
@@ -267,7 +220,7 @@ struct AttnPrefillSm90 {
     static __device__ __forceinline__ void start_qk(Logits& s, uint64_t q, uint64_t k) {
         static_for<kHeadDim / 16>([&](auto j) {
             const int panel = j / 4, byte = j % 4 * 32;
-            Wgmma<Dtype>::template qk<(j > 0)>(
+            ptx::wgmma<kWgmmaType<Dtype>, (j > 0)>(
                 s[0], wgmma_advance(q, panel * QLayout::kPiecePitch + byte),
                 wgmma_advance(k, panel * KvLayout::kPiecePitch + byte));
         });
@@ -277,7 +230,8 @@ struct AttnPrefillSm90 {
     // O += P V, under way.
     static __device__ __forceinline__ void start_pv(Acc& acc, const Weights& weights, uint64_t v) {
         static_for<kN / 16>([&](auto n) {
-            Wgmma<Dtype>::pv(acc[0], weights[n], wgmma_advance(v, n * 16 * KvLayout::kPitch));
+            ptx::wgmma<kWgmmaType<Dtype>, true, ptx::WgmmaMajor::kMn>(
+                acc[0], weights[n], wgmma_advance(v, n * 16 * KvLayout::kPitch));
         });
         ptx::wgmma_commit_group();
     }
