@@ -92,13 +92,14 @@ def normalised(arch: str, x: Tensor, weight: Tensor) -> Tensor:
     return out
 
 
-def canonical(x: Tensor, w: Tensor) -> Tensor:
-    """The sum in the order that the header fixes, as the emulator's mma.sync rounds: the products
-    of 8 k and the accumulator are summed exactly, and the sum is truncated to fp32."""
+def canonical(arch: str, x: Tensor, w: Tensor) -> Tensor:
+    """The sum in the order that the header fixes, as tensor cores round: the products of 8 k (16
+    from sm_90 on) and the accumulator are summed exactly, and the sum is truncated to fp32."""
     x, w = x.double(), w.double()
+    step = 8 if arch in ("80", "89") else 16
     acc = torch.zeros(x.shape[0], w.shape[0], dtype=torch.float64)
-    for k in range(0, x.shape[1], 8):
-        acc += x[:, k : k + 8] @ w[:, k : k + 8].T
+    for k in range(0, x.shape[1], step):
+        acc += x[:, k : k + step] @ w[:, k : k + step].T
         bits = acc.view(torch.int64)
         bits &= ~((1 << 29) - 1)
     return acc.float()

@@ -65,7 +65,8 @@ int traits(const int* op, int* out) {
 }
 using Regs = uint32_t (*)[32];
 void mma(const int* op, uint32_t* a, uint32_t* b, uint32_t* c, uint32_t* d) {
-    mma_sync({op[0], op[1], MmaType(op[2]), MmaType(op[3]), MmaType(op[4]), op[5] != 0, op[6] != 0},
+    mma_sync({op[0], op[1], MmaType(op[2]), MmaType(op[3]), MmaType(op[4]), op[5] != 0, op[6] != 0,
+              mma_sum_bytes(op[7])},
              Regs(a), Regs(b), Regs(c), Regs(d));
 }
 void load_matrices(uint8_t** rows, int count, int trans, uint32_t* d) {
@@ -433,6 +434,7 @@ class Op:
     acc: str
     satfinite: bool = False
     and_popc: bool = False
+    capability: int = 80  # of the device, whose sums it takes
 
     @property
     def layout(self) -> str:
@@ -447,7 +449,8 @@ class Op:
 
     def codes(self) -> ctypes.Array[ctypes.c_int]:
         types = [TYPES.index(t) for t in (self.a, self.b, self.acc)]
-        return (ctypes.c_int * 7)(self.m, self.k, *types, self.satfinite, self.and_popc)
+        flags = (self.satfinite, self.and_popc, self.capability)
+        return (ctypes.c_int * 8)(self.m, self.k, *types, *flags)
 
     def __str__(self) -> str:
         return f"m{self.m}n8k{self.k}.{self.acc}.{self.a}.{self.b}"
@@ -611,8 +614,10 @@ def test_mma_traits_name_the_lowest_capability(lib: ctypes.CDLL, op: Op) -> None
     [o for o in all_ops() if o.acc == "f32" and o.a == o.b] + [Op(16, 32, "e4m3", "e5m2", "f32")],
     ids=str,
 )
-def test_mma_sums_a_block_at_once_and_truncates(direct: Execute, op: Op) -> None:
+@pytest.mark.parametrize("capability", [80, 89, 90, 100])
+def test_mma_sums_a_block_at_once_and_truncates(direct: Execute, op: Op, capability: int) -> None:
     """Random values over many binades, in integer arithmetic: a block's sum is exact, then cut."""
+    op = replace(op, capability=capability)
     rng = np.random.default_rng(5)
     spread = 4 if op.a == "e5m2" or op.b == "e5m2" else 3
 
@@ -624,7 +629,7 @@ def test_mma_sums_a_block_at_once_and_truncates(direct: Execute, op: Op) -> None
 
     a, b = draw((op.m, op.k), op.a), draw((op.k, 8), op.b)
     c = draw((op.m, 8), "f32")
-    per_block = 128 // BITS[op.a]
+    per_block = (128 if capability < 90 else 256) // BITS[op.a]
     expected = c.copy()
     for start in range(0, op.k, per_block):
         ks = slice(start, start + per_block)

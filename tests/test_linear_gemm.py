@@ -180,7 +180,7 @@ def test_gemm_sums_in_the_canonical_order(arch: str, size: str, dtype: torch.dty
     assert entry_of(arch, "linear", x, len(w), F32).endswith(size)
     out = out_of("linear", x, len(w), F32)
     run_linear("linear", arch, x, w, out, seed=5)
-    assert torch.equal(out, canonical(x, w))
+    assert torch.equal(out, canonical(arch, x, w))
 
 
 @pytest.mark.parametrize(

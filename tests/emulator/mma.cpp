@@ -66,7 +66,8 @@ inline void multiply_add(const MmaOp& op, const Block* a, const Block* b, const 
     const int acc_regs = op.acc == MmaType::f16 ? 1 : 2;  // of eight rows
     Octet rows[kRows];
     for (int j = 0; j < kRowBlocks; ++j) unpack_acc(op.acc, c + acc_regs * j, rows + kGroups * j);
-    for (int i = 0; i < op.k / elements; ++i, a += kRowBlocks, ++b) {
+    const int blocks = op.k / elements, blocks_at_once = op.sum_bytes / kBlockBytes;
+    for (int i = 0; i < blocks; ++i, a += kRowBlocks, ++b) {
         // Sixteen sums at once hide the latency of the additions; unrolled, they stay in registers.
         Octet sums[kRows];
 #pragma GCC unroll 16
@@ -76,9 +77,10 @@ inline void multiply_add(const MmaOp& op, const Block* a, const Block* b, const 
             for (int row = 0; row < kRows; ++row)
                 sums[row] += a[row / kGroups][e][row % kGroups] * (*b)[e];
         }
+        const bool is_end = (i + 1) % blocks_at_once == 0 || i + 1 == blocks;
 #pragma GCC unroll 16
         for (int row = 0; row < kRows; ++row)
-            rows[row] = op.acc == MmaType::s32 ? sums[row] : truncate_to_f32(sums[row]);
+            rows[row] = is_end && op.acc != MmaType::s32 ? truncate_to_f32(sums[row]) : sums[row];
     }
     for (int j = 0; j < kRowBlocks; ++j) pack_acc(op, rows + kGroups * j, d + acc_regs * j);
 }

@@ -32,6 +32,7 @@ struct MmaOp {
     MmaType acc;             // type of C and D: f32, f16, s32 or f64
     bool satfinite = false;  // s32: clamp instead of wrapping around
     bool and_popc = false;   // b1: .and.popc instead of .xor.popc
+    int sum_bytes = 16;      // of k, summed at once: mma_sum_bytes
 };
 
 struct MmaTraits {
@@ -39,18 +40,22 @@ struct MmaTraits {
     int min_sm;                  // lowest compute capability: 80, 89, 90
 };
 
+// 16 before sm_90, the whole k from it on.
+constexpr int mma_sum_bytes(int capability) { return capability < 90 ? 16 : 32; }
+
 // What the PTX ISA says of an instruction; nothing if there is no such one.
 std::optional<MmaTraits> mma_traits(const MmaOp& op);
 
 // D = A * B + C for an op that has traits; d may be c.
 //
-// Arithmetic, after measurements of the A100 (Fasi et al., "Numerical behavior of NVIDIA tensor
-// cores", 2021): products are exact; the products of one 16-byte block of k (8 f16, 4 tf32; 16 fp8
-// by analogy) and the accumulator are summed at once, and the sum is *truncated* to fp32; blocks
-// follow in ascending k. f16 accumulators are rounded to nearest once, at the end. Hardware also
-// drops low bits of small addends while it aligns them to the largest one (many bits for fp8 on Ada
-// and Hopper); that is not modelled: a block's sum is exact to 2^-53. Integers are exact; f64 is a
-// chain of fused multiply-adds in ascending k.
+// Arithmetic, after measurements (A100: Fasi et al., "Numerical behavior of NVIDIA tensor cores",
+// 2021; A100 to B200: Xie et al., "MMA-Sim", arXiv:2511.10909): products are exact; those of
+// `sum_bytes` of k (8 f16, 4 tf32, 16 fp8 before sm_90, twice as many from it on, as wgmma sums
+// them) and the accumulator are summed at once, and the sum is *truncated* to fp32; the rest
+// follows in ascending k. f16 accumulators are rounded to nearest once, at the end. Hardware also
+// drops low bits of small addends while it aligns them to the largest one (2^-24 of it on the A100,
+// 2^-25 on the H100, 2^-13 for fp8 on Ada and in wgmma); that is not modelled: a sum is exact to
+// 2^-53. Integers are exact; f64 is a chain of fused multiply-adds in ascending k.
 //
 // m16n8k16 bf16 takes about 0.13 us with AVX-512, ten times as long without.
 void mma_sync(const MmaOp& op, const uint32_t (*a)[32], const uint32_t (*b)[32],
