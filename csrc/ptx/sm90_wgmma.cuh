@@ -89,29 +89,29 @@ enum class WgmmaMajor { kK, kMn };     // which elements of B in shared memory a
 // wgmma<type, accumulate>(d, a, b); N is the number of columns of d. A is a descriptor of K-major
 // rows, B one too then; or A is in registers, and B of either kind. %i0 ... are the operands after
 // D.
-#define MK_WGMMA_STATEMENT(n, types, operands, ...)                                   \
-    asm volatile("wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." types " {" MK_D##n \
-                 "}, " operands ";"                                                   \
-                 : MK_R##n                                                            \
-                 : __VA_ARGS__, "n"(static_cast<int>(kAccumulate)))
-#define MK_WGMMA_OF_TYPE(n, operands, ...)                         \
-    if constexpr (kType == WgmmaType::kBf16) {                     \
-        MK_WGMMA_STATEMENT(n, "bf16.bf16", operands, __VA_ARGS__); \
-    } else {                                                       \
-        MK_WGMMA_STATEMENT(n, "f16.f16", operands, __VA_ARGS__);   \
+#define MK_WGMMA_OF(type, types, n, i0, i1, i2, i3, i4, i5, i6)                            \
+    template <WgmmaType kType, bool kAccumulate>                                           \
+        requires(kType == WgmmaType::type)                                                 \
+    __device__ __forceinline__ void wgmma(float (&d)[n / 8][4], uint64_t a, uint64_t b) {  \
+        asm volatile("wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." types " {" MK_D##n  \
+                     "}, %" #i0 ", %" #i1 ", %" #i2 ", 1, 1, 0, 0;"                        \
+                     : MK_R##n                                                             \
+                     : "l"(a), "l"(b), "n"(static_cast<int>(kAccumulate)));                \
+    }                                                                                      \
+    template <WgmmaType kType, bool kAccumulate, WgmmaMajor kMajor = WgmmaMajor::kK>       \
+        requires(kType == WgmmaType::type)                                                 \
+    __device__ __forceinline__ void wgmma(float (&d)[n / 8][4], const uint32_t (&a)[4],    \
+                                          uint64_t b) {                                    \
+        asm volatile("wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." types " {" MK_D##n  \
+                     "}, {%" #i0 ", %" #i1 ", %" #i2 ", %" #i3 "}, %" #i4 ", %" #i5        \
+                     ", 1, 1, %" #i6 ";"                                                   \
+                     : MK_R##n                                                             \
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b),                 \
+                       "n"(static_cast<int>(kAccumulate)), "n"(static_cast<int>(kMajor))); \
     }
-#define MK_WGMMA(n, i0, i1, i2, i3, i4, i5, i6)                                                \
-    template <WgmmaType kType, bool kAccumulate>                                               \
-    __device__ __forceinline__ void wgmma(float (&d)[n / 8][4], uint64_t a, uint64_t b) {      \
-        MK_WGMMA_OF_TYPE(n, "%" #i0 ", %" #i1 ", %" #i2 ", 1, 1, 0, 0", "l"(a), "l"(b))        \
-    }                                                                                          \
-    template <WgmmaType kType, bool kAccumulate, WgmmaMajor kMajor = WgmmaMajor::kK>           \
-    __device__ __forceinline__ void wgmma(float (&d)[n / 8][4], const uint32_t (&a)[4],        \
-                                          uint64_t b) {                                        \
-        MK_WGMMA_OF_TYPE(                                                                      \
-            n, "{%" #i0 ", %" #i1 ", %" #i2 ", %" #i3 "}, %" #i4 ", %" #i6 ", 1, 1, %" #i5,    \
-            "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(static_cast<int>(kMajor))) \
-    }
+#define MK_WGMMA(...)                            \
+    MK_WGMMA_OF(kBf16, "bf16.bf16", __VA_ARGS__) \
+    MK_WGMMA_OF(kF16, "f16.f16", __VA_ARGS__)
 MK_WGMMA(8, 4, 5, 6, 7, 8, 9, 10)
 MK_WGMMA(16, 8, 9, 10, 11, 12, 13, 14)
 MK_WGMMA(24, 12, 13, 14, 15, 16, 17, 18)
@@ -156,8 +156,7 @@ MK_WGMMA(256, 128, 129, 130, 131, 132, 133, 134)
 #undef MK_R192
 #undef MK_R224
 #undef MK_R256
-#undef MK_WGMMA_STATEMENT
-#undef MK_WGMMA_OF_TYPE
+#undef MK_WGMMA_OF
 #undef MK_WGMMA
 
 }  // namespace mk::ptx
