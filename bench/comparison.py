@@ -19,6 +19,7 @@ from side_process import Clock, Run, Timing, clock_of, serve
 from tqdm import tqdm
 
 from minitron_kernels import MinitronForCausalLM, SamplingParams
+from minitron_kernels.bench_peers import Transformers
 from minitron_kernels.generate import stream
 
 
@@ -42,30 +43,12 @@ def ours(path: Path, dtype: str, clock: Clock) -> Run:
 
 def transformers(path: Path, dtype: str, clock: Clock) -> Run:
     """transformers' plain model with the same weights, expanded, in a loop of argmax."""
-    from transformers import MistralConfig, MistralForCausalLM
+    model = MinitronForCausalLM.from_pretrained(path, dtype=dtype, device="cpu", expand=True)
+    side = Transformers(model, clock)
 
-    loaded = MinitronForCausalLM.from_pretrained(path, dtype=dtype, device="cpu", expand=True)
-    with torch.device("meta"):
-        model = MistralForCausalLM(MistralConfig(**loaded.config.to_hf()))
-    model = model.to(getattr(torch, dtype)).to_empty(device="cpu").eval()
-    model.model.rotary_emb = type(model.model.rotary_emb)(
-        model.config
-    )  # its buffers are no weights
-    missing, unexpected = model.load_state_dict(loaded.state_dict(), strict=False)
-    assert not unexpected and set(missing) <= {"lm_head.weight"}
-    model.tie_weights()
-
-    @torch.inference_mode()
     def run(prompt: list[int], new_tokens: int) -> Timing:
-        started = clock()
-        out = model(torch.tensor([prompt]), use_cache=True, logits_to_keep=1)
-        token = out.logits[:, -1].argmax(-1, keepdim=True)
-        prefilled = clock()
-        for _ in range(new_tokens):
-            out = model(token, past_key_values=out.past_key_values, use_cache=True)
-            token = out.logits[:, -1].argmax(-1, keepdim=True)
-        ended = clock()
-        return len(prompt) / (prefilled - started), new_tokens / (ended - prefilled)
+        times = side.run([prompt], new_tokens + 1)
+        return len(prompt) / times.prefill_seconds, new_tokens / times.decode_seconds
 
     return run
 
