@@ -28,7 +28,7 @@ mkdir -p "$out/logs"
 out=$(realpath "$out")
 summary=$out/summary.txt
 export PYTHONPATH=$PWD PYTHONDONTWRITEBYTECODE=1 OMP_WAIT_POLICY=PASSIVE HF_HUB_OFFLINE=1
-export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-/tmp/minitron-inductor}
+export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-${TMPDIR:-/tmp}/minitron-inductor}
 python=${PYTHON:-$(command -v python3 || command -v python)}
 
 left() { echo $((minutes * 60 - SECONDS)); }
@@ -171,7 +171,7 @@ else
     bench calls 20 bench/bench_call_overhead.py
     bench rest 600 bench
     [ "$(left)" -lt 60 ] || step build-all 600 env MK_ARCHS="80 89 90a 100a" "$python" setup.py build_ext \
-        --build-lib /tmp/minitron-all-archs
+        --build-lib "${TMPDIR:-/tmp}/minitron-all-archs"
 fi
 if has matplotlib && [ "$(left)" -gt 5 ] && [ -z "$dry" ]; then
     cp bench/results/modelled.json "$out/"
