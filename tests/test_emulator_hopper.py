@@ -55,6 +55,15 @@ def test_mbarrier_hands_data_over(count: int, arrive: str, how: str) -> None:
         assert np.array_equal(run(body, seed=seed)[32:], np.arange(32) + 100)
 
 
+@pytest.mark.parametrize("cluster", [1, 2])
+def test_mbarriers_of_the_blocks_before_are_forgotten(cluster: int) -> None:
+    """Blocks that run where others ran initialise theirs by any thread, at the same place."""
+    init = "setp.eq.u32 %p1, %tid, 33; @%p1 mbarrier.init.shared.b64 [%bar], 64;" + CLUSTER_SYNC
+    body = init + f"mbarrier.arrive.shared.b64 _, [%bar]; {wait('%bar', 0)} st.global.u32 [%yt], 7;"
+    for seed in SEEDS:
+        assert (run(body, seed=seed, cluster=cluster, grid=16) == 7).all()
+
+
 def test_mbarrier_states_phases_and_pending_counts() -> None:
     body = (
         INIT.format(count=2)

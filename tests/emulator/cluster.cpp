@@ -22,6 +22,7 @@ void Cluster::start(Launch& l, uint64_t linear, Counters& counters, InstrCount* 
     completed.clear();
     const auto count = static_cast<uint32_t>(size.count());
     const auto warps = static_cast<int>((c.block.count() + kLanes - 1) / kLanes);
+    for (const auto& cta : ctas) cta->end();  // in the time of those that ran here before
     clocks.reset(static_cast<int>(count), warps, l.program->async);
     while (ctas.size() < count) ctas.push_back(std::make_unique<Cta>());
     for (uint32_t rank = 0; rank < count; ++rank) {

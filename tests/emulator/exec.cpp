@@ -422,6 +422,14 @@ void fill_specials(Warp& w, const Launch& launch, const Cta& cta) {
 
 }  // namespace
 
+void Cta::end() {
+    for (const Warp& w : warps)
+        for (const AsyncCopy& copy : w.copies)
+            shared.land(w.agent, copy.lane, copy.destination, copy.bytes);
+    for (const auto& [address, barrier] : mbarriers) shared.end_barrier(0, 0, address);
+    mbarriers.clear();
+}
+
 void Cta::start(Launch& l, Cluster& c, uint32_t cta_rank, Dim3 cta_id, Counters& counters,
                 InstrCount* counts) {
     launch = &l;
@@ -433,11 +441,6 @@ void Cta::start(Launch& l, Cluster& c, uint32_t cta_rank, Dim3 cta_id, Counters&
     const Program& p = *l.program;
     const auto threads = static_cast<uint32_t>(config.block.count());
     const auto num_warps = (threads + kLanes - 1) / kLanes;
-    for (const Warp& w : warps)  // of the CTA that ran here before
-        for (const AsyncCopy& copy : w.copies)
-            shared.land(w.agent, copy.lane, copy.destination, copy.bytes);
-    for (const auto& [address, barrier] : mbarriers) shared.end_barrier(0, 0, address);
-    mbarriers.clear();
     mbarriers_made = 0;
     shared.reset(std::max(p.static_smem, p.dynamic_smem_at + config.dynamic_smem), p.granule_shift,
                  c.clocks, static_cast<int>(rank), config.shared);

@@ -422,6 +422,7 @@ struct Cta {
     int mbarriers_made = 0;
     std::vector<std::array<WgmmaOperand, kWgmmaSlots>> wgmma_operands;  // by warpgroup
 
+    void end();  // what the CTA that ran here left behind
     void start(Launch& launch, Cluster& cluster, uint32_t rank, Dim3 id, Counters& counters,
                InstrCount* counts);
     void barrier_arrive(Warp& warp, Mask lanes, uint32_t id, uint32_t threads, bool wait);
