@@ -29,7 +29,8 @@ BUILD = Path("build/native")  # relative to ROOT, where every command runs
 
 # Entry file below csrc/ -> the architectures it is compiled for.
 ENTRY_FILES: dict[str, tuple[str, ...]] = {
-    "attention/entries/attn_decode.cu": cuda.ARCHS,
+    "attention/entries/attn_decode.cu": ("80", "89", "100a"),
+    "attention/entries/attn_decode_sm90.cu": ("90a",),
     "attention/entries/attn_prefill.cu": ("80", "89", "100a"),
     "attention/entries/attn_prefill_sm90.cu": ("90a",),
     "embedding/entries/embedding.cu": cuda.ARCHS,

@@ -184,7 +184,18 @@ struct AttentionDecode {
             static_cast<int32_t>(std::clamp<int64_t>(wanted, 1, max_splits(p, p.window)));
         plan.grid[2] = std::max(p.batch, 1);
         plan.block[0] = kAttnDecodeThreads;
+        if (device.sm == 90) plan.smem_bytes = sm90_smem_bytes(p.head_dim, rows.per_block);
         return plan;
+    }
+
+    static int32_t sm90_smem_bytes(int32_t head_dim, int32_t rows) {
+        const bool is_few = rows == kAttnDecodeFewRows;
+        if (head_dim == 64) {
+            return is_few ? AttnDecodeSm90Tile<64, kAttnDecodeFewRows>::kSmemBytes
+                          : AttnDecodeSm90Tile<64, kAttnDecodeManyRows>::kSmemBytes;
+        }
+        return is_few ? AttnDecodeSm90Tile<128, kAttnDecodeFewRows>::kSmemBytes
+                      : AttnDecodeSm90Tile<128, kAttnDecodeManyRows>::kSmemBytes;
     }
 
     static AttnDecodeArgs args(const Params& p) {
@@ -208,12 +219,56 @@ struct AttentionDecode {
         return args;
     }
 
+    // What sm_90's kernel takes: the same, and tensor maps.
+    static mk_status args_sm90(const Params& p, AttnDecodeSm90Args* to) {
+        static_cast<AttnDecodeArgs&>(*to) = args(p);
+        to->has_maps = 0;
+        if (p.tokens == 0 || p.batch == 0 || p.num_pages == 0) return MK_OK;
+        // A dimension of one has no stride, but must be given one.
+        const auto bytes = [&](int64_t elements, int32_t count) {
+            return static_cast<uint64_t>(count > 1 ? 2 * elements : 2 * p.head_dim);
+        };
+        const uint64_t dims[] = {
+            static_cast<uint64_t>(p.head_dim), static_cast<uint64_t>(p.num_kv_heads),
+            static_cast<uint64_t>(p.page_size), static_cast<uint64_t>(p.num_pages)};
+        const uint64_t strides[] = {bytes(p.cache_head_stride, p.num_kv_heads),
+                                    bytes(p.cache_stride, p.page_size),
+                                    bytes(p.cache_page_stride, p.num_pages)};
+        if (overlap(dims, strides)) return MK_OK;
+        const uint32_t box[] = {64, 1, kAttnDecodeTileKeys, 1};
+        const uint32_t ones[] = {1, 1, 1, 1};
+        const cuda::Driver* driver = nullptr;
+        MK_TRY(cuda::get_driver(&driver));
+        for (const bool is_k : {true, false}) {
+            MK_CUDA(*driver, cuTensorMapEncodeTiled, is_k ? &to->k_map : &to->v_map,
+                    p.dtype == MK_BF16 ? cuda::kTensorMapBfloat16 : cuda::kTensorMapFloat16, 4,
+                    is_k ? p.k_cache : p.v_cache, dims, strides, box, ones, 0,
+                    cuda::kTensorMapSwizzle128B, cuda::kTensorMapL2Promotion256B, 0);
+        }
+        to->has_maps = 1;
+        return MK_OK;
+    }
+
     static std::string shape(const Params& p) {
         return std::string("attention_decode ") + dtype_name(p.dtype) + " batch " +
                std::to_string(p.batch) + " heads " + std::to_string(p.num_q_heads) + "/" +
                std::to_string(p.num_kv_heads) + " head_dim " + std::to_string(p.head_dim) +
                " queries " + std::to_string(p.max_seqlen_q) + " pages " +
                std::to_string(p.max_pages) + "x" + std::to_string(p.page_size);
+    }
+
+  private:
+    // Whether elements of a tensor map share memory, which TMA does not allow.
+    static bool overlap(const uint64_t (&dims)[4], const uint64_t (&strides)[3]) {
+        int order[] = {0, 1, 2};
+        std::sort(order, order + 3, [&](int a, int b) { return strides[a] < strides[b]; });
+        uint64_t below = 2 * dims[0];
+        for (const int i : order) {
+            if (dims[i + 1] == 1) continue;
+            if (strides[i] < below) return true;
+            below += strides[i] * (dims[i + 1] - 1);
+        }
+        return false;
     }
 };
 
@@ -223,7 +278,20 @@ struct AttentionDecode {
 extern "C" {
 
 mk_status mk_attention_decode(const mk_attention_decode_params* params, void* stream) {
-    return mk::run<mk::AttentionDecode>(params, stream);
+    using mk::AttentionDecode;
+    MK_REQUIRE(params, MK_ERR_NULL, "params is NULL");
+    MK_TRY(AttentionDecode::check(*params));
+    const mk::Device* device = nullptr;
+    MK_TRY(mk::current_device(&device));
+    if (device->info.sm != 90) return mk::run<AttentionDecode>(params, stream);
+    mk::AttnDecodeSm90Args args{};
+    MK_TRY(AttentionDecode::args_sm90(*params, &args));
+    return mk::launch(
+        AttentionDecode::plan(*params, device->info), *device, &args, stream,
+        [](const void* p) {
+            return AttentionDecode::shape(*static_cast<const AttentionDecode::Params*>(p));
+        },
+        params);
 }
 
 mk_status mk_attention_decode_plan(const mk_attention_decode_params* params,

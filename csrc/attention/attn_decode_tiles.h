@@ -24,7 +24,7 @@ constexpr int kAttnDecodeMaxSeqlenQ = 8;
 constexpr int kAttnDecodeFewRows = 8;
 constexpr int kAttnDecodeManyRows = 32;
 
-// A unit is a tile of K or of V; a warp's ring holds kUnits of them, and all but one are in flight.
+// Until sm_89, and on sm_100. A unit is a tile of K or of V; a warp's ring holds kUnits of them, and all but one are in flight.
 // Latency of 700 ns needs 13 KB in flight per SM on A100, 18 KB on H100, 38 KB on B200.
 //
 //   head_dim  rows | units  ring | smem of a block | blocks per SM (sm_80, 89, 90, 100)
@@ -32,10 +32,12 @@ constexpr int kAttnDecodeManyRows = 32;
 //   64         8   |   6   12 KB |    48 KB        | 3, 2, 3, 3 (registers)
 //   128       32   |   2    8 KB |    40 KB        | 2, 2, 2, 2 (registers)
 //   64        32   |   4    8 KB |    36 KB        | 2, 2, 2, 2 (registers)
-template <int kHeadDim, int kRows>
+template <int kHeadDim_, int kRows_>
 struct AttnDecodeTile {
+    static constexpr int kHeadDim = kHeadDim_, kRows = kRows_;
     static constexpr bool kQInRegisters = kRows == kAttnDecodeFewRows;
     static constexpr int kRowBytes = 2 * kHeadDim;
+    static constexpr int kPitch = kRowBytes;  // of a unit's rows
     static constexpr int kUnitBytes = kAttnDecodeTileKeys * kRowBytes;
     static constexpr int kRingBytes = kQInRegisters ? 12 << 10 : 8 << 10;
     static constexpr int kUnits = kRingBytes / kUnitBytes;
@@ -45,9 +47,59 @@ struct AttnDecodeTile {
     static constexpr int kSmemBytes = kRingsBytes + (kQInRegisters ? 0 : kRows * kRowBytes);
     static constexpr int kBlocksPerSm = kQInRegisters ? 3 : 2;
 
+    // In a unit: 16-byte chunk `chunk` of row `row`, and the 16 columns number `step` of the rows
+    // that a lane addresses for ldmatrix.
+    MK_HOST_DEVICE static constexpr int chunk_at(int row, int chunk) {
+        return row * kPitch + (chunk ^ row % 8) * 16;
+    }
+    MK_HOST_DEVICE static constexpr uint32_t block(uint32_t smem, int step) {
+        return smem ^ static_cast<uint32_t>(step * 32);
+    }
+
     static_assert(kUnits >= 2 && kUnits * kUnitBytes == kRingBytes);
     static_assert(kRows * kRowBytes <= kUnitBytes || !kQInRegisters);
     static_assert(kSmemBytes <= 48 << 10, "the most that needs no opt-in; two blocks on sm_89");
+};
+
+// On sm_90 a unit's loads are one or two boxes of TMA and no lane's registers, so a ring can be deep:
+// two blocks of an SM have 160 KB in flight, all but the units in use. That covers seven times the
+// 23 KB that 90 % of an H100's bandwidth (3.02 TB/s / 132 SMs = 22.8 KB / us) has under way in 1 us,
+// DRAM's latency under load, and, what counts more, 29 SMs with one block each suffice for it: one
+// sequence of 1024 keys has 32 blocks (8 KV heads x 4 splits), whose rings of sm_80 (32 KB in
+// flight) would stop at 1.0 MB of the 3.0 that are needed.
+//
+//   head_dim  rows | slots   ring | smem of a block
+//   128        8   |   3    24 KB |  4 * 24 + 2 (q) + 1.25 (barriers, alignment)
+//   128       32   |   3    24 KB |  4 * 24 + 8     + 1.25
+//   64        8/32 |   6    24 KB |  4 * 24 + 1/4   + 1.25
+//
+// A slot has a tile of K and of V: units of panels of 64 columns, as TMA's 128-byte swizzle wants.
+template <int kHeadDim_, int kRows_>
+struct AttnDecodeSm90Tile {
+    static constexpr int kHeadDim = kHeadDim_, kRows = kRows_;
+    static constexpr bool kQInRegisters = kRows == kAttnDecodeFewRows;
+    static constexpr int kRowBytes = 2 * kHeadDim;
+    static constexpr int kPitch = 128;  // of a panel's rows
+    static constexpr int kPanelBytes = kAttnDecodeTileKeys * kPitch;
+    static constexpr int kUnitBytes = kAttnDecodeTileKeys * kRowBytes;
+    static constexpr int kRingBytes = 24 << 10;
+    static constexpr int kSlots = kRingBytes / (2 * kUnitBytes);
+    static constexpr int kRingsBytes = kAttnDecodeWarps * kRingBytes;
+    static constexpr int kQOffset = kRingsBytes;
+    static constexpr int kEventsOffset = kQOffset + kRows * kRowBytes;
+    static constexpr int kEventsBytes = 2 * 8 * kAttnDecodeWarps * kSlots;
+    static constexpr int kSmemBytes = kEventsOffset + kEventsBytes + 1024;  // to align it
+    static constexpr int kBlocksPerSm = 2;
+
+    MK_HOST_DEVICE static constexpr int chunk_at(int row, int chunk) {
+        return chunk / 8 * kPanelBytes + row * kPitch + (chunk % 8 ^ row % 8) * 16;
+    }
+    MK_HOST_DEVICE static constexpr uint32_t block(uint32_t smem, int step) {
+        return (smem ^ static_cast<uint32_t>(step % 4 * 32)) + step / 4 * kPanelBytes;
+    }
+
+    static_assert(kSlots * 2 * kUnitBytes == kRingBytes);
+    static_assert(kBlocksPerSm * (kSmemBytes + 1024) <= 228 << 10);
 };
 
 // ---- The split rule: a function of the number of keys and of the window ----
@@ -93,6 +145,15 @@ struct AttnDecodeArgs {
     int32_t rope_is_vector;  // rotary_dim and tables allow 16-byte loads
     int64_t stats_offset;    // bytes from the counters to the partial results' statistics
     int64_t partial_offset;  // and to their sums
+};
+
+// sm_90's: tensor maps of the caches, of elements, heads, keys of a page and pages, whose boxes are
+// 64 elements of one head and 16 keys. has_maps is 0 where strides overlap, which TMA does not take.
+struct AttnDecodeSm90Args : AttnDecodeArgs {
+    struct alignas(64) TensorMap {
+        uint64_t opaque[16];
+    } k_map, v_map;
+    int32_t has_maps;
 };
 
 }  // namespace mk

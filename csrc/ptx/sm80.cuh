@@ -26,7 +26,14 @@ __device__ __forceinline__ uint4 ld_global_v4(const void* address) {
     return v;
 }
 
-// The same for data that no kernel of the launch writes, kOffset bytes behind the address.
+// Not from L1, which may hold what was there before another kernel wrote.
+__device__ __forceinline__ int32_t ld_global_cg(const int32_t* address) {
+    int32_t v;
+    asm volatile("ld.global.cg.b32 %0, [%1];" : "=r"(v) : "l"(address) : "memory");
+    return v;
+}
+
+// Past L1, too, data that no kernel of the launch writes, kOffset bytes behind the address.
 template <int kOffset = 0>
 __device__ __forceinline__ uint4 ld_global_nc_l1_no_allocate_v4(const void* address) {
     uint4 v;

@@ -175,6 +175,22 @@ __device__ __forceinline__ void stmatrix_x4(uint32_t smem, const uint32_t (&r)[4
                  : "memory");
 }
 
+// ISA#data-movement-and-conversion-instructions-cp-async-bulk-prefetch-tensor
+// The box to L2 alone, a hint.
+__device__ __forceinline__ void cp_async_bulk_prefetch_tensor_4d_l2(const void* map, int x0, int x1,
+                                                                    int x2, int x3) {
+    asm volatile("cp.async.bulk.prefetch.tensor.4d.L2.global.tile [%0, {%1, %2, %3, %4}];" ::"l"(
+                     map),
+                 "r"(x0), "r"(x1), "r"(x2), "r"(x3)
+                 : "memory");
+}
+
+// ISA#data-movement-and-conversion-instructions-cp-async-mbarrier-arrive
+// The phase waits for this thread's cp.async so far, too; it counts no arrival.
+__device__ __forceinline__ void cp_async_mbarrier_arrive(uint32_t barrier) {
+    asm volatile("cp.async.mbarrier.arrive.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
+}
+
 // ISA#parallel-synchronization-and-communication-instructions-bar
 // Named barriers 0 ... 15, of `threads` threads in whole warps: those that sync and those that only
 // arrive.
