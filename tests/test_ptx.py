@@ -147,14 +147,17 @@ def test_sass_is_of_the_arch_and_has_no_local_memory(arch: str) -> None:
 
 
 # Instructions that a kernel of an architecture is there for: by op, and the flags of its entries.
-OWN_INSTRUCTIONS = {("90a", "attention"): {"HGMMA", "UTMALDG", "USETMAXREG"}}
+OWN_INSTRUCTIONS = {
+    ("90a", "attention"): {"HGMMA", "UTMALDG", "USETMAXREG"},
+    ("90a", "attention_decode"): {"UTMALDG", "UTMAPF"},
+}
 
 
 @archs
 def test_sass_has_the_instructions_of_its_arch(arch: str) -> None:
     for name, text in sass(arch).items():
         expected = OWN_INSTRUCTIONS.get((arch, ENTRY_NAME.fullmatch(name)["op"]), set())
-        found = set(re.findall(r"\b(HGMMA|UTMALDG|USETMAXREG)\b", text))
+        found = set(re.findall(r"\b(HGMMA|UTMALDG|UTMAPF|USETMAXREG)\b", text))
         assert found == expected, name
 
 

@@ -32,7 +32,7 @@ CLAIMED_BLOCKS = {
     r"linear.*_m128_n128|qkv.*_m128_n128": (2, 2, 2, 2),
     r"linear.*_m64_n64|qkv.*_m64_n64": (2, 2, 2, 2),
     r"attention_sm\d+_\w+_hd128": (2, 1, 1, 1),
-    r"attention_decode.*_rows8": (3, 2, 3, 3),
+    r"attention_decode.*_rows8": (3, 2, 2, 3),
 }
 
 

@@ -1,5 +1,5 @@
-// What a block of attention_decode works on, which tiles of keys its warps take, and the tiles at the
-// edges, which are written key by key.
+// What a block of attention_decode works on, which tiles of keys its warps take, and the tiles at
+// the edges, which are written key by key.
 //
 //   keys of a split   | t0 | t1 | t2 | t3 | t4 | ...     tiles of 16 keys, dealt to the 4 warps
 //   from
@@ -25,8 +25,8 @@ struct DecodeWork {
     int num_pages;                 // 0 if the lengths are out of range: then every key is NaN
     int span_begin, chunk, num_splits;
 
-    // False if there is nothing to do. What it reads is not kept in L1: it may be read before earlier
-    // kernels are done, and again.
+    // False if there is nothing to do. What it reads is not kept in L1: it may be read before
+    // earlier kernels are done, and again.
     __device__ __forceinline__ bool find(const AttnDecodeArgs& args, int max_rows) {
         const mk_attention_decode_params& p = args.p;
         num_splits = 0;
@@ -34,7 +34,8 @@ struct DecodeWork {
         kv_head = blockIdx.x / args.row_blocks;
         first_row = (blockIdx.x - kv_head * args.row_blocks) * max_rows;
         first_query = p.cu_seqlens_q ? ptx::ld_global_cg(p.cu_seqlens_q + sequence) : sequence;
-        const int end = p.cu_seqlens_q ? ptx::ld_global_cg(p.cu_seqlens_q + sequence + 1) : sequence + 1;
+        const int end =
+            p.cu_seqlens_q ? ptx::ld_global_cg(p.cu_seqlens_q + sequence + 1) : sequence + 1;
         num_queries = end - first_query;
         if (num_queries <= 0 || num_queries > p.max_seqlen_q) return false;
         if (first_query < 0 || end > p.tokens) return false;
@@ -150,10 +151,10 @@ struct KvTiles {
         return key < first_visible || (kIsFirst && key + kTileKeys > work.num_cached);
     }
 
-    // K or V of a tile, this lane's part of which lies at `in_cache`, with keys that are not to be read, or not in the cache yet:
-    // these are rotated (K) and appended on the way. What is not there is 0; on a page that does not
-    // exist K is NaN, which spoils the rows that see it, and V 0, which spoils no other. Only a
-    // warp's first tile can have new keys and the end.
+    // K or V of a tile, this lane's part of which lies at `in_cache`, with keys that are not to be
+    // read, or not in the cache yet: these are rotated (K) and appended on the way. What is not
+    // there is 0; on a page that does not exist K is NaN, which spoils the rows that see it, and V
+    // 0, which spoils no other. Only a warp's first tile can have new keys and the end.
     template <bool kIsFirst>
     __device__ __forceinline__ void load_edge(bool is_k, uint8_t* smem, int unit, void* in_cache,
                                               bool is_no_page, int key) {
@@ -161,8 +162,7 @@ struct KvTiles {
         MK_NO_UNROLL
         for (int i = 0; i < kTileKeys; i += kKeysPerLoad) {
             const int this_key = key + i + lane / kLanesPerKey;
-            uint8_t* const at =
-                smem + (((unit + lane_smem) ^ (i % 8 * 16)) + i * Tile::kPitch);
+            uint8_t* const at = smem + (((unit + lane_smem) ^ (i % 8 * 16)) + i * Tile::kPitch);
             uint4& to = *reinterpret_cast<uint4*>(at);
             if (this_key < first_visible || this_key >= work.num_keys) {
                 to = {0, 0, 0, 0};

@@ -1,5 +1,5 @@
-// The rows of a warp of attention_decode: what it does with a tile of K and of V, and what becomes of
-// its sums. The MMAs, their order and so the bits are the same on every architecture.
+// The rows of a warp of attention_decode: what it does with a tile of K and of V, and what becomes
+// of its sums. The MMAs, their order and so the bits are the same on every architecture.
 #pragma once
 
 #include "attention/attn_combine.cuh"

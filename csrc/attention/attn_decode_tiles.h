@@ -24,8 +24,9 @@ constexpr int kAttnDecodeMaxSeqlenQ = 8;
 constexpr int kAttnDecodeFewRows = 8;
 constexpr int kAttnDecodeManyRows = 32;
 
-// Until sm_89, and on sm_100. A unit is a tile of K or of V; a warp's ring holds kUnits of them, and all but one are in flight.
-// Latency of 700 ns needs 13 KB in flight per SM on A100, 18 KB on H100, 38 KB on B200.
+// Until sm_89, and on sm_100. A unit is a tile of K or of V; a warp's ring holds kUnits of them,
+// and all but one are in flight. Latency of 700 ns needs 13 KB in flight per SM on A100, 18 KB on
+// H100, 38 KB on B200.
 //
 //   head_dim  rows | units  ring | smem of a block | blocks per SM (sm_80, 89, 90, 100)
 //   128        8   |   3   12 KB |    48 KB        | 3, 2, 3, 3 (registers)
@@ -61,12 +62,12 @@ struct AttnDecodeTile {
     static_assert(kSmemBytes <= 48 << 10, "the most that needs no opt-in; two blocks on sm_89");
 };
 
-// On sm_90 a unit's loads are one or two boxes of TMA and no lane's registers, so a ring can be deep:
-// two blocks of an SM have 160 KB in flight, all but the units in use. That covers seven times the
-// 23 KB that 90 % of an H100's bandwidth (3.02 TB/s / 132 SMs = 22.8 KB / us) has under way in 1 us,
-// DRAM's latency under load, and, what counts more, 29 SMs with one block each suffice for it: one
-// sequence of 1024 keys has 32 blocks (8 KV heads x 4 splits), whose rings of sm_80 (32 KB in
-// flight) would stop at 1.0 MB of the 3.0 that are needed.
+// On sm_90 a unit's loads are one or two boxes of TMA and no lane's registers, so a ring can be
+// deep: two blocks of an SM have 160 KB in flight, all but the units in use. That covers seven
+// times the 23 KB that 90 % of an H100's bandwidth (3.02 TB/s / 132 SMs = 22.8 KB / us) has under
+// way in 1 us, DRAM's latency under load, and, what counts more, 29 SMs with one block each suffice
+// for it: one sequence of 1024 keys has 32 blocks (8 KV heads x 4 splits), whose rings of sm_80 (32
+// KB in flight) would stop at 1.0 MB of the 3.0 that are needed.
 //
 //   head_dim  rows | slots   ring | smem of a block
 //   128        8   |   3    24 KB |  4 * 24 + 2 (q) + 1.25 (barriers, alignment)
@@ -148,7 +149,8 @@ struct AttnDecodeArgs {
 };
 
 // sm_90's: tensor maps of the caches, of elements, heads, keys of a page and pages, whose boxes are
-// 64 elements of one head and 16 keys. has_maps is 0 where strides overlap, which TMA does not take.
+// 64 elements of one head and 16 keys. has_maps is 0 where strides overlap, which TMA does not
+// take.
 struct AttnDecodeSm90Args : AttnDecodeArgs {
     struct alignas(64) TensorMap {
         uint64_t opaque[16];

@@ -179,10 +179,10 @@ __device__ __forceinline__ void stmatrix_x4(uint32_t smem, const uint32_t (&r)[4
 // The box to L2 alone, a hint.
 __device__ __forceinline__ void cp_async_bulk_prefetch_tensor_4d_l2(const void* map, int x0, int x1,
                                                                     int x2, int x3) {
-    asm volatile("cp.async.bulk.prefetch.tensor.4d.L2.global.tile [%0, {%1, %2, %3, %4}];" ::"l"(
-                     map),
-                 "r"(x0), "r"(x1), "r"(x2), "r"(x3)
-                 : "memory");
+    asm volatile(
+        "cp.async.bulk.prefetch.tensor.4d.L2.global.tile [%0, {%1, %2, %3, %4}];" ::"l"(map),
+        "r"(x0), "r"(x1), "r"(x2), "r"(x3)
+        : "memory");
 }
 
 // ISA#data-movement-and-conversion-instructions-cp-async-mbarrier-arrive
