@@ -63,16 +63,15 @@ struct AttnDecodeTile {
 };
 
 // On sm_90 a unit's loads are one or two boxes of TMA and no lane's registers, so a ring can be
-// deep: two blocks of an SM have 160 KB in flight, all but the units in use. That covers seven
-// times the 23 KB that 90 % of an H100's bandwidth (3.02 TB/s / 132 SMs = 22.8 KB / us) has under
-// way in 1 us, DRAM's latency under load, and, what counts more, 29 SMs with one block each suffice
-// for it: one sequence of 1024 keys has 32 blocks (8 KV heads x 4 splits), whose rings of sm_80 (32
-// KB in flight) would stop at 1.0 MB of the 3.0 that are needed.
+// deep. 90 % of an H100's bandwidth (3.02 TB/s) have 3.0 MB under way in 1 us, DRAM's latency under
+// load, or 23 KB on each of 132 SMs. Two blocks of an SM have seven times that in flight, all but
+// the units in use. It is few blocks that need it: a sequence of 1024 keys has 32 (8 KV heads x 4
+// splits), with 2.6 MB in flight, where sm_80's rings would have 1.0 MB.
 //
 //   head_dim  rows | slots   ring | smem of a block
 //   128        8   |   3    24 KB |  4 * 24 + 2 (q) + 1.25 (barriers, alignment)
 //   128       32   |   3    24 KB |  4 * 24 + 8     + 1.25
-//   64        8/32 |   6    24 KB |  4 * 24 + 1/4   + 1.25
+//   64        8    |   6    24 KB |  4 * 24 + 1 + 1.25; 32 rows: + 4
 //
 // A slot has a tile of K and of V: units of panels of 64 columns, as TMA's 128-byte swizzle wants.
 template <int kHeadDim_, int kRows_>
