@@ -220,9 +220,13 @@ def _target(args: Any, kwargs: Any) -> torch.device | None:
 class EmulatedCapture:
     """`devices.Capture` by the emulator's driver."""
 
+    @property
+    def num_launches(self) -> list[int]:
+        return [len(launches) for launches in self.launches]
+
     def __init__(self, gpu: EmulatedGPU) -> None:
         self._gpu = gpu
-        self.num_launches: list[int] = []  # of each graph that was captured
+        self.launches: list[list[emulator.Launch]] = []  # of each graph that was captured
         self.num_replays = 0
         stream = ctypes.c_void_p()
         _check(emulator.library().cuStreamCreate(ctypes.byref(stream), 0))
@@ -242,7 +246,8 @@ class EmulatedCapture:
         _check(driver.cuStreamBeginCapture_v2(self._stream, 0))
         gpu._captured = []
         try:
-            results = self.run(step)
+            with emulator.logged_launches() as launches:
+                results = self.run(step)
         finally:
             held, gpu._captured = gpu._captured, None
             _check(driver.cuStreamEndCapture(self._stream, ctypes.byref(graph)))
@@ -253,7 +258,8 @@ class EmulatedCapture:
         )
         count = ctypes.c_size_t()
         _check(driver.cuGraphGetNodes(graph, None, ctypes.byref(count)))
-        self.num_launches.append(count.value)
+        assert count.value == len(launches)
+        self.launches.append(launches)
 
         def replay() -> None:
             # The graph owns this memory, and must write what it reads of it.

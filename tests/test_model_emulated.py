@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -308,6 +309,51 @@ def test_a_decode_step_is_five_launches_a_layer(place: str, checkpoints: Any) ->
             # and the embedding, the LM head with the last norm, the sampling
             assert capture.num_launches == [5 * model.config.num_hidden_layers + 3]
             assert capture.num_replays == 3
+
+
+# What a layer of a decode step launches, in this order.
+LAYER = ["qkv_rope_append", "attention_decode", "linear", "linear_swiglu", "linear"]
+QUANTISED_LAYER = [
+    "qkv_rope_append_quant", "attention_decode", "linear_quant", "linear_quant_swiglu",
+    "linear_quant",
+]  # fmt: skip
+PREPARED = ["quant_prepare_x", "quant_gemm"]
+
+
+@places("sm_90")
+@pytest.mark.parametrize("rows", [1, 16, 64])
+@pytest.mark.parametrize("weights", ["dense", "quantised"])
+def test_pdl_chains_all_launches_of_a_decode_step(
+    place: str, weights: str, rows: int, checkpoints: Any, gguf_files: Any
+) -> None:
+    """Each launch of the graph may start while the one before it still runs (griddepcontrol.wait in
+    all of them: test_ptx.py), five a layer. Quantised products of more than 16 rows are two
+    launches: x, then the product."""
+    if weights == "dense":
+        folder = checkpoints("gqa2-hd64")[1]
+    else:
+        folder = gguf_files("uniform")
+    params = SamplingParams(max_new_tokens=3, ignore_eos=True)
+    with at(place) as where:
+        if where.gpu is None:
+            pytest.skip("a GPU keeps no log of launches")
+        model = MinitronForCausalLM.from_pretrained(folder, device=where.name)
+        engine = Engine(model, None, 64 * rows, max_batch_size=rows, cuda_graphs=True)
+        for i in range(rows):
+            engine.add(random_ids(2, seed=i), params)
+        for _ in range(3):
+            engine.step()
+        (launches,) = where.gpu.captures[0].launches
+    assert all(launch.is_dependent for launch in launches)
+    if weights == "dense":
+        layer, last = LAYER, ["linear"]
+    elif rows <= 16:
+        layer, last = QUANTISED_LAYER, ["linear_quant"]
+    else:
+        layer, last = [*PREPARED, "attention_decode", *(3 * PREPARED)], PREPARED
+    layers = model.config.num_hidden_layers * layer
+    ops = [re.fullmatch(r"mk_([a-z_]+)_sm90_.*", launch.kernel)[1] for launch in launches]
+    assert ops[1:] == [*layers, *last, "sample"] and ops[0].startswith("embedding")
 
 
 @places(slow=["sm_80", "sm_89"])

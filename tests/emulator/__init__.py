@@ -98,7 +98,7 @@ class _Region(ctypes.Structure):
 def library() -> ctypes.CDLL:
     """The emulator's shared library, built on first use."""
     lib = ctypes.CDLL(str(build()))
-    for name in ("error", "error_kind", "module_kernels", "profile", "last_report"):
+    for name in ("error", "error_kind", "module_kernels", "profile", "last_report", "log_launches"):
         getattr(lib, f"emu_{name}").restype = ctypes.c_char_p
     lib.emu_region_add.argtypes = [ctypes.c_void_p, ctypes.c_uint64, ctypes.c_char_p]
     lib.emu_region_remove.argtypes = [ctypes.c_void_p]
@@ -153,6 +153,31 @@ def accessible(**arrays: Any) -> Iterator[None]:
     finally:
         for base in bases:
             library().emu_region_remove(base)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel that was enqueued. `is_dependent`: with programmatic stream serialization."""
+
+    kernel: str
+    grid: tuple[int, ...]
+    block: tuple[int, ...]
+    smem: int
+    is_dependent: bool
+
+
+@contextmanager
+def logged_launches() -> Iterator[list[Launch]]:
+    """The launches through the driver API while the context lasts; complete at its end."""
+    found: list[Launch] = []
+    library().emu_log_launches(1)
+    try:
+        yield found
+    finally:
+        for line in library().emu_log_launches(0).decode().splitlines():
+            kernel, *numbers = line.split()
+            n = [int(x) for x in numbers]
+            found.append(Launch(kernel, tuple(n[:3]), tuple(n[3:6]), n[6], bool(n[7])))
 
 
 def set_seed(seed: int) -> None:

@@ -16,6 +16,7 @@
 #include <functional>
 #include <set>
 #include <unordered_set>
+#include <utility>
 
 #include "runtime.h"
 
@@ -65,7 +66,19 @@ bool bad_ordinal(int ordinal) {
 std::mutex last_mutex;
 emu::Counters last_counters;
 std::string last_report;
+std::string launch_log;  // a line for each launch that was enqueued, as long as somebody listens
+bool logs_launches = false;
 std::atomic<uint64_t> launch_seed = 0;
+
+void log_launch(const std::string& kernel, const emu::LaunchConfig& c, bool is_dependent) {
+    std::lock_guard lock(last_mutex);
+    if (!logs_launches) return;
+    launch_log += kernel;
+    for (const emu::Dim3& d : {c.grid, c.block})
+        for (const uint32_t n : {d.x, d.y, d.z}) launch_log += " " + std::to_string(n);
+    launch_log +=
+        " " + std::to_string(c.dynamic_smem) + " " + std::to_string(is_dependent) + "\n";
+}
 
 // Runs f; exceptions of the emulator become codes, their text the report.
 template <class F>
@@ -202,12 +215,13 @@ int submit(void* stream, Work work) {
 }
 
 int launch_kernel(void* function, emu::LaunchConfig config, void* stream, void** params,
-                  void** extra) {
+                  void** extra, bool is_dependent = false) {
     if (!current()) return kInvalidContext;
     if (!function) return kInvalidHandle;
     return guarded([&] {
         emu::Kernel* kernel = resolve(function);
         if (!kernel) return static_cast<int>(kNotFound);
+        log_launch(kernel->program->name, config, is_dependent);
         // Parameters are copied at once, as a captured launch runs later.
         const emu::Program& program = *kernel->program;
         auto bytes = std::make_shared<std::vector<uint8_t>>(program.param_bytes);
@@ -311,7 +325,7 @@ struct KernelLaunchConfig {  // CUlaunchConfig
     LaunchAttribute* attributes;
     uint32_t attribute_count;
 };
-constexpr int kAttributeCluster = 4;
+constexpr int kAttributeCluster = 4, kAttributeDependent = 6;
 
 int device_attribute(const Device& d, int attribute) {
     switch (attribute) {
@@ -397,6 +411,14 @@ const char* emu_last_report() {
     thread_local std::string text;
     std::lock_guard lock(last_mutex);
     text = last_report;
+    return text.c_str();
+}
+// Launches are logged from now on, or no longer; the log up to now, which starts anew.
+const char* emu_log_launches(int logs) {
+    thread_local std::string text;
+    std::lock_guard lock(last_mutex);
+    text = std::exchange(launch_log, {});
+    logs_launches = logs;
     return text.c_str();
 }
 void emu_last_counters(uint64_t* counters) {
@@ -609,11 +631,13 @@ int cuLaunchKernelEx(const KernelLaunchConfig* c, void* f, void** params, void**
     config.grid = {c->grid[0], c->grid[1], c->grid[2]};
     config.block = {c->block[0], c->block[1], c->block[2]};
     config.dynamic_smem = c->shared_bytes;
+    bool is_dependent = false;  // programmatic stream serialization
     for (uint32_t i = 0; i < c->attribute_count; ++i) {
         const LaunchAttribute& a = c->attributes[i];
         if (a.id == kAttributeCluster) config.cluster = {a.value[0], a.value[1], a.value[2]};
+        if (a.id == kAttributeDependent) is_dependent = a.value[0];
     }
-    return launch_kernel(f, config, c->stream, params, extra);
+    return launch_kernel(f, config, c->stream, params, extra, is_dependent);
 }
 int cuOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, void* function, int threads,
                                                 size_t smem) {
