@@ -76,8 +76,7 @@ void log_launch(const std::string& kernel, const emu::LaunchConfig& c, bool is_d
     launch_log += kernel;
     for (const emu::Dim3& d : {c.grid, c.block})
         for (const uint32_t n : {d.x, d.y, d.z}) launch_log += " " + std::to_string(n);
-    launch_log +=
-        " " + std::to_string(c.dynamic_smem) + " " + std::to_string(is_dependent) + "\n";
+    launch_log += " " + std::to_string(c.dynamic_smem) + " " + std::to_string(is_dependent) + "\n";
 }
 
 // Runs f; exceptions of the emulator become codes, their text the report.
