@@ -35,6 +35,7 @@ ENTRY_FILES: dict[str, tuple[str, ...]] = {
     "attention/entries/attn_prefill_sm90.cu": ("90a",),
     "embedding/entries/embedding.cu": cuda.ARCHS,
     "linear/entries/linear_gemm.cu": cuda.ARCHS,
+    "linear/entries/linear_gemm_sm90.cu": ("90a",),
     "linear/entries/linear_skinny.cu": cuda.ARCHS,
     "quant/entries/quant_decode.cu": cuda.ARCHS,
     "quant/entries/quant_embedding.cu": cuda.ARCHS,

@@ -12,6 +12,8 @@
 //   prefetch(row, c)           may be called before the sums are there, for what store reads
 //   store(row, column, y0, y1) writes the outputs of columns c and c + 1, rounded; as one access
 //                              where they are aligned; columns from n on are skipped
+//   kOutputsOfPair             of a pair of columns, if the outputs are a matrix of their own; then
+//   in_vectors                 whether its rows, of num_outputs(), are written 16 bytes at a time
 #pragma once
 
 #include "common/vec.cuh"
@@ -44,15 +46,21 @@ struct PlainEpilogue {
     };
 
     const Params& p;
+    static constexpr int kOutputsOfPair = 2;
     bool is_f32;
-    bool in_pairs;  // a pair of outputs is one access, and so is one of the residual
+    bool in_pairs;    // a pair of outputs is one access, and so is one of the residual
+    bool in_vectors;  // so are 8 outputs of 2 bytes, and of the residual
 
     __device__ __forceinline__ explicit PlainEpilogue(const Params& params)
         : p(params), is_f32(params.out_dtype == MK_F32) {
         const int bytes = is_f32 ? 4 : 2;
         in_pairs = is_multiple(p.out, p.out_stride * bytes, 2 * bytes) &&
                    is_multiple(p.residual, p.residual_stride * 2, 4);
+        in_vectors = !is_f32 && p.n % kVec == 0 && is_multiple(p.out, p.out_stride * 2, 16) &&
+                     is_multiple(p.residual, p.residual_stride * 2, 16);
     }
+
+    __device__ __forceinline__ int num_outputs() const { return p.n; }
 
     __device__ __forceinline__ Row row(int r) const {
         return {static_cast<char*>(p.out) + r * p.out_stride * (is_f32 ? 4 : 2),
@@ -104,9 +112,16 @@ struct SwigluEpilogue {
         uint16_t* out;
     };
 
+    static constexpr int kOutputsOfPair = 1;
     const Params& p;
+    bool in_vectors;  // 8 outputs are one access
 
-    __device__ __forceinline__ explicit SwigluEpilogue(const Params& params) : p(params) {}
+    __device__ __forceinline__ explicit SwigluEpilogue(const Params& params)
+        : p(params),
+          in_vectors(p.n % (2 * kVec) == 0 && is_multiple(p.out, p.out_stride * 2, 16)) {}
+
+    __device__ __forceinline__ int num_outputs() const { return p.n / 2; }
+    __device__ __forceinline__ float output(float gate, float up) const { return silu(gate) * up; }
 
     __device__ __forceinline__ Row row(int r) const {
         return {static_cast<uint16_t*>(p.out) + r * p.out_stride};
@@ -117,7 +132,7 @@ struct SwigluEpilogue {
     __device__ __forceinline__ void prefetch(const Row&, int) const {}
 
     __device__ __forceinline__ void store(const Row& row, int c, float gate, float up) const {
-        if (c < p.n) row.out[c / 2] = static_cast<uint16_t>(Dtype::pack(silu(gate) * up, 0.f));
+        if (c < p.n) row.out[c / 2] = static_cast<uint16_t>(Dtype::pack(output(gate, up), 0.f));
     }
 };
 
@@ -132,6 +147,8 @@ struct QkvEpilogue {
         const float* sin;
     };
 
+    static constexpr int kOutputsOfPair = 0;
+    static constexpr bool in_vectors = false;
     const Params& p;
     int num_q, num_qk, n;  // columns of Q, of Q and K, of all
     int gap;               // from the first to the second feature of a pair

@@ -25,6 +25,7 @@
 // 16-byte vectors: 8100 instructions a kernel instead of 3400; pairs fill the same sectors.
 #pragma once
 
+#include "common/swizzle.cuh"
 #include "linear/linear_epilogue.cuh"
 #include "linear/linear_norm.cuh"
 #include "ptx/sm90.cuh"
@@ -53,14 +54,6 @@ struct GemmShape {
     static_assert(kSteps % 2 == 0, "the two sets of fragments alternate");
     static_assert(kRowsPerPass % 8 == 0 && T.m % kRowsPerPass == 0 && T.n % kRowsPerPass == 0);
 };
-
-// Byte offset of 16-byte piece `piece` of row `row` in a matrix of kPieces pieces a row. Eight rows
-// at one piece, or one row (two, four) of 128 bytes at all, lie in eight different groups of banks.
-template <int kPieces>
-__device__ __forceinline__ int swizzled(int row, int piece) {
-    static_assert(kPieces == 2 || kPieces == 4 || kPieces == 8);
-    return (row * kPieces + (piece ^ (row / (8 / kPieces) % kPieces))) * 16;
-}
 
 // This thread's part of the copies: piece `piece` of every kRowsPerPass'th row.
 template <GemmTile T>

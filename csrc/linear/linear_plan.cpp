@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "linear/linear_gemm_plan.h"
 #include "rope/rope_plan.h"
 
 namespace mk {
@@ -138,6 +139,7 @@ bool is_skinny(const Product& a) { return a.m <= kSkinnyRows || !a.is_aligned; }
 
 mk_plan plan_product(const char* op, int32_t dtype, const Product& a, const mk_device& device) {
     const std::string name = dtype_name(dtype);
+    if (device.sm == 90 && is_gemm_sm90(a)) return plan_gemm_sm90(op, dtype, a, device);
     if (is_skinny(a)) {
         mk_plan plan = make_plan(op, device, name + "_m" + std::to_string(kSkinnyRows));
         plan.grid[0] = 0;
@@ -219,13 +221,37 @@ struct QkvRopeAppend {
     }
 };
 
+// What mk::run does; sm_90's kernels take tensor maps as well.
+template <class Op>
+mk_status run_product(const typename Op::Params* params, void* stream) {
+    MK_REQUIRE(params, MK_ERR_NULL, "params is NULL");
+    MK_TRY(Op::check(*params));
+    const Device* device = nullptr;
+    MK_TRY(current_device(&device));
+    const auto args = Op::args(*params);
+    const mk_plan plan = Op::plan(*params, device->info);
+    const auto enqueue = [&](const void* kernel_args) {
+        return launch(
+            plan, *device, kernel_args, stream,
+            [](const void* p) { return Op::shape(*static_cast<const typename Op::Params*>(p)); },
+            params);
+    };
+    if (device->info.sm == 90 && is_gemm_sm90(args.product)) {
+        LinearGemmSm90Args<typename Op::Params> gemm{args, {}, {}, {}};
+        MK_TRY(gemm_sm90_args(args.product, params->dtype, device->info, &gemm.grid, &gemm.x_map,
+                              &gemm.w_map));
+        return enqueue(&gemm);
+    }
+    return enqueue(&args);
+}
+
 }  // namespace
 }  // namespace mk
 
 extern "C" {
 
 mk_status mk_linear(const mk_linear_params* params, void* stream) {
-    return mk::run<mk::Linear>(params, stream);
+    return mk::run_product<mk::Linear>(params, stream);
 }
 
 mk_status mk_linear_plan(const mk_linear_params* params, const mk_device* device, mk_plan* plan) {
@@ -233,7 +259,7 @@ mk_status mk_linear_plan(const mk_linear_params* params, const mk_device* device
 }
 
 mk_status mk_linear_swiglu(const mk_linear_params* params, void* stream) {
-    return mk::run<mk::LinearSwiglu>(params, stream);
+    return mk::run_product<mk::LinearSwiglu>(params, stream);
 }
 
 mk_status mk_linear_swiglu_plan(const mk_linear_params* params, const mk_device* device,
@@ -242,7 +268,7 @@ mk_status mk_linear_swiglu_plan(const mk_linear_params* params, const mk_device*
 }
 
 mk_status mk_qkv_rope_append(const mk_qkv_rope_append_params* params, void* stream) {
-    return mk::run<mk::QkvRopeAppend>(params, stream);
+    return mk::run_product<mk::QkvRopeAppend>(params, stream);
 }
 
 mk_status mk_qkv_rope_append_plan(const mk_qkv_rope_append_params* params, const mk_device* device,

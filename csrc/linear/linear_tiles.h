@@ -1,6 +1,7 @@
 // Tiles of the linear kernels and what they take, shared by the plan and the device code.
 #pragma once
 
+#include "common/tensor_map.h"
 #include "minitron_kernels.h"
 
 namespace mk {
@@ -108,5 +109,51 @@ static_assert(gemm_tiles_fit(kGemmSm90, 228));
 
 // Rows of x that the tiles of a column of w share while they are in L2 (16 MB at k = 4096).
 constexpr int kGemmGroupRows = 2048;
+
+// ---- more than 64 rows on Hopper: linear_gemm_sm90.cuh ----
+
+constexpr int kGemmStageK = 64;  // 128 bytes of each row: what wgmma's swizzle permutes
+
+// Tiles of m x n by two warpgroups with 64 rows each, and one that copies.
+struct GemmTileSm90 {
+    int m, n;
+    int stages;
+};
+constexpr int kGemmSm90Threads = 384;
+constexpr int kGemmWarps = 8;  // that multiply
+constexpr int gemm_stage_bytes(const GemmTileSm90& t) { return (t.m + t.n) * kGemmStageK * 2; }
+// Of a warp's epilogue: 8 rows of 64 sums, and where its 16 rows go.
+constexpr int kGemmStagedBytes = 8 * 64 * 4;
+constexpr int kGemmRowPitch = 48;
+constexpr int kGemmWarpBytes = kGemmStagedBytes + 16 * kGemmRowPitch;
+// In this order: the stages, 1024-byte aligned; the warps' epilogues; two barriers per stage.
+constexpr int gemm_smem_bytes(const GemmTileSm90& t) {
+    return 1024 + t.stages * gemm_stage_bytes(t) + kGemmWarps * kGemmWarpBytes + t.stages * 16;
+}
+
+// As many stages as there is room for: 192 KB, of which one stage is in use.
+constexpr GemmTileSm90 kGemmTilesSm90[] = {{128, 256, 4}, {128, 128, 6}, {128, 64, 8}};
+static_assert(gemm_smem_bytes(kGemmTilesSm90[0]) <= 227 << 10 &&
+              gemm_smem_bytes(kGemmTilesSm90[1]) <= 227 << 10 &&
+              gemm_smem_bytes(kGemmTilesSm90[2]) <= 227 << 10);
+
+// Blocks of a cluster, m x n, share the rows that they have in common: of x along n, of w along m.
+struct GemmCluster {
+    int32_t m, n;
+};
+constexpr GemmCluster kGemmClusters[] = {{1, 1}, {2, 1}, {1, 2}, {2, 2}, {4, 1}, {1, 4}};
+
+// How the output is divided; the last clusters may reach past it.
+struct GemmGridSm90 {
+    GemmCluster cluster;
+    int32_t clusters_m, clusters_n;
+    int32_t group;  // clusters along m that take w's rows together, while L2 has these
+};
+
+template <class Params>
+struct LinearGemmSm90Args : LinearArgs<Params> {
+    GemmGridSm90 grid;
+    TensorMap x_map, w_map;  // boxes of the rows of a stage that a block fetches
+};
 
 }  // namespace mk

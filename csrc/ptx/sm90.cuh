@@ -97,6 +97,11 @@ __device__ __forceinline__ void mbarrier_arrive_cluster(uint32_t remote) {
                  "n"(kOffset)
                  : "memory");
 }
+// One for a stage that only wgmma has read: released to no more than the block. To the cluster,
+// the thread would first wait for all of its global writes (MEMBAR.GPU).
+__device__ __forceinline__ void mbarrier_arrive_shared_cluster(uint32_t remote) {
+    asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(remote) : "memory");
+}
 template <int kOffset = 0>
 __device__ __forceinline__ bool mbarrier_try_wait_parity_cluster(uint32_t barrier,
                                                                  uint32_t parity) {
@@ -131,6 +136,15 @@ __device__ __forceinline__ void cp_async_bulk_tensor_3d(uint32_t smem, const voi
         : "memory");
 }
 
+__device__ __forceinline__ void cp_async_bulk_tensor_2d(uint32_t smem, const void* map, int x0,
+                                                        int x1, uint32_t barrier) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
+        "[%0], [%1, {%2, %3}], [%4];" ::"r"(smem),
+        "l"(map), "r"(x0), "r"(x1), "r"(barrier)
+        : "memory");
+}
+
 // To the same place of each block of the cluster whose bit `blocks` has, each with its own barrier.
 __device__ __forceinline__ void cp_async_bulk_tensor_4d_multicast(uint32_t smem, const void* map,
                                                                   int x0, int x1, int x2, int x3,
@@ -140,6 +154,16 @@ __device__ __forceinline__ void cp_async_bulk_tensor_4d_multicast(uint32_t smem,
         "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
         ".multicast::cluster [%0], [%1, {%2, %3, %4, %5}], [%6], %7;" ::"r"(smem),
         "l"(map), "r"(x0), "r"(x1), "r"(x2), "r"(x3), "r"(barrier), "h"(blocks)
+        : "memory");
+}
+
+__device__ __forceinline__ void cp_async_bulk_tensor_2d_multicast(uint32_t smem, const void* map,
+                                                                  int x0, int x1, uint32_t barrier,
+                                                                  uint16_t blocks) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+        ".multicast::cluster [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(smem),
+        "l"(map), "r"(x0), "r"(x1), "r"(barrier), "h"(blocks)
         : "memory");
 }
 

@@ -19,9 +19,11 @@ constexpr int kSmallThreads = mk::gemm_threads(kSmall);
     MK_GEMM(linear_swiglu, key, Dtype, Size, SwigluEpilogue) \
     MK_GEMM(qkv_rope_append, key, Dtype, Size, QkvEpilogue)
 
+#if MK_SM != 90  // linear_gemm_sm90.cu has more than 64 rows
 MK_GEMMS(bf16_m128_n256, Bf16, Large)
 MK_GEMMS(bf16_m128_n128, Bf16, Middle)
-MK_GEMMS(bf16_m64_n64, Bf16, Small)
 MK_GEMMS(f16_m128_n256, F16, Large)
 MK_GEMMS(f16_m128_n128, F16, Middle)
+#endif
+MK_GEMMS(bf16_m64_n64, Bf16, Small)
 MK_GEMMS(f16_m64_n64, F16, Small)

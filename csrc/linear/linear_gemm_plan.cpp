@@ -1,0 +1,97 @@
+#include "linear/linear_gemm_plan.h"
+
+#include <algorithm>
+#include <string>
+
+namespace mk {
+namespace {
+
+struct Choice {
+    const GemmTileSm90* tile;
+    GemmGridSm90 grid;
+    int32_t blocks;
+};
+
+// Clusters that run at once, a block per SM. A GPC has 16 or 18 SMs.
+int32_t clusters_at_once(int32_t size, int32_t num_sms) {
+    return std::max((size > 2 && num_sms > 16 ? num_sms / 16 * 16 : num_sms) / size, 1);
+}
+
+// Clocks of all SMs and of L2 for a stage of every tile. L2 gives all SMs together 23 bytes per
+// clock and SM of an H100 (5.6 TB/s), and one SM 64.
+int64_t stage_clocks(const GemmTileSm90& t, const GemmGridSm90& g, int32_t num_sms) {
+    const int32_t size = g.cluster.m * g.cluster.n;
+    const int64_t clusters = static_cast<int64_t>(g.clusters_m) * g.clusters_n;
+    const int64_t at_once = std::min<int64_t>(clusters, clusters_at_once(size, num_sms));
+    const int64_t rounds = ceil_div<int64_t>(clusters, clusters_at_once(size, num_sms));
+    const int64_t tensor = t.m * t.n * kGemmStageK / 2048;
+    const int64_t bytes = 2 * kGemmStageK * (t.m / g.cluster.n + t.n / g.cluster.m);
+    return rounds * std::max({tensor, bytes / 64, bytes * at_once * size / (23 * num_sms)});
+}
+
+// The fewest clocks; of equals the larger tile, in smaller clusters.
+Choice choose(const Product& a, const mk_device& device) {
+    Choice best{};
+    int64_t least = INT64_MAX;
+    for (const GemmTileSm90& t : kGemmTilesSm90) {
+        for (const GemmCluster& c : kGemmClusters) {
+            if (c.m * c.n > device.num_sms) continue;
+            const GemmGridSm90 grid{c, ceil_div(a.m, t.m * c.m), ceil_div(a.n, t.n * c.n),
+                                    kGemmGroupRows / (t.m * c.m)};
+            const int64_t clocks = stage_clocks(t, grid, device.num_sms);
+            if (clocks >= least) continue;
+            least = clocks;
+            const int64_t clusters = static_cast<int64_t>(grid.clusters_m) * grid.clusters_n;
+            const int32_t size = c.m * c.n;
+            const int64_t at_once = clusters_at_once(size, device.num_sms);
+            best = {&t, grid, static_cast<int32_t>(std::min(clusters, at_once)) * size};
+        }
+    }
+    return best;
+}
+
+// A box of box_rows x 64 elements of a matrix's rows.
+mk_status encode_rows(const void* rows, int32_t dtype, int64_t stride, int32_t count, int32_t k,
+                      int32_t box_rows, TensorMap* map) {
+    const cuda::Driver* driver = nullptr;
+    MK_TRY(cuda::get_driver(&driver));
+    const uint64_t dims[] = {static_cast<uint64_t>(k), static_cast<uint64_t>(count)};
+    // One row has no stride, but must be given one.
+    const uint64_t strides[] = {static_cast<uint64_t>(2 * (count > 1 ? stride : k))};
+    const uint32_t box[] = {kGemmStageK, static_cast<uint32_t>(box_rows)};
+    const uint32_t ones[] = {1, 1};
+    MK_CUDA(*driver, cuTensorMapEncodeTiled, map,
+            dtype == MK_BF16 ? cuda::kTensorMapBfloat16 : cuda::kTensorMapFloat16, 2,
+            const_cast<void*>(rows), dims, strides, box, ones, 0, cuda::kTensorMapSwizzle128B,
+            cuda::kTensorMapL2Promotion256B, 0);
+    return MK_OK;
+}
+
+}  // namespace
+
+bool is_gemm_sm90(const Product& a) { return a.m > MK_LINEAR_MAX_NORM_M && a.is_aligned; }
+
+mk_plan plan_gemm_sm90(const char* op, int32_t dtype, const Product& a, const mk_device& device) {
+    const Choice choice = choose(a, device);
+    const GemmTileSm90& tile = *choice.tile;
+    mk_plan plan = make_plan(op, device,
+                             std::string(dtype_name(dtype)) + "_m" + std::to_string(tile.m) + "_n" +
+                                 std::to_string(tile.n));
+    plan.grid[0] = choice.blocks;
+    plan.block[0] = kGemmSm90Threads;
+    plan.cluster[0] = choice.grid.cluster.m * choice.grid.cluster.n;
+    plan.smem_bytes = gemm_smem_bytes(tile);
+    return plan;
+}
+
+mk_status gemm_sm90_args(const Product& a, int32_t dtype, const mk_device& device,
+                         GemmGridSm90* grid, TensorMap* x_map, TensorMap* w_map) {
+    const Choice choice = choose(a, device);
+    *grid = choice.grid;
+    const int32_t box_x = choice.tile->m / grid->cluster.n,
+                  box_w = choice.tile->n / grid->cluster.m;
+    MK_TRY(encode_rows(a.x, dtype, a.x_stride, a.m, a.k, box_x, x_map));
+    return encode_rows(a.w, dtype, a.w_stride, a.n, a.k, box_w, w_map);
+}
+
+}  // namespace mk

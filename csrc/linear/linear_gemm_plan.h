@@ -1,0 +1,17 @@
+// The plan of linear_gemm_sm90.cuh, and the part of its argument that the product gives.
+#pragma once
+
+#include "launch/op.h"
+#include "linear/linear_tiles.h"
+
+namespace mk {
+
+// More than 64 rows of 16-byte pieces, not normalised.
+bool is_gemm_sm90(const Product& a);
+
+mk_plan plan_gemm_sm90(const char* op, int32_t dtype, const Product& a, const mk_device& device);
+
+mk_status gemm_sm90_args(const Product& a, int32_t dtype, const mk_device& device,
+                         GemmGridSm90* grid, TensorMap* x_map, TensorMap* w_map);
+
+}  // namespace mk
