@@ -12,8 +12,8 @@ import torch
 from bench import inputs
 from bench.harness import Case, Comparison
 from minitron_kernels import _native
+from minitron_kernels.block_types import GGML_NUMBERS
 from minitron_kernels.config import ModelConfig
-from minitron_kernels.quantized import GGML_NUMBERS
 
 
 def bench_quant_pack(kind: str, config: ModelConfig, compare: Comparison) -> None:

@@ -21,7 +21,7 @@ from bench.cases import (
     pointers,
     zeros,
 )
-from minitron_kernels.quantized import GGML_NUMBERS, QUANT_TYPES
+from minitron_kernels.block_types import GGML_NUMBERS, QUANT_TYPES
 from tests import native_abi as abi
 
 Tensor = torch.Tensor

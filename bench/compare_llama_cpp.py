@@ -4,9 +4,10 @@
 
 Sides are processes that take turns: this package, llama.cpp (llama-cpp-python, which --llama-python
 finds in another environment) at each --setting, and transformers on the expanded weights if asked
-for. Printed are medians, in brackets the least and the greatest, and ratios to the best of the
-others. Settings of llama.cpp are those words, joined by +: flash (flash attention), repack (weights
-copied into an order of its own at load; without, they stay mapped), or plain.
+for. --int8-activations adds this package with activations rounded to 8 bits, as llama.cpp's are.
+Printed are medians, in brackets the least and the greatest, and ratios to the best of the others.
+Settings of llama.cpp are those words, joined by +: flash (flash attention), repack (weights copied
+into an order of its own at load; without, they stay mapped), or plain.
 
 --first-token measures, instead, the seconds from a process' start to the first token of a prompt.
 --busy-core keeps one core busy with another process meanwhile.
@@ -81,11 +82,13 @@ def measure_speed(
         memory = side.peak_bytes * 1e-9
         print(f"| {name} | {phases} | {side.load_seconds:.2f} | {memory:.2f} |")
         side.close()
-    ours, *others = measured
+    ours = [name for name in measured if name.startswith("minitron_kernels")]
+    others = [name for name in measured if name not in ours]
     for phase, what in enumerate(("prefill", "decode")):
         best = max(others, key=lambda name: median(measured[name], phase))
-        times = ratio(measured[ours], measured[best], phase)
-        print(f"{what}: {times:.2f} times {best}")
+        for name in ours:
+            times = ratio(measured[name], measured[best], phase)
+            print(f"{what}: {name} {times:.2f} times {best}")
 
 
 @click.command(help=__doc__)
@@ -98,6 +101,7 @@ def measure_speed(
     default=("plain", "flash", "repack", "flash+repack"),
     show_default=True,
 )
+@click.option("--int8-activations", is_flag=True, help="also this package with these")
 @click.option("--transformers", is_flag=True, help="also transformers in bfloat16")
 @click.option("--prompt", "prompt_tokens", default=512, show_default=True)
 @click.option("--new-tokens", default=128, show_default=True)
@@ -110,6 +114,7 @@ def main(
     model: str,
     llama_python: str,
     settings: tuple[str, ...],
+    int8_activations: bool,
     transformers: bool,
     prompt_tokens: int,
     new_tokens: int,
@@ -131,11 +136,12 @@ def main(
     each = ["--threads", str(threads), *(["--cpu-time"] if cpu_time else [])]
     serve: Command = [sys.executable, HERE / "comparison.py"]
     commands: dict[str, Command] = {
-        "minitron_kernels": [*serve, "minitron_kernels", path, *each],
-        **{
-            f"llama.cpp {setting}": [*llama_command(llama_python, path, setting), *each]
-            for setting in settings
-        },
+        name: [*serve, name, path, *each]
+        for name in ("minitron_kernels", *(["minitron_kernels int8"] if int8_activations else []))
+    }
+    commands |= {
+        f"llama.cpp {setting}": [*llama_command(llama_python, path, setting), *each]
+        for setting in settings
     }
     if transformers:
         commands["transformers bfloat16"] = [*serve, "transformers", path, *each]
@@ -146,8 +152,10 @@ def main(
             for name, command in commands.items()
             if name.startswith("llama.cpp")
         }
+        own = [*generate, "--model", path, "--max-new-tokens", "1"]
         commands = {
-            "minitron_kernels": [*generate, "--model", path, "--max-new-tokens", "1"],
+            "minitron_kernels": own,
+            **({"minitron_kernels int8": [*own, "--int8-activations"]} if int8_activations else {}),
             **commands,
         }
     print(f"{path.name}, {threads} threads, {repeat} runs each\n")

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import click
@@ -23,9 +24,11 @@ from minitron_kernels.bench_peers import Transformers
 from minitron_kernels.generate import stream
 
 
-def ours(path: Path, dtype: str, clock: Clock) -> Run:
+def ours(path: Path, dtype: str, clock: Clock, int8_activations: bool = False) -> Run:
     """`stream`, sampling included."""
-    model = MinitronForCausalLM.from_pretrained(path, dtype=dtype, device="cpu")
+    model = MinitronForCausalLM.from_pretrained(
+        path, dtype=dtype, device="cpu", int8_activations=int8_activations
+    )
 
     def run(prompt: list[int], new_tokens: int) -> Timing:
         started = clock()
@@ -55,6 +58,7 @@ def transformers(path: Path, dtype: str, clock: Clock) -> Run:
 
 SIDES: dict[str, Callable[[Path, str, Clock], Run]] = {
     "minitron_kernels": ours,
+    "minitron_kernels int8": partial(ours, int8_activations=True),
     "transformers": transformers,
 }
 

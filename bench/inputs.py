@@ -6,8 +6,9 @@ import torch
 
 from bench.shapes import PAGE_SIZE
 from minitron_kernels import ops
+from minitron_kernels.block_types import QUANT_TYPES
 from minitron_kernels.config import ModelConfig
-from minitron_kernels.quantized import QUANT_TYPES, QuantizedTensor
+from minitron_kernels.quantized import QuantizedTensor
 
 Tensor = torch.Tensor
 

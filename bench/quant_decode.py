@@ -12,7 +12,8 @@ import ctypes
 
 import torch
 
-from minitron_kernels.quantized import GGML_NUMBERS, QUANT_TYPES, QuantizedTensor
+from minitron_kernels.block_types import GGML_NUMBERS, QUANT_TYPES
+from minitron_kernels.quantized import QuantizedTensor
 from tests import emulator
 from tests import native_abi as abi
 from tests.native_emulator import run

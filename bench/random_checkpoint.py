@@ -35,9 +35,9 @@ from gguf import GGMLQuantizationType
 from tqdm import tqdm
 
 from minitron_kernels.block_encoders import encode
+from minitron_kernels.block_types import QUANT_TYPES
 from minitron_kernels.config import ModelConfig
 from minitron_kernels.quantize import MIXES, mix_type, storable_type
-from minitron_kernels.quantized import QUANT_TYPES
 
 PRESETS = {
     "minitron-8b": ModelConfig(

@@ -30,7 +30,7 @@
 extern "C" {
 #endif
 
-#define MK_ABI_VERSION 3
+#define MK_ABI_VERSION 4
 
 typedef enum mk_status {
     MK_OK = 0,
@@ -658,11 +658,24 @@ MK_API mk_status mk_cpu_isa_name(const char** name);
  *           in fp32 over the blocks of a group, ascending, from +0
  *   total = fma(unit, S, total) over the groups, ascending, from +0
  *
- * and for f16 and fp32 the totals of X1 and of X2 are added. The epilogue works in fp32 on it, and
- * the result is rounded once; every NaN is stored as the positive quiet one. So an output's bits
+ * and for f16 and fp32 the totals of X1 and of X2 are added.
+ *
+ * With x_bits = 8, which takes half as many products, x is rounded further, each 32 k of it for
+ * themselves, whatever dtype is. All of this is in fp32:
+ *
+ *   largest = the largest |x| of 32 k, 2^-112 if it is below that
+ *   X       = rint(x * (127 / largest))    unit = largest / 127
+ *   P       = sum over the block's k of q * X              exact
+ *   S       = scale * P, then, for types with minima, fma(minimum, sum of the block's X, S); the
+ *             second of two blocks of 16 k goes on with fma(scale, P, S)
+ *   total   = fma(unit, S, total) over the 32 k, ascending, from +0
+ *
+ * An element is then off by 1 / 254 of the largest of its 32.
+ *
+ * The epilogue works in fp32 on the total, and the result is rounded once; every NaN is stored as the positive quiet one. So an output's bits
  * depend on its row of x and of w only: not on m, n, the type of others, the threads, or the
- * processor. A row of x with an infinity or a NaN gives NaNs. For any x, what rounding x costs is
- * a quarter or less of what rounding w to bf16 costs in a bf16 product.
+ * processor. A row of x with an infinity or a NaN gives NaNs. For any x, what rounding x costs
+ * (without x_bits) is a quarter or less of what rounding w to bf16 costs in a bf16 product.
  *
  * No byte outside the rows is read. Threads as for mk_cpu_linear. Every thread keeps 70 KiB of
  * scratch, and a calling thread x as integers, up to 32 MiB of it or 192 rows, if these are more.
@@ -691,6 +704,7 @@ typedef struct mk_cpu_linear_quant_params {
     int32_t dtype;       /* MK_BF16, MK_F16, MK_F32: of x and other */
     int32_t num_threads; /* 1 ... 256, the caller's among them */
     int32_t isa;         /* mk_cpu_isa; MK_CPU_AVX512 without VNNI takes the kernels of AVX2 */
+    int32_t x_bits;      /* 0, or 8: x is rounded to 8 bits */
 } mk_cpu_linear_quant_params;
 
 MK_API mk_status mk_cpu_linear_quant(const mk_cpu_linear_quant_params* params);
@@ -714,6 +728,20 @@ typedef struct mk_cpu_dequantize_params {
 } mk_cpu_dequantize_params;
 
 MK_API mk_status mk_cpu_dequantize(const mk_cpu_dequantize_params* params);
+
+/* A matrix [rows, k] of GGUF blocks as stored. */
+typedef struct mk_cpu_quant_blocks {
+    const void* w;
+    int64_t w_row_bytes; /* between rows */
+    int32_t rows;
+    int32_t k;    /* as for mk_cpu_linear_quant */
+    int32_t type; /* mk_quant_type */
+} mk_cpu_quant_blocks;
+
+/* found[i] = the first row of matrices[i] in which a block has an infinite or NaN scale or minimum
+ * as it is stored (half precision), -1 if there is none. Reads 2 or 4 bytes of a block. */
+MK_API mk_status mk_cpu_nonfinite_scales(const mk_cpu_quant_blocks* matrices, int32_t count,
+                                         int32_t num_threads, int32_t* found);
 
 /* ---- Row-wise ops and attention on the CPU
  * ------------------------------------------------------- The ops of the GPU on tensors in host

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from minitron_kernels.model import MinitronForCausalLM
     from minitron_kernels.native import build_info, get_include, get_library
     from minitron_kernels.quantized import QuantizedTensor
-    from minitron_kernels.sampling import SamplingParams
+    from minitron_kernels.sampling_params import SamplingParams
 
     LlamaForCausalLM = MistralForCausalLM = AutoModelForCausalLM = MinitronForCausalLM
 
@@ -36,7 +36,7 @@ _HOME = {
     "Tokenizer": "loaders.tokenizer",
     "MinitronForCausalLM": "model",
     "QuantizedTensor": "quantized",
-    "SamplingParams": "sampling",
+    "SamplingParams": "sampling_params",
     "build_info": "native",
     "get_include": "native",
     "get_library": "native",

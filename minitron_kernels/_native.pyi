@@ -829,6 +829,7 @@ def cpu_linear_quant(
     products: Sequence[CpuQuantProduct],
     num_threads: int,
     isa: int = ...,
+    x_bits: int = 0,
 ) -> None: ...
 def cpu_dequantize(
     w: int,
@@ -845,6 +846,12 @@ def cpu_dequantize(
     ids_dtype: int = ...,
     isa: int = ...,
 ) -> None: ...
+def cpu_nonfinite_scales(
+    matrices: Sequence[tuple[int, int, int, int, int]],
+    num_threads: int,
+) -> list[int]:
+    """mk_cpu_nonfinite_scales; of each matrix: w, w_row_bytes, rows, k, type."""
+
 def quant_packed_bytes(
     type: int,
     rows: int,

@@ -26,9 +26,9 @@ import torch
 from minitron_kernels import architectures
 from minitron_kernels.config import ModelConfig
 from minitron_kernels.generate import Engine, affordable_tokens
-from minitron_kernels.info import cpu_info, peak_memory, versions, weights_info
+from minitron_kernels.info import activations_info, cpu_info, peak_memory, versions, weights_info
 from minitron_kernels.model import MinitronForCausalLM
-from minitron_kernels.sampling import SamplingParams
+from minitron_kernels.sampling_params import SamplingParams
 
 OURS = "minitron_kernels"
 PERCENTILES = (50, 90, 99)
@@ -245,6 +245,7 @@ def run(
         "device": _device_name(model.device),
         "dtype": str(model.dtype).removeprefix("torch."),
         "weights": weights_info(model),
+        "activations": activations_info(model),
         "threads": torch.get_num_threads(),
         "clock": "processor time" if clock is time.process_time else "wall clock",
         "bandwidth_bytes_per_second": speed,

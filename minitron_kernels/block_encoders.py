@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from minitron_kernels.quantized import QUANT_TYPES
+from minitron_kernels.block_types import QUANT_TYPES
 
 Floats = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]

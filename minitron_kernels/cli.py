@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from minitron_kernels.generate import GenerationResult, Timings, TokenStream
     from minitron_kernels.loaders.tokenizer import Tokenizer
     from minitron_kernels.model import MinitronForCausalLM
-    from minitron_kernels.sampling import SamplingParams
+    from minitron_kernels.sampling_params import SamplingParams
 
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130  # what a shell reports for SIGINT
@@ -172,18 +172,12 @@ class ModelOptions:
     device: str
     expand: bool
     allow_nonfinite: bool
+    int8_activations: bool
     num_threads: int | None
 
     def load(self) -> tuple[MinitronForCausalLM, Tokenizer]:
-        import torch
-
-        from minitron_kernels.loaders.gguf import GGUFCheckpoint
         from minitron_kernels.loaders.hub import resolve
-        from minitron_kernels.loaders.tokenizer import AutoTokenizer, Tokenizer
-        from minitron_kernels.model import MinitronForCausalLM
 
-        if self.num_threads is not None:
-            torch.set_num_threads(self.num_threads)
         if self.model is None:
             command = click.get_current_context().command_path
             click.echo(
@@ -192,19 +186,31 @@ class ModelOptions:
                 err=True,
             )
         path = resolve(self.model or SMOLLM2, self.revision)
-        # A GGUF file's header, of half a million strings, is read once: with the model.
-        tokenizer = None if path.suffix == ".gguf" else AutoTokenizer.from_pretrained(path)
+        opened = None
+        if path.suffix == ".gguf" and _rank() is None:  # one of several looks at its part alone
+            from minitron_kernels.startup import OpenedGGUF
+
+            scan = not (self.expand or self.allow_nonfinite)
+            opened = OpenedGGUF.read(path, scan_scales=scan, num_threads=self.num_threads)
+
+        import torch
+
+        from minitron_kernels.loaders.gguf import GGUFCheckpoint
+        from minitron_kernels.loaders.tokenizer import AutoTokenizer
+        from minitron_kernels.model import MinitronForCausalLM
+
+        if self.num_threads is not None:
+            torch.set_num_threads(self.num_threads)
+        tokenizer = opened.tokenizer if opened else AutoTokenizer.from_pretrained(path)
         model = MinitronForCausalLM.from_pretrained(
-            path,
+            GGUFCheckpoint(path, opened.files, opened.scales) if opened else path,
             dtype=self.dtype,
             device=self.device,
             expand=self.expand,
             allow_nonfinite=self.allow_nonfinite,
+            int8_activations=self.int8_activations,
             tensor_parallel=_rank() is not None,
         )
-        if tokenizer is None:
-            assert isinstance(model.checkpoint, GGUFCheckpoint)
-            tokenizer = Tokenizer.from_gguf(model.checkpoint.metadata, str(path))
         gc.enable()
         return model, tokenizer
 
@@ -237,6 +243,12 @@ def _model_options(
             "--allow-nonfinite",
             is_flag=True,
             help="Load quantised matrices even if a block scale is infinite or NaN.",
+        ),
+        click.option(
+            "--int8-activations",
+            is_flag=True,
+            help="Round activations to 8 bits for products with quantised matrices on the CPU: "
+            "faster, and less exact.",
         ),
         click.option(
             "--num-threads", type=click.IntRange(min=1), help="CPU threads.  [default: PyTorch's]"
@@ -288,7 +300,7 @@ def _sampling_options(max_new_tokens: int) -> Callable[[_Command], _Command]:
 
 
 def _sampling_params(options: Mapping[str, Any]) -> SamplingParams:
-    from minitron_kernels.sampling import SamplingParams
+    from minitron_kernels.sampling_params import SamplingParams
 
     return SamplingParams(**{name: value for name, value in options.items() if value is not None})
 
@@ -415,11 +427,12 @@ def generate(
     finished = _run(run, show=streaming)
     report: dict[str, Any] = {}
     if as_json or stats:
-        from minitron_kernels.info import peak_memory, weights_info
+        from minitron_kernels.info import activations_info, peak_memory, weights_info
 
         report = {
             "timings": {"load_seconds": load_seconds, **_timings_json(run.timings)},
             "weights": weights_info(model),
+            "activations": activations_info(model),
             **peak_memory(),
         }
     if as_json:

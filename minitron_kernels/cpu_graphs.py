@@ -92,13 +92,15 @@ class DecodeRecordings:
         self._columns = torch.zeros(4, MAX_ROWS, dtype=torch.int32)
         self._table = torch.zeros(MAX_ROWS, width, dtype=torch.int32)
         self._owners: list[list[int] | None] = [None] * MAX_ROWS
-        self._recorded: dict[tuple[int, int], tuple[Tensor, Callable[[], None], list[Any]]] = {}
+        self._recorded: dict[
+            tuple[int, int, bool], tuple[Tensor, Callable[[], None], list[Any]]
+        ] = {}
         self._can_record = True
 
     def run(self, rows: Sequence[DecodeRow]) -> Tensor:
         """Logits fp32 [B, V], valid until the next call."""
         self._fill(rows)
-        key = len(rows), torch.get_num_threads()
+        key = len(rows), torch.get_num_threads(), self._model.int8_activations
         if key in self._recorded:
             logits, replay, _ = self._recorded[key]
             replay()
@@ -140,7 +142,7 @@ class DecodeRecordings:
         logits: Tensor = self._model(self._batch(size), self._cache)
         return logits
 
-    def _record(self, key: tuple[int, int]) -> Tensor:
+    def _record(self, key: tuple[int, int, bool]) -> Tensor:
         batch = self._batch(key[0])
         recording = _native.CpuRecording()
         recording.start()

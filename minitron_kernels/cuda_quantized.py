@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from minitron_kernels import _native
+from minitron_kernels.block_types import GGML_NUMBERS
 from minitron_kernels.cuda_ops import (
     DTYPES,
     apply_rope,
@@ -24,7 +25,6 @@ from minitron_kernels.cuda_ops import (
     rows_of,
     silu_and_mul,
 )
-from minitron_kernels.quantized import GGML_NUMBERS
 
 if TYPE_CHECKING:
     from minitron_kernels.library import Rope

@@ -24,12 +24,12 @@ from minitron_kernels.graphs import DecodeGraphs, DecodeRow, why_not
 from minitron_kernels.model import Batch, MinitronForCausalLM
 from minitron_kernels.sampling import (
     Sampled,
-    SamplingParams,
     SamplingState,
     sample,
     settle,
     takes_logits_as_they_are,
 )
+from minitron_kernels.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from minitron_kernels.loaders.tokenizer import StreamDecoder, Tokenizer

@@ -9,12 +9,15 @@ import platform
 from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from minitron_kernels.native import build_info
 from minitron_kernels.quantized_ops import is_quantized
+
+if TYPE_CHECKING:
+    from minitron_kernels.model import MinitronForCausalLM
 
 
 def versions() -> dict[str, str | None]:
@@ -138,6 +141,12 @@ def weights_info(model: torch.nn.Module) -> dict[str, dict[str, int]]:
         kind = weight.quant_type if is_quantized(weight) else dtype
         _count(types, kind, weight.nbytes)
     return dict(sorted(types.items()))
+
+
+def activations_info(model: MinitronForCausalLM) -> str:
+    """A model's dtype, and whether products with quantised matrices round it."""
+    name = str(model.dtype).removeprefix("torch.")
+    return f"{name}, int8 in quantised products" if model.int8_activations else name
 
 
 def _count(types: dict[str, dict[str, int]], kind: str, nbytes: int) -> None:

@@ -34,8 +34,10 @@ class MatrixModule(nn.Module):
     """A module with a matrix ``weight`` [N, K], which may be a QuantizedTensor.
 
     For the CUDA kernels ``pack`` turns that into a PackedQuantizedTensor. state_dict() has the
-    blocks nevertheless, and load_state_dict() takes them.
+    blocks nevertheless, and load_state_dict() takes them. ``int8_activations``: as in `ops.linear`.
     """
+
+    int8_activations = False
 
     def __init__(self, rows: int, cols: int) -> None:
         super().__init__()
@@ -78,7 +80,7 @@ class Linear(MatrixModule):
         super().__init__(out_features, in_features)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        return ops.linear(x, self.weight, residual)
+        return ops.linear(x, self.weight, residual, int8_activations=self.int8_activations)
 
 
 class Packable(nn.Module):
@@ -88,9 +90,11 @@ class Packable(nn.Module):
     ``packed_weight``; state_dict() has the matrices by their own names nevertheless (as views of
     the packed rows where possible, else as copies), and load_state_dict() takes them.
     Quantised matrices are packed each on its own, unless the subclass can join them.
+    ``int8_activations``: as in the ops.
     """
 
     matrices: tuple[str, ...]
+    int8_activations = False
 
     def __init__(self) -> None:
         super().__init__()
@@ -215,7 +219,9 @@ class SwiGLUMLP(Packable):
         rows = x.reshape(-1, x.shape[-1])
         added = None if residual is None else residual.reshape(rows.shape)
         w_gate_up, w_down = self.gate_up(), self.down_proj.weight
-        return ops.swiglu_mlp(rows, w_gate_up, w_down, norm, added).view(x.shape)
+        int8 = self.int8_activations
+        y = ops.swiglu_mlp(rows, w_gate_up, w_down, norm, added, int8_activations=int8)
+        return y.view(x.shape)
 
 
 class Embedding(MatrixModule):

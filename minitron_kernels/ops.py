@@ -168,14 +168,19 @@ def linear(
     *,
     norm: Norm | None = None,
     out_dtype: torch.dtype | None = None,
+    int8_activations: bool = False,
 ) -> Tensor:
     """x [..., K] @ w [N, K]^T (+ residual [..., N]) -> [..., N], x optionally normalised first.
 
     w is dense, of x's dtype, or a QuantizedTensor. ``out_dtype``: x's (None), or float32 for sums
-    that are not rounded, as logits want them; this one takes no residual.
+    that are not rounded, as logits want them; this one takes no residual. ``int8_activations``
+    rounds x, as it enters the product with a QuantizedTensor on the CPU, to 8 bits: each 32
+    elements of a row to multiples of 1/127 of their largest, which takes half as many products.
     """
     if is_quantized(w):
-        return quantized_ops.linear(x, w, residual, norm, out_dtype)
+        return quantized_ops.linear(x, w, residual, norm, out_dtype, int8_activations)
+    if int8_activations:
+        raise ValueError("int8_activations is for quantised weights, and w is dense")
     weight, eps = norm if norm is not None else (None, 0.0)
     return _linear(x, w, residual, weight, eps, out_dtype)
 
@@ -240,12 +245,14 @@ def swiglu_mlp(
     residual: Tensor | None = None,
     *,
     out_dtype: torch.dtype | None = None,
+    int8_activations: bool = False,
 ) -> Tensor:
     """down(silu(gate(x)) * up(x)) (+ residual), x optionally RMS-normalised first (Shazeer 2020).
 
     x [T, H]; w_gate_up a PackedGateUp, [2I, H] with gate's rows first, or the pair (gate [I, H],
     up [I, H]); w_down [H, I]; residual [T, H]. Each matrix is dense or a QuantizedTensor of a type
-    of its own. Returns a new [T, H] of ``out_dtype``, as in `linear`.
+    of its own. Returns a new [T, H] of ``out_dtype``, as in `linear`; ``int8_activations`` is for
+    the quantised ones among them, as there.
 
     On a GPU packed weights take two launches (and the norm one more when T > 64): gate and up are
     not written to memory, and silu(gate) * up is rounded once. Unpacked ones take four, with gate
@@ -253,8 +260,13 @@ def swiglu_mlp(
     """
     gate, up = _gate_up(w_gate_up)
     if is_quantized(gate) or is_quantized(up) or is_quantized(w_down):
-        hidden = _quantized_swiglu(x, gate, up, norm)
-        return linear(hidden, w_down, residual, out_dtype=out_dtype)
+        hidden = _quantized_swiglu(x, gate, up, norm, int8_activations)
+        int8_activations &= is_quantized(w_down)
+        return linear(
+            hidden, w_down, residual, out_dtype=out_dtype, int8_activations=int8_activations
+        )
+    if int8_activations:
+        raise ValueError("int8_activations is for quantised weights, and all of these are dense")
     weight, eps = norm if norm is not None else (None, 0.0)
     return _swiglu_mlp(x, gate, up, w_down, weight, eps, residual, out_dtype)
 
@@ -267,15 +279,20 @@ def _gate_up(w: PackedGateUp | Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, 
     return w
 
 
-def _quantized_swiglu(x: Tensor, gate: Tensor, up: Tensor | None, norm: Norm | None) -> Tensor:
+def _quantized_swiglu(
+    x: Tensor, gate: Tensor, up: Tensor | None, norm: Norm | None, int8_activations: bool
+) -> Tensor:
     """silu(gate(x)) * up(x), where one of them, or the matrix after them, is quantised."""
     if is_quantized(gate) and (up is None or is_quantized(up)):
-        return quantized_ops.linear_swiglu(x, gate, up, norm)
+        return quantized_ops.linear_swiglu(x, gate, up, norm, int8_activations)
     if up is None:
         gate, up = unpack_gate_up(PackedGateUp(gate))
     if gate.shape != up.shape:
         raise ValueError(f"gate {shape_of(gate)} and up {shape_of(up)} must both be [I, H]")
-    both = [linear(x, w, norm=norm) for w in (gate, up)]
+    both = [
+        linear(x, w, norm=norm, int8_activations=int8_activations and is_quantized(w))
+        for w in (gate, up)
+    ]
     return silu_and_mul(torch.cat(both, dim=-1))
 
 
@@ -418,12 +435,15 @@ def qkv_rope_append(
     rope: Rope,
     cache: tuple[Tensor, Tensor],
     slots: Tensor,
+    *,
+    int8_activations: bool = False,
 ) -> Tensor:
     """RMSNorm, Q/K/V projection and RoPE of x; K and V go to the cache, Q [T, Hq, D] is returned.
 
     x [T, H]; w_qkv a PackedQKV or (wq [Hq*D, H], wk [Hk*D, H], wv [Hk*D, H]), each dense or a
     QuantizedTensor of a type of its own; cache = (k_cache, v_cache), each [pages, page, Hk, D],
-    written in place at ``slots`` (int32/int64 [T]; negative: skipped).
+    written in place at ``slots`` (int32/int64 [T]; negative: skipped). ``int8_activations`` is for
+    the quantised ones among the matrices, as in `linear`.
 
     On a GPU packed weights take one launch (and the norm one more when T > 64), in which q and k
     are rounded once, after the rotation. Unpacked ones take five, with q and k rounded before it.
@@ -437,7 +457,9 @@ def qkv_rope_append(
     else:
         wq, wk, wv = w_qkv
         if any(map(is_quantized, w_qkv)):
-            return _quantized_qkv(x, norm, w_qkv, rope, cache, slots)
+            return _quantized_qkv(x, norm, w_qkv, rope, cache, slots, int8_activations)
+    if int8_activations:
+        raise ValueError("int8_activations is for quantised weights, and all of these are dense")
     return _qkv_rope_append(
         x,
         weight,
@@ -461,13 +483,21 @@ def _quantized_qkv(
     rope: Rope,
     cache: tuple[Tensor, Tensor],
     slots: Tensor,
+    int8_activations: bool,
 ) -> Tensor:
     """qkv_rope_append, where one of the matrices is quantised."""
     wq, wk, wv = w_qkv
     if is_quantized(wq) and is_quantized(wk) and is_quantized(wv):
-        return quantized_ops.qkv_rope_append(x, norm, (wq, wk, wv), rope, cache, slots)
+        matrices = wq, wk, wv
+        return quantized_ops.qkv_rope_append(
+            x, norm, matrices, rope, cache, slots, int8_activations
+        )
     d = cache[0].shape[3]
-    q, k, v = (linear(x, w, norm=norm).unflatten(-1, (-1, d)) for w in w_qkv)
+    products = [
+        linear(x, w, norm=norm, int8_activations=int8_activations and is_quantized(w))
+        for w in w_qkv
+    ]
+    q, k, v = (product.unflatten(-1, (-1, d)) for product in products)
     rope_append(k, v, rope, cache, slots)
     assert rope.positions is not None
     return apply_rope(q, k[:, :0], rope.cos, rope.sin, rope.positions, rope.interleaved)[0]

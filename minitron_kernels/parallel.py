@@ -31,6 +31,7 @@ import torch.nn.functional as F
 from torch.distributed import ProcessGroup
 
 from minitron_kernels import devices, ops
+from minitron_kernels.block_types import block_type
 from minitron_kernels.checks import check_range
 from minitron_kernels.config import ModelConfig
 from minitron_kernels.layers import Embedding, Linear, SwiGLUMLP
@@ -41,7 +42,7 @@ from minitron_kernels.loaders.checkpoint import (
     check_scales,
     convert,
 )
-from minitron_kernels.quantized import QuantizedTensor, block_type
+from minitron_kernels.quantized import QuantizedTensor
 
 if TYPE_CHECKING:
     from minitron_kernels.model import MinitronForCausalLM

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from minitron_kernels import _native
-from minitron_kernels.quantized import GGML_NUMBERS, QuantizedTensor, block_type
+from minitron_kernels.block_types import GGML_NUMBERS, block_type
+from minitron_kernels.quantized import QuantizedTensor
 
 Tensor = torch.Tensor
 

@@ -26,12 +26,14 @@ import torch
 from tqdm import tqdm
 
 from minitron_kernels import block_encoders
+from minitron_kernels.block_types import QUANT_TYPES
 from minitron_kernels.config import ModelConfig
 from minitron_kernels.loaders import gguf_writer
 from minitron_kernels.loaders.checkpoint import TORCH_DTYPES, Checkpoint, open_checkpoint
-from minitron_kernels.loaders.gguf import GGUFCheckpoint, GGUFFile, gguf_name
+from minitron_kernels.loaders.gguf import GGUFCheckpoint, gguf_name
+from minitron_kernels.loaders.gguf_file import GGUFFile
 from minitron_kernels.loaders.gguf_writer import TensorHead
-from minitron_kernels.quantized import QUANT_TYPES, nonfinite_scale_row
+from minitron_kernels.quantized import nonfinite_scale_row
 
 _log = logging.getLogger(__name__)
 

@@ -8,63 +8,14 @@ gathered and permuted without decoding anything.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 
+from minitron_kernels import _native
+from minitron_kernels.block_types import GGML_NUMBERS, block_type
+
 Tensor = torch.Tensor
-
-
-@dataclass(frozen=True)
-class BlockType:
-    """A ggml tensor type: rows are made of blocks of ``elements`` weights in ``nbytes`` bytes."""
-
-    name: str
-    elements: int
-    nbytes: int
-    scale_offsets: tuple[int, ...] = ()  # of the half-precision scales and minima in a block
-
-    def row_nbytes(self, cols: int) -> int:
-        """Stored bytes of a row of ``cols`` elements; ValueError unless it is whole blocks."""
-        if cols % self.elements:
-            raise ValueError(
-                f"rows of {cols} are not a multiple of {self.name}'s {self.elements} elements"
-            )
-        return cols // self.elements * self.nbytes
-
-
-QUANT_TYPES = {
-    block.name: block
-    for block in (
-        BlockType("Q4_0", 32, 18, (0,)),
-        BlockType("Q4_1", 32, 20, (0, 2)),
-        BlockType("Q5_0", 32, 22, (0,)),
-        BlockType("Q5_1", 32, 24, (0, 2)),
-        BlockType("Q8_0", 32, 34, (0,)),
-        BlockType("Q2_K", 256, 84, (80, 82)),
-        BlockType("Q3_K", 256, 110, (108,)),
-        BlockType("Q4_K", 256, 144, (0, 2)),
-        BlockType("Q5_K", 256, 176, (0, 2)),
-        BlockType("Q6_K", 256, 210, (208,)),
-    )
-}
-
-
-# ggml's number of each type: in GGUF files and in the C ABI (mk_quant_type).
-GGML_NUMBERS = {
-    "Q4_0": 2,
-    "Q4_1": 3,
-    "Q5_0": 6,
-    "Q5_1": 7,
-    "Q8_0": 8,
-    "Q2_K": 10,
-    "Q3_K": 11,
-    "Q4_K": 12,
-    "Q5_K": 13,
-    "Q6_K": 14,
-}
 
 
 class QuantizedTensor(torch.Tensor):
@@ -192,14 +143,6 @@ class QuantizedTensor(torch.Tensor):
         return handler(func, *args, **(kwargs or {}))
 
 
-def block_type(quant_type: str) -> BlockType:
-    """The quantised type of this name; ValueError naming those accepted."""
-    block = QUANT_TYPES.get(quant_type) if isinstance(quant_type, str) else None
-    if block is None:
-        raise ValueError(f"type: got {quant_type!r:.80}, accepted: {', '.join(QUANT_TYPES)}")
-    return block
-
-
 def rebuild(
     blocks: Tensor, quant_type: str, shape: Sequence[int], is_parameter: bool
 ) -> QuantizedTensor:
@@ -311,21 +254,10 @@ def nonfinite_scale_row(blocks: Tensor, quant_type: str) -> int | None:
     """
     block = block_type(quant_type)
     rows, row_nbytes = blocks.shape
-    step = max(1, _SCALE_CHUNK // max(1, row_nbytes))
-    packed = blocks.numpy()
-    for start in range(0, rows, step):
-        chunk = packed[start : start + step]
-        words = chunk.view("<u2").reshape(-1, block.nbytes // 2)
-        for offset in block.scale_offsets:
-            bits = words[:, offset // 2] & np.uint16(0x7FFF)
-            # A half is infinite or NaN where its exponent, the top bits, is all ones.
-            if bits.size and bits.max() >= 0x7C00:
-                first = int(np.argmax(bits >= 0x7C00))
-                return start + first // (row_nbytes // block.nbytes)
-    return None
-
-
-_SCALE_CHUNK = 1 << 20  # bytes looked at at a time, so that the second scale comes from the cache
+    cols = row_nbytes // block.nbytes * block.elements
+    matrix = blocks.data_ptr(), blocks.stride(0), rows, cols, GGML_NUMBERS[quant_type]
+    (row,) = _native.cpu_nonfinite_scales([matrix], torch.get_num_threads())
+    return None if row < 0 else row
 
 
 # ---- decoding ----

@@ -17,6 +17,7 @@ import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from minitron_kernels import cuda_ops, cuda_quantized, torch_ops
+from minitron_kernels.block_types import QUANT_TYPES, block_type
 from minitron_kernels.checks import (
     check_cache,
     check_float,
@@ -37,7 +38,7 @@ from minitron_kernels.quant_packing import (
     unpack,
     unpack_pair,
 )
-from minitron_kernels.quantized import QUANT_TYPES, QuantizedTensor, block_type
+from minitron_kernels.quantized import QuantizedTensor
 
 Tensor = torch.Tensor
 Matrix = QuantizedTensor | PackedQuantizedTensor
@@ -139,6 +140,12 @@ def _check_products(
         check_norm(x, norm_weight)
 
 
+def check_int8_activations(x: Tensor) -> None:
+    """Raise ValueError unless activations x can be rounded to 8 bits."""
+    if not x.is_cpu:
+        raise ValueError(f"int8_activations is for CPU tensors, but x is on {x.device}")
+
+
 # ----------------------------------------------------------------------------------------- linear
 
 
@@ -148,10 +155,11 @@ def linear(
     residual: Tensor | None,
     norm: Norm | None,
     out_dtype: torch.dtype | None,
+    int8_activations: bool = False,
 ) -> Tensor:
     """See ops.linear."""
     weight, eps = norm if norm is not None else (None, 0.0)
-    return _linear(x, *_stored(w), residual, weight, eps, out_dtype)
+    return _linear(x, *_stored(w), residual, weight, eps, out_dtype, int8_activations)
 
 
 def _fake_linear(
@@ -163,13 +171,14 @@ def _fake_linear(
     norm_weight: Tensor | None,
     eps: float,
     out_dtype: torch.dtype | None,
+    int8_activations: bool = False,
 ) -> Tensor:
     return x.new_empty((*x.shape[:-1], rows), dtype=out_dtype)
 
 
 @op(
     "linear_quant(Tensor x, Tensor w, str kind, SymInt rows, Tensor? residual, "
-    "Tensor? norm_weight, float eps, ScalarType? out_dtype) -> Tensor",
+    "Tensor? norm_weight, float eps, ScalarType? out_dtype, bool int8_activations=False) -> Tensor",
     _fake_linear,
 )
 def _linear(
@@ -181,7 +190,10 @@ def _linear(
     norm_weight: Tensor | None,
     eps: float,
     out_dtype: torch.dtype | None,
+    int8_activations: bool = False,
 ) -> Tensor:
+    if int8_activations:
+        check_int8_activations(x)
     _check_products(x, norm_weight, residual, [("w", w, kind, rows)])
     shape = (*x.shape[:-1], rows)
     if residual is not None and residual.shape != shape:
@@ -197,7 +209,10 @@ def _linear(
         x = torch_ops.rms_norm(x, norm_weight, eps)
     add = None if residual is None else residual.reshape(-1, rows)
     w = _blocks(w, kind, rows, cols)
-    return torch_ops.matmul_quant(x, w, kind, add=add, out_dtype=out_dtype).view(shape)
+    y = torch_ops.matmul_quant(
+        x, w, kind, add=add, out_dtype=out_dtype, int8_activations=int8_activations
+    )
+    return y.view(shape)
 
 
 def linear_stored(x: Tensor, w: Tensor, kind: str, rows: int) -> Tensor:
@@ -211,7 +226,13 @@ def linear_stored(x: Tensor, w: Tensor, kind: str, rows: int) -> Tensor:
 # ----------------------------------------------------------------------------------------- swiglu
 
 
-def linear_swiglu(x: Tensor, gate: Matrix, up: Matrix | None, norm: Norm | None) -> Tensor:
+def linear_swiglu(
+    x: Tensor,
+    gate: Matrix,
+    up: Matrix | None,
+    norm: Norm | None,
+    int8_activations: bool = False,
+) -> Tensor:
     """silu(gate(x)) * up(x) of x [T, H], normalised first where asked -> [T, I].
 
     ``up`` None: gate is packed with it (`quant_packing.pack`). The result is rounded once, but on
@@ -220,16 +241,16 @@ def linear_swiglu(x: Tensor, gate: Matrix, up: Matrix | None, norm: Norm | None)
     weight, eps = norm if norm is not None else (None, 0.0)
     w, kind, rows = _stored(gate)
     if up is None:
-        return _linear_swiglu(x, w, kind, None, kind, rows // 2, weight, eps)
+        return _linear_swiglu(x, w, kind, None, kind, rows // 2, weight, eps, int8_activations)
     if gate.shape != up.shape:
         raise ValueError(f"gate {shape_of(gate)} and up {shape_of(up)} must both be [I, H]")
-    return _linear_swiglu(x, w, kind, *_stored(up), weight, eps)
+    return _linear_swiglu(x, w, kind, *_stored(up), weight, eps, int8_activations)
 
 
 @op(
     "linear_swiglu_quant(Tensor x, Tensor gate, str gate_kind, Tensor? up, str up_kind, "
-    "SymInt rows, Tensor? norm_weight, float eps) -> Tensor",
-    lambda x, gate, gate_kind, up, up_kind, rows, norm_weight, eps: x.new_empty((x.shape[0], rows)),
+    "SymInt rows, Tensor? norm_weight, float eps, bool int8_activations=False) -> Tensor",
+    lambda x, gate, gate_kind, up, up_kind, rows, *args: x.new_empty((x.shape[0], rows)),
 )
 def _linear_swiglu(
     x: Tensor,
@@ -240,8 +261,11 @@ def _linear_swiglu(
     rows: int,
     norm_weight: Tensor | None,
     eps: float,
+    int8_activations: bool = False,
 ) -> Tensor:
     """``up`` None: gate is the tiles of both."""
+    if int8_activations:
+        check_int8_activations(x)
     if x.ndim != 2:
         raise ValueError(f"x must be [T, H], got {shape_of(x)}")
     matrices = [("gate", gate, gate_kind, rows)]
@@ -264,7 +288,9 @@ def _linear_swiglu(
         pair = PackedQuantizedTensor(gate, gate_kind, (2 * rows, cols))
         gate, up = (each.blocks for each in unpack_pair(pair))
     gate, up = _blocks(gate, gate_kind, rows, cols), _blocks(up, up_kind, rows, cols)
-    return torch_ops.matmul_quant(x, gate, gate_kind, swiglu_up=(up, up_kind))
+    return torch_ops.matmul_quant(
+        x, gate, gate_kind, swiglu_up=(up, up_kind), int8_activations=int8_activations
+    )
 
 
 # -------------------------------------------------------------------------------------------- qkv
@@ -277,6 +303,7 @@ def qkv_rope_append(
     rope: Rope,
     cache: tuple[Tensor, Tensor],
     slots: Tensor,
+    int8_activations: bool = False,
 ) -> Tensor:
     """See ops.qkv_rope_append. The kernel takes pairs that are interleaved."""
     if rope.positions is None:
@@ -296,6 +323,7 @@ def qkv_rope_append(
         rope.interleaved,
         *cache,
         slots,
+        int8_activations,
     )
 
 
@@ -306,16 +334,21 @@ def _fake_qkv(
     w: list[Tensor],
     kinds: list[str],
     rows: list[int],
-    *args: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
+    interleaved: bool,
+    k_cache: Tensor,
+    *args: object,
 ) -> Tensor:
-    head_dim = args[-2].shape[3]
+    head_dim = k_cache.shape[3]
     return x.new_empty((x.shape[0], rows[0] // head_dim, head_dim))
 
 
 @op(
     "qkv_rope_append_quant(Tensor x, Tensor? norm_weight, float eps, Tensor[] w, str[] kinds, "
     "SymInt[] rows, Tensor cos, Tensor sin, Tensor positions, bool interleaved, "
-    "Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slots) -> Tensor",
+    "Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slots, bool int8_activations=False) -> Tensor",
     _fake_qkv,
 )
 def _qkv_rope_append(
@@ -332,7 +365,10 @@ def _qkv_rope_append(
     k_cache: Tensor,
     v_cache: Tensor,
     slots: Tensor,
+    int8_activations: bool = False,
 ) -> Tensor:
+    if int8_activations:
+        check_int8_activations(x)
     if x.ndim != 2:
         raise ValueError(f"x must be [T, H], got {shape_of(x)}")
     names = ("wq", "wk", "wv")
@@ -359,7 +395,8 @@ def _qkv_rope_append(
         return cuda_quantized.qkv_then_rope(*args)
     if norm_weight is not None:
         x = torch_ops.rms_norm(x, norm_weight, eps)
-    products = torch_ops.matmuls_quant(x, [(_blocks(*each), each[1]) for each in stored])
+    matrices = [(_blocks(*each), each[1]) for each in stored]
+    products = torch_ops.matmuls_quant(x, matrices, int8_activations)
     q, k, v = (y.view(x.shape[0], -1, d) for y in products)
     return torch_ops.qkv_rope_append((q, k, v), rope, (k_cache, v_cache), slots)
 

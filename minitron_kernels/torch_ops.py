@@ -17,8 +17,9 @@ import torch
 import torch.nn.functional as F
 
 from minitron_kernels import _native, cpu_ops
+from minitron_kernels.block_types import GGML_NUMBERS, QUANT_TYPES
 from minitron_kernels.checks import lengths_of, starts_of
-from minitron_kernels.quantized import GGML_NUMBERS, QUANT_TYPES, decode
+from minitron_kernels.quantized import decode
 
 if TYPE_CHECKING:
     from minitron_kernels.ops import Rope
@@ -190,6 +191,7 @@ def matmul_quant(
     add: Tensor | None = None,
     swiglu_up: tuple[Tensor, str] | None = None,
     out_dtype: torch.dtype | None = None,
+    int8_activations: bool = False,
 ) -> Tensor:
     """As `matmul`, of a quantised matrix: its blocks, uint8 [N, row bytes], and their type.
 
@@ -220,7 +222,7 @@ def matmul_quant(
         GGML_NUMBERS[up_kind],
         cpu_ops.DTYPES[out_dtype],
     )
-    _cpu_products(x, [product])
+    _cpu_products(x, [product], int8_activations)
     return out
 
 
@@ -236,7 +238,9 @@ def decoded_matmul(
     return y if add is None else y.add_(add)
 
 
-def matmuls_quant(x: Tensor, matrices: Sequence[tuple[Tensor, str]]) -> list[Tensor]:
+def matmuls_quant(
+    x: Tensor, matrices: Sequence[tuple[Tensor, str]], int8_activations: bool = False
+) -> list[Tensor]:
     """x [M, K] @ w^T for several quantised matrices, with x read once."""
     if not x.is_cpu:
         return [matmul_quant(x, w, kind) for w, kind in matrices]
@@ -252,16 +256,22 @@ def matmuls_quant(x: Tensor, matrices: Sequence[tuple[Tensor, str]]) -> list[Ten
         )
         for (w, kind), out in zip(matrices, outs, strict=True)
     ]
-    _cpu_products(x, products)
+    _cpu_products(x, products, int8_activations)
     return outs
 
 
-def _cpu_products(x: Tensor, products: list[_native.CpuQuantProduct]) -> None:
+def _cpu_products(x: Tensor, products: list[_native.CpuQuantProduct], int8: bool) -> None:
     x = _rows(x)
     m, k = x.shape
-    threads = torch.get_num_threads()
     _native.cpu_linear_quant(
-        x.data_ptr(), x.stride(0), m, k, cpu_ops.DTYPES[x.dtype], products, threads
+        x.data_ptr(),
+        x.stride(0),
+        m,
+        k,
+        cpu_ops.DTYPES[x.dtype],
+        products,
+        torch.get_num_threads(),
+        x_bits=8 if int8 else 0,
     )
 
 

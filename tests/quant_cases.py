@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from minitron_kernels.block_types import GGML_NUMBERS, QUANT_TYPES
 from minitron_kernels.quant_packing import pack
-from minitron_kernels.quantized import GGML_NUMBERS, QUANT_TYPES, QuantizedTensor
+from minitron_kernels.quantized import QuantizedTensor
 from tests import emulator
 from tests import native_abi as abi
 from tests.gguf_files import random_rows

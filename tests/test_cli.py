@@ -760,10 +760,24 @@ def test_what_stays_quantised_is_told(minitron: Callable[..., Any], quantised: P
     assert len(kept["token_ids"]) == len(expanded["token_ids"]) == 4
 
 
+def test_int8_activations_are_told(
+    minitron: Callable[..., Any], quantised: Path, tiny: Path
+) -> None:
+    options = ("--device", "cpu", "--max-new-tokens", "3", "--ignore-eos", "--json")
+    report = json.loads(minitron("generate", "Hello", "--model", quantised, *options)[1])
+    assert report["activations"] == "bfloat16"
+    options = (*options, "--int8-activations")
+    report = json.loads(minitron("generate", "Hello", "--model", quantised, *options)[1])
+    assert report["activations"] == "bfloat16, int8 in quantised products"
+    code, out, err = minitron("generate", "Hello", "--model", tiny, *options)
+    assert (code, out) == (2, "")
+    assert "error: int8_activations is for quantised weights, and the model has none" in err
+
+
 def test_scales_that_are_not_finite_need_an_option(
     minitron: Callable[..., Any], quantised: Path
 ) -> None:
-    from minitron_kernels.loaders.gguf import GGUFFile
+    from minitron_kernels.loaders.gguf_file import GGUFFile
 
     tensor = GGUFFile(quantised).tensors["blk.1.ffn_down.weight"]
     with quantised.open("r+b") as file:

@@ -20,8 +20,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from minitron_kernels.loaders.checkpoint import MAX_JSON_BYTES, open_checkpoint
-from minitron_kernels.loaders.gguf import GGUFFile
+from minitron_kernels.loaders.checkpoint import open_checkpoint
+from minitron_kernels.loaders.files import MAX_JSON_BYTES
+from minitron_kernels.loaders.gguf_file import GGUFFile
 from tests.gguf_files import (
     SCALE_OFFSETS,
     TINY_METADATA,
@@ -613,7 +614,7 @@ def test_hostile_headers_allocate_next_to_nothing(tmp_path: Path) -> None:
     script = """
 import json, resource, sys
 from pathlib import Path
-from minitron_kernels.loaders.gguf import GGUFFile
+from minitron_kernels.loaders.gguf_file import GGUFFile
 import gguf
 paths = json.load(sys.stdin)
 used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()

@@ -26,9 +26,10 @@ from minitron_kernels import (
     ops,
     reference,
 )
+from minitron_kernels.block_types import QUANT_TYPES
 from minitron_kernels.integrations import vllm as integration
 from minitron_kernels.integrations.vllm import matrices, paged
-from minitron_kernels.quantized import QUANT_TYPES, QuantizedTensor
+from minitron_kernels.quantized import QuantizedTensor
 from tests.cuda_device import PARAMS, cuda_device, launches, no_host_reads, on, on_cpu, on_device
 from tests.test_kernels_memory import assert_close
 from tests.test_model_quantized import model_rows

@@ -14,7 +14,7 @@ import torch
 from gguf import GGMLQuantizationType, quants
 
 from minitron_kernels.loaders.checkpoint import Weights, open_checkpoint
-from minitron_kernels.loaders.gguf import BLOCK_TYPES, GGUFFile, part_paths
+from minitron_kernels.loaders.gguf_file import BLOCK_TYPES, GGUFFile, part_paths
 from minitron_kernels.quantized import QuantizedTensor
 from tests.gguf_files import (
     ALL_TYPES,

@@ -15,10 +15,14 @@ import torch
 
 from minitron_kernels import AutoTokenizer, MinitronForCausalLM, SamplingParams
 from minitron_kernels.block_encoders import ENCODERS, encode
+from minitron_kernels.block_types import QUANT_TYPES
+from minitron_kernels.cpu_graphs import DecodeRecordings
 from minitron_kernels.generate import GenerationResult, generate
+from minitron_kernels.graphs import DecodeRow
 from minitron_kernels.loaders.checkpoint import Weights, open_checkpoint
-from minitron_kernels.loaders.gguf import GGUFFile
-from minitron_kernels.quantized import QUANT_TYPES, QuantizedTensor
+from minitron_kernels.loaders.gguf_file import GGUFFile
+from minitron_kernels.quantized import QuantizedTensor
+from minitron_kernels.sampling import SamplingState
 from tests.gguf_files import SCALE_OFFSETS, RawGGUF, random_rows, raw_tensor, write_gguf
 from tests.test_loaders_gguf import in_file_mapping
 
@@ -178,6 +182,46 @@ def test_bfloat16_is_as_close_as_pytorchs(mixed: Path) -> None:
     assert (actual - expected).abs().max() <= 2 * (theirs - expected).abs().max() + unit
     rms = lambda t: t.square().mean().sqrt()  # noqa: E731
     assert rms(actual - expected) <= 2 * rms(theirs - expected)
+
+
+def test_int8_activations(mixed: Path) -> None:
+    """Off by a percent or so, in prompts and in steps alike; with the same bits in a batch; off
+    again when it is put off."""
+    exact, ours = load(mixed, "bfloat16"), load(mixed, "bfloat16", int8_activations=True)
+    ids = random_ids(3, 40)
+    expected, actual = exact.logits(ids), ours.logits(ids)
+    assert 1e-3 < relative_error(actual, expected) < 0.05
+    assert torch.equal(ours.logits(ids[:1, :7]), actual[:1, :7])
+    prompts = [row.tolist() for row in ids]
+    params = SamplingParams(max_new_tokens=12, ignore_eos=True)
+    together = generate(ours, None, prompts, params)
+    for prompt, result in zip(prompts, together, strict=True):
+        (alone,) = generate(ours, None, [prompt], params, cuda_graphs=False)  # no recorded steps
+        assert alone.token_ids == result.token_ids
+        teacher = ours.logits(torch.tensor([prompt + result.token_ids]))
+        assert teacher[0, len(prompt) - 1 : -1].argmax(-1).tolist() == result.token_ids
+    ours.set_int8_activations(False)
+    assert torch.equal(ours.logits(ids), expected)
+
+
+def test_recorded_steps_follow_int8_activations(mixed: Path) -> None:
+    model = load(mixed, "bfloat16")
+    cache = model.new_cache(64)
+    recordings = DecodeRecordings(model, cache)
+    pages = cache.allocator.allocate(1)
+    assert pages is not None
+    row = DecodeRow(token_id=5, position=0, pages=pages, state=SamplingState(SamplingParams(), [5]))
+    exact = [recordings.run([row]).clone() for _ in range(2)]
+    model.set_int8_activations(True)
+    rounded = [recordings.run([row]).clone() for _ in range(2)]
+    assert torch.equal(*exact) and torch.equal(*rounded)
+    assert not torch.equal(exact[0], rounded[0])
+    assert torch.equal(rounded[0], model.logits(torch.tensor([[5]]))[0])
+
+
+def test_int8_activations_need_quantised_weights(mixed: Path) -> None:
+    with pytest.raises(ValueError, match="int8_activations is for quantised weights"):
+        load(mixed, expand=True, int8_activations=True)
 
 
 def transformers_model(path: Path, dtype: torch.dtype = torch.float32) -> Any:

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from bench import quant_decode as counts
 from minitron_kernels import reference
-from minitron_kernels.quantized import GGML_NUMBERS, QUANT_TYPES, QuantizedTensor
+from minitron_kernels.block_types import GGML_NUMBERS, QUANT_TYPES
+from minitron_kernels.quantized import QuantizedTensor
 from tests import native_abi as abi
 from tests.linear_cases import EPS, Qkv, in_turn, magnitude, normalised
 from tests.native_emulator import BUILT, DEVICES, dtype_id, run, storage_of

@@ -13,7 +13,7 @@ from gguf import GGMLQuantizationType, quants
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minitron_kernels.quantized import QUANT_TYPES
+from minitron_kernels.block_types import QUANT_TYPES
 from tests import native_abi as abi
 from tests.gguf_files import SCALE_OFFSETS, random_rows
 from tests.native_emulator import BUILT, DEVICES, dtype_id, run, storage_of

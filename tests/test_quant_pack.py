@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minitron_kernels import _native
-from minitron_kernels.quantized import QUANT_TYPES
+from minitron_kernels.block_types import QUANT_TYPES
 from tests import native_abi as abi
 from tests.gguf_files import random_rows
 from tests.quant_layout import IDS, decode, packed_bytes

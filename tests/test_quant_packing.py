@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from minitron_kernels import ops
+from minitron_kernels.block_types import QUANT_TYPES
 from minitron_kernels.layers import Embedding, Linear, SwiGLUMLP
 from minitron_kernels.quant_packing import (
     PackedQuantizedTensor,
@@ -22,7 +23,7 @@ from minitron_kernels.quant_packing import (
     unpack,
     unpack_pair,
 )
-from minitron_kernels.quantized import QUANT_TYPES, QuantizedTensor
+from minitron_kernels.quantized import QuantizedTensor
 from tests.gguf_files import random_rows
 
 TYPES = tuple(QUANT_TYPES)

@@ -27,13 +27,13 @@ from safetensors.torch import save_file
 
 from minitron_kernels import MinitronForCausalLM, block_encoders, quantize
 from minitron_kernels.block_encoders import ENCODERS, encode
+from minitron_kernels.block_types import QUANT_TYPES
 from minitron_kernels.cli import main
 from minitron_kernels.config import ModelConfig
 from minitron_kernels.loaders.checkpoint import open_checkpoint
-from minitron_kernels.loaders.gguf import GGUFFile
+from minitron_kernels.loaders.gguf_file import GGUFFile
 from minitron_kernels.loaders.tokenizer import Tokenizer
 from minitron_kernels.quantize import MIXES, mix_type, storable_type
-from minitron_kernels.quantized import QUANT_TYPES
 from tests.gguf_files import TINY_METADATA, random_rows, tiny_tensors, write_gguf
 from tests.tiny_checkpoint import write_tiny_checkpoint
 

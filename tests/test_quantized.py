@@ -18,7 +18,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from minitron_kernels.quantized import QUANT_TYPES, QuantizedTensor, nonfinite_scale_row
+from minitron_kernels import _native
+from minitron_kernels.block_types import GGML_NUMBERS, QUANT_TYPES
+from minitron_kernels.quantized import QuantizedTensor, nonfinite_scale_row
 from tests.gguf_files import SCALE_OFFSETS, random_rows
 
 TYPES = tuple(SCALE_OFFSETS)
@@ -303,3 +305,45 @@ def test_nonfinite_scale_in_a_later_chunk_is_found() -> None:
     w.blocks[2999, 18 * 63 + 1] = 0x7C
     assert nonfinite_scale_row(w.blocks, "Q4_0") == 2999
     assert nonfinite_scale_row(w.blocks[:0], "Q4_0") is None
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_nonfinite_scales_of_several_matrices(threads: int) -> None:
+    """The first bad row of each, whichever thread finds it; a stride between rows is no scale."""
+    matrices, expected = [], []
+    held = []
+    for i, kind in enumerate(TYPES):
+        block = QUANT_TYPES[kind]
+        w = make(kind, 2000, 8 * block.elements)
+        padded = torch.full((2000, 8 * block.nbytes + 2), 0xFF, dtype=torch.uint8)
+        padded[:, :-2] = w.blocks
+        bad = [] if i % 3 == 0 else [1999 - i, 700 + 7 * i]
+        for row in bad:
+            padded[row, block.scale_offsets[-1] + 1] |= 0x7C
+        held.append(padded)
+        matrix = padded.data_ptr(), padded.stride(0), 2000, w.shape[1], GGML_NUMBERS[kind]
+        matrices.append(matrix)
+        expected.append(min(bad, default=-1))
+    assert _native.cpu_nonfinite_scales(matrices, threads) == expected
+    assert _native.cpu_nonfinite_scales([], threads) == []
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        (0, 0, r"matrices\[1\].w is NULL"),
+        (1, 17, r"matrices\[1\].w_row_bytes must be at least the 18 bytes of a row, got 17"),
+        (2, -1, r"matrices\[1\].rows must be 0 ... 2147483647, got -1"),
+        (3, 33, r"k must be a multiple of 32"),
+        (4, 1, r"matrices\[1\].type"),
+    ],
+)
+def test_nonfinite_scales_refuse_bad_matrices(field: int, value: int, message: str) -> None:
+    w = make("Q4_0", 2, 32)
+    good = [w.blocks.data_ptr(), 18, 2, 32, GGML_NUMBERS["Q4_0"]]
+    bad = [*good]
+    bad[field] = value
+    with pytest.raises(ValueError, match=message):
+        _native.cpu_nonfinite_scales([tuple(good), tuple(bad)], 1)
+    with pytest.raises(ValueError, match="num_threads must be"):
+        _native.cpu_nonfinite_scales([tuple(good)], 0)

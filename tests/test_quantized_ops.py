@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from minitron_kernels import ops, torch_ops
-from minitron_kernels.quantized import QUANT_TYPES, QuantizedTensor
+from minitron_kernels import ops, quantized_ops, torch_ops
+from minitron_kernels.block_types import QUANT_TYPES
+from minitron_kernels.quantized import QuantizedTensor
 from tests.test_model_quantized import model_rows
 
 Tensor = torch.Tensor
@@ -132,6 +133,68 @@ def test_embedding_is_the_decoded_rows(kind: str, dtype: torch.dtype) -> None:
         rows = ops.embedding(ids, table, dtype)
         assert rows.dtype == dtype and torch.equal(rows, dense[ids])
     assert ops.embedding(torch.tensor([], dtype=torch.int64), table, dtype).shape == (0, 256)
+
+
+def int8(x: Tensor) -> Tensor:
+    """Each 32 elements of a row rounded to multiples of 1/127 of their largest."""
+    blocks = x.float().unflatten(-1, (-1, 32))
+    largest = blocks.abs().amax(-1, keepdim=True)
+    return (blocks * (127 / largest)).round().mul(largest / 127).flatten(-2)
+
+
+def test_int8_activations_round_x_alone() -> None:
+    """linear, swiglu_mlp and qkv_rope_append with the option are those of rounded x, without."""
+    x, w = randn(5, 256), make("Q6_K", 40, 256)
+    residual, norm = randn(5, 40), ops.Norm(randn(256), 1e-5)
+    close = {"rtol": 1e-5, "atol": 2e-5}
+    normed = ops.rms_norm(x, *norm)
+    y = ops.linear(x, w, residual, norm=norm, int8_activations=True)
+    torch.testing.assert_close(y, ops.linear(int8(normed), w, residual), **close)
+    assert (y - ops.linear(normed, w, residual)).abs().max() > 1e-3
+    up, down = make("Q4_1", 40, 256, 1), randn(8, 40)
+    y = ops.swiglu_mlp(x, (w, up), down, int8_activations=True)  # a dense matrix takes x as it is
+    torch.testing.assert_close(y, ops.swiglu_mlp(int8(x), (w, up), down), **close)
+    y = ops.swiglu_mlp(x, (w.dequantize(), up), down, int8_activations=True)
+    gate, up_x = ops.linear(x, w.dequantize()), ops.linear(int8(x), up)
+    expected = ops.silu_and_mul(torch.cat([gate, up_x], -1)) @ down.T
+    torch.testing.assert_close(y, expected, **close)
+    rope = ROPE._replace(cos=torch.ones(4, 16))
+    for qkv in ((Q, K, K), (Q, K, K.dequantize())):
+        caches = [(torch.zeros(1, 16, 1, 32), torch.zeros(1, 16, 1, 32)) for _ in range(2)]
+        q = ops.qkv_rope_append(x[:2], norm, qkv, rope, caches[0], SLOTS, int8_activations=True)
+        rounded = int8(normed[:2])
+        expected = ops.qkv_rope_append(rounded, None, qkv, rope, caches[1], SLOTS)
+        torch.testing.assert_close(q, expected, **close)
+        torch.testing.assert_close(caches[0][0], caches[1][0], **close)
+        is_rounded = torch.allclose(caches[0][1], caches[1][1], **close)
+        assert is_rounded == isinstance(qkv[2], QuantizedTensor)  # a dense one takes x as it is
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: ops.linear(X, DENSE, int8_activations=True),
+        lambda: ops.swiglu_mlp(X, DENSE, randn(256, 4), int8_activations=True),
+        lambda: ops.qkv_rope_append(
+            X, None, (randn(64, 256), randn(32, 256), randn(32, 256)), ROPE, CACHE, SLOTS,
+            int8_activations=True,
+        ),
+    ],
+)  # fmt: skip
+def test_int8_activations_are_for_quantised_weights(call: Callable[[], Tensor]) -> None:
+    with pytest.raises(ValueError, match="int8_activations is for quantised weights"):
+        call()
+
+
+def test_int8_activations_are_for_the_cpu() -> None:
+    x, w = X.to("meta"), make("Q4_K", 8, 256)
+    with pytest.raises(ValueError, match="int8_activations is for CPU tensors, but x is on meta"):
+        quantized_ops.check_int8_activations(x)
+    compiled = torch.compile(
+        lambda x: ops.linear(x, w, int8_activations=True), backend="eager", fullgraph=True
+    )
+    x = randn(3, 256)
+    assert torch.equal(compiled(x), ops.linear(x, w, int8_activations=True))
 
 
 W = make("Q4_K", 8, 256)

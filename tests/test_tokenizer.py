@@ -26,7 +26,7 @@ from transformers import AutoTokenizer as HFAutoTokenizer
 from transformers import PreTrainedTokenizerFast
 
 from minitron_kernels.loaders import byte_level
-from minitron_kernels.loaders.gguf import GGUFFile
+from minitron_kernels.loaders.gguf_file import GGUFFile
 from minitron_kernels.loaders.hub import cache_dir
 from minitron_kernels.loaders.tokenizer import AutoTokenizer, Tokenizer
 

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from minitron_kernels import ops
+from minitron_kernels.block_types import QUANT_TYPES
 from minitron_kernels.layers import RMSNorm, SwiGLUMLP
-from minitron_kernels.quantized import QUANT_TYPES, QuantizedTensor
+from minitron_kernels.quantized import QuantizedTensor
 from tests.gguf_files import random_rows
 
 Tensor = torch.Tensor

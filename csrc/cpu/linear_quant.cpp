@@ -115,7 +115,7 @@ void run_slab(const QuantKernels& kernels, const QuantTask& task, int64_t first_
 }
 
 mk_status run(const mk_cpu_linear_quant_params& p, const QuantKernels& kernels) {
-    const int limbs = p.dtype == MK_BF16 ? 1 : 2;
+    const int limbs = p.dtype == MK_BF16 || p.x_bits ? 1 : 2;
     const int64_t groups = std::max(ceil_div(p.k, kGroup), 1) * int64_t{limbs};  // of a row
     const int64_t slab =
         std::min<int64_t>(p.m, std::max<int64_t>(kMaxGroups / groups, kBlockRows / limbs));
@@ -187,6 +187,8 @@ mk_status check(const mk_cpu_linear_quant_params& p) {
     MK_TRY(check_size("k", p.k, 0, 1 << 20));
     MK_TRY(check_size("num_threads", p.num_threads, 1, 256));
     MK_TRY(check_size("num_products", p.num_products, 0, 64));
+    MK_REQUIRE(p.x_bits == 0 || p.x_bits == 8, MK_ERR_VALUE, "x_bits must be 0 or 8, got %d",
+               p.x_bits);
     if (p.m > 0 && p.k > 0) MK_TRY(check_rows("x", p.x, p.x_stride, p.m, p.k, p.dtype));
     if (p.num_products == 0) return MK_OK;
     MK_REQUIRE(p.products, MK_ERR_NULL, "products is NULL");

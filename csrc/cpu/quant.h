@@ -15,12 +15,13 @@ constexpr int kGroup = 256;      // columns that share a unit of x, and that are
 constexpr int kTileRows = 32;    // rows of w that are unpacked together: two vectors of lanes
 constexpr int kBlockRows = 192;  // rows of integers that pass by an unpacked tile
 
-// A group of a row of x as integers of 16 bits, in the order of quant_halves.h or quant_bytes.h.
+// A group of a row of x as integers of 16 bits, or of 8, in the order of quant_halves.h or
+// quant_bytes.h.
 struct alignas(64) XGroup {
-    uint32_t words[kGroup / 2];   // eight for each 16 columns; zeros past k
+    uint32_t words[kGroup / 2];   // at most eight for each 16 columns; zeros past k
     int32_t sums16[kGroup / 16];  // of 16 columns each,
     int32_t sums32[kGroup / 32];  // of 32
-    float unit;
+    float units[kGroup / 32];     // of 32 columns each for 8 bits, else one
 };
 static_assert(sizeof(XGroup) == 640);
 constexpr int kXRow = sizeof(XGroup) / sizeof(uint32_t);  // words between rows of x
@@ -39,7 +40,7 @@ struct alignas(64) QuantScratch {
 };
 
 // A problem whose x has been rounded. A row of x gives `limbs` rows of integers, one after the
-// other: one of bf16, two of f16 and fp32. Group g of row of integers r is x[g * x_rows + r].
+// other: one of bf16, two of f16 and fp32; one of any with x_bits. Group g of row of integers r is x[g * x_rows + r].
 struct QuantTask {
     mk_cpu_linear_quant_params p;
     XGroup* x;

@@ -3,7 +3,8 @@
 // signed.
 //
 // Two instructions of 64 products of bytes do what two of 32 products of 16 bits do, in the same
-// time. But w takes half as many words: to unpack, to store, and to load again.
+// time. But w takes half as many words: to unpack, to store, and to load again. An x of 8 bits is
+// four columns a word as well, and one of the two instructions.
 #pragma once
 
 #include "cpu/quant.h"
@@ -13,6 +14,7 @@ namespace {
 
 struct Order {
     static constexpr int kWords = 1;
+    static constexpr int kXByteWords = 1;  // of an x of 8 bits, of four columns
 
     static MK_INLINE void put(uint32_t* to, Ints four) { four.store(to); }
     // Four words of high bytes, then four of low ones.
@@ -20,6 +22,8 @@ struct Order {
         ((q + Ints::set(0x80)) >> 8).store_bytes(to);
         q.store_bytes(to + 4);
     }
+    // 16 columns of a row of x in 8 bits.
+    static MK_INLINE void put_x_bytes(uint32_t* to, Ints q) { q.store_bytes(to); }
     static int32_t column(const QuantPanel& panel, int i, int row) {
         return panel.q[i / 4][row] >> (8 * (i & 3)) & 0xff;
     }
@@ -59,6 +63,32 @@ struct Order {
             // Loads w once more: to keep it, there are not registers enough.
             __atomic_signal_fence(__ATOMIC_SEQ_CST);
             unroll<kBlock / 4>([&](auto u) MK_INLINE_LAMBDA { add(Int<1>{}, u, p); });
+        }
+    }
+
+    // p += the sums of an x of 8 bits.
+    template <int kBlock, int kM, int kN>
+    static MK_INLINE void add_byte_sums(const uint32_t* x, const uint32_t* w, Ints (&p)[kM][kN]) {
+        constexpr int kTurns = kM * kN < 4 ? 2 : 1;  // of accumulators, as in block_sums
+        Ints other[kM][kN];
+        each<kM, kN>([&](auto i, auto j) { other[i.value][j.value] = Ints::set(0); });
+        unroll<kBlock / 4>([&](auto u) MK_INLINE_LAMBDA {
+            Ints w_frag[kN];
+            unroll<kN>([&](auto j) MK_INLINE_LAMBDA {
+                w_frag[j.value] = Ints::load(w + u.value * kTileRows + j.value * kLanes);
+            });
+            unroll<kM>([&](auto i) MK_INLINE_LAMBDA {
+                const Ints x_frag = Ints::set(static_cast<int32_t>(x[kXRow * i.value + u.value]));
+                unroll<kN>([&](auto j) MK_INLINE_LAMBDA {
+                    Ints& a = (u.value % kTurns ? other : p)[i.value][j.value];
+                    a = Ints::dot(a, w_frag[j.value], x_frag);
+                });
+            });
+        });
+        if constexpr (kTurns == 2) {
+            each<kM, kN>([&](auto i, auto j) {
+                p[i.value][j.value] = p[i.value][j.value] + other[i.value][j.value];
+            });
         }
     }
 };

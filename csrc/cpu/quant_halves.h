@@ -8,7 +8,8 @@ namespace mk::cpu {
 namespace {
 
 struct Order {
-    static constexpr int kWords = 2;  // of a row of w, of four columns
+    static constexpr int kWords = 2;       // of a row of w, of four columns
+    static constexpr int kXByteWords = 2;  // of an x of 8 bits, which lies here as one of 16
 
     // Four columns of 16 rows of w, a byte each.
     static MK_INLINE void put(uint32_t* to, Ints four) {
@@ -24,6 +25,7 @@ struct Order {
             to[i / 2 + 1] = (column[i + 1] & 0xffff) | column[i + 3] << 16;
         }
     }
+    static MK_INLINE void put_x_bytes(uint32_t* to, Ints q) { put_x(to, q); }
     static int32_t column(const QuantPanel& panel, int i, int row) {
         return panel.q[i / 4 * 2 + (i & 1)][row] >> (8 * (i & 2)) & 0xffff;
     }
@@ -57,6 +59,16 @@ struct Order {
             Ints sum = acc[0][i.value][j.value];
             unroll<kTurns - 1>([&](auto t) { sum = sum + acc[t.value + 1][i.value][j.value]; });
             p[i.value][j.value] = sum;
+        });
+    }
+
+    // p += the same.
+    template <int kBlock, int kM, int kN>
+    static MK_INLINE void add_byte_sums(const uint32_t* x, const uint32_t* w, Ints (&p)[kM][kN]) {
+        Ints sums[kM][kN];
+        block_sums<kBlock>(x, w, sums);
+        each<kM, kN>([&](auto i, auto j) {
+            p[i.value][j.value] = p[i.value][j.value] + sums[i.value][j.value];
         });
     }
 };

@@ -85,18 +85,55 @@ void round_group(const T* x, int count, XGroup* groups) {
         for (int b = 0; b < kGroup / 32; ++b) {
             group.sums32[b] = group.sums16[2 * b] + group.sums16[2 * b + 1];
         }
-        group.unit = limb == 0 ? unit : unit * 0x1p-15f;
+        group.units[0] = limb == 0 ? unit : unit * 0x1p-15f;
+    }
+}
+
+// The same in 8 bits, each 32 columns for themselves.
+template <class T>
+void round_group_to_bytes(const T* x, int count, XGroup& group) {
+    constexpr uint32_t kLeast = 15 << 23;  // 2^-112
+    for (int b = 0; b < kGroup / 32; ++b) {
+        alignas(64) uint32_t bits[32];
+        float* const values = reinterpret_cast<float*>(bits);
+        Ints magnitude = Ints::set(0);
+        for (int i = 0; i < 32; i += kLanes) {
+            const int at = 32 * b + i, left = count - at;
+            const int some = left < 0 ? 0 : left < kLanes ? left : kLanes;
+            Vec::load(x + (some ? at : 0), some).store(values + i);
+            magnitude = Ints::max(magnitude, Ints::load(bits + i) & 0x7fffffff);
+        }
+        const uint32_t largest_bits = magnitude.largest();
+        const bool finite = largest_bits < 0x7f800000;  // else the row becomes NaN
+        const float largest = finite ? from_bits(largest_bits < kLeast ? kLeast : largest_bits) : 1;
+        const Vec factor = Vec::set(127 / largest);
+        group.units[b] = finite ? largest / 127 : __builtin_nanf("");
+        group.sums32[b] = 0;
+        for (int i = 0; i < 32; i += kLanes) {
+            const Vec value = finite ? Vec::load(values + i) : Vec::set(0.f);
+            const Ints q = Ints::round(value * factor);
+            const int at = 32 * b + i;
+            Order::put_x_bytes(group.words + at / 4 * Order::kXByteWords, q);
+            group.sums16[at / 16] = q.sum();
+            group.sums32[b] += group.sums16[at / 16];
+        }
     }
 }
 
 template <int kLimbs, class T>
 void round_rows(const QuantTask& task, int64_t m, int64_t m_end) {
+    const bool to_bytes = task.p.x_bits == 8;
     for (; m < m_end; ++m) {
         const T* x = row<T>(task.p.x, task.p.x_stride, m);
-        XGroup* groups = task.x + m * kLimbs;
+        XGroup* groups = task.x + m * task.limbs;
         for (int64_t k = 0; k < task.p.k; k += kGroup, groups += task.x_rows) {
             const int64_t left = task.p.k - k;
-            round_group<kLimbs>(x + k, static_cast<int>(left < kGroup ? left : kGroup), groups);
+            const int count = static_cast<int>(left < kGroup ? left : kGroup);
+            if (to_bytes) {
+                round_group_to_bytes(x + k, count, *groups);
+            } else {
+                round_group<kLimbs>(x + k, count, groups);
+            }
         }
     }
 }
@@ -143,7 +180,7 @@ MK_INLINE void multiply(const XGroup* x, const QuantPanel& panel, int blocks, in
         }
     }
     unroll<kM>([&](auto i) {
-        const Vec unit = Vec::set(x[i.value].unit);
+        const Vec unit = Vec::set(x[i.value].units[0]);
         unroll<kN>([&](auto j) {
             float* total = sums + i.value * kTileRows + (v + j.value) * kLanes;
             Vec::fma(s[i.value][j.value], unit, Vec::load(total)).store(total);
@@ -151,15 +188,79 @@ MK_INLINE void multiply(const XGroup* x, const QuantPanel& panel, int blocks, in
     });
 }
 
-// sums[i] += this group's part, for `rows` rows of integers.
+// The same of an x of 8 bits, which has a unit for each 32 columns.
+template <int kBlock, bool kHasMin, int kM>
+MK_INLINE void multiply_bytes(const XGroup* x, const QuantPanel& panel, int blocks, int bias, int v,
+                              float* sums) {
+    constexpr int kN = Ints::kTileN, kParts = 32 / kBlock;
+    const uint32_t* w = panel.q[0] + v * kLanes;
+    const auto total_at = [&](auto i, auto j) {
+        return sums + i.value * kTileRows + (v + j.value) * kLanes;
+    };
+    Vec total[kM][kN];
+    each<kM, kN>([&](auto i, auto j) { total[i.value][j.value] = Vec::load(total_at(i, j)); });
+    for (int b = 0; b < blocks / kParts; ++b) {
+        Vec s[kM][kN];
+        unroll<kParts>([&](auto part) {
+            const int at = b * kParts + part.value;
+            Ints p[kM][kN], x_sum[kM];
+            unroll<kM>([&](auto i) {
+                const XGroup& group = x[i.value];
+                x_sum[i.value] = Ints::set(kBlock == 16 ? group.sums16[at] : group.sums32[at]);
+                const Ints biased = x_sum[i.value] << bias;
+                unroll<kN>([&](auto j) {
+                    p[i.value][j.value] = kHasMin ? Ints::set(0) : Ints::set(0) - biased;
+                });
+            });
+            Order::add_byte_sums<kBlock>(x->words + at * (kBlock / 4) * Order::kXByteWords, w, p);
+            w += kBlock / 4 * Order::kWords * kTileRows;
+            unroll<kN>([&](auto j) {
+                const Vec scale = Vec::load(panel.scale[at] + (v + j.value) * kLanes);
+                unroll<kM>([&](auto i) {
+                    const Vec sum = p[i.value][j.value].to_float();
+                    Vec& a = s[i.value][j.value];
+                    a = part.value == 0 ? sum * scale : Vec::fma(sum, scale, a);
+                });
+            });
+            if constexpr (kHasMin) {
+                unroll<kN>([&](auto j) {
+                    const Vec minimum = Vec::load(panel.minimum[at] + (v + j.value) * kLanes);
+                    unroll<kM>([&](auto i) {
+                        Vec& a = s[i.value][j.value];
+                        a = Vec::fma(x_sum[i.value].to_float(), minimum, a);
+                    });
+                });
+            }
+        });
+        unroll<kM>([&](auto i) {
+            const Vec unit = Vec::set(x[i.value].units[b]);
+            unroll<kN>([&](auto j) {
+                Vec& a = total[i.value][j.value];
+                a = Vec::fma(s[i.value][j.value], unit, a);
+            });
+        });
+    }
+    each<kM, kN>([&](auto i, auto j) { total[i.value][j.value].store(total_at(i, j)); });
+}
+
+// sums[i] += this group's part, for `rows` rows of integers, of 8 bits with `x_bytes`.
 template <int kBlock, bool kHasMin>
-void multiply_rows(const XGroup* x, int64_t rows, const QuantPanel& panel, int blocks, int bias,
-                   float* sums) {
+void multiply_rows(const XGroup* x, bool x_bytes, int64_t rows, const QuantPanel& panel, int blocks,
+                   int bias, float* sums) {
     for (int v = 0; v < kTileRows / kLanes; v += Ints::kTileN) {
         int64_t i = 0;
         const auto rest = [&](auto count) {
             constexpr int kM = decltype(count)::value;
             if constexpr (kM <= Ints::kTileM) {
+                if (x_bytes) {
+                    if constexpr (kM <= 4 || kBlock == 32) {  // registers: two sums and a total each
+                        for (; i + kM <= rows; i += kM) {
+                            multiply_bytes<kBlock, kHasMin, kM>(x + i, panel, blocks, bias, v,
+                                                                sums + i * kTileRows);
+                        }
+                    }
+                    return;
+                }
                 for (; i + kM <= rows; i += kM) {
                     multiply<kBlock, kHasMin, kM>(x + i, panel, blocks, bias, v,
                                                   sums + i * kTileRows);
@@ -196,8 +297,8 @@ void tile_sums(const QuantTask& task, const void* w, int64_t row_bytes, int64_t 
             }
             Type::unpack(group_rows + r, columns, Target{scratch.panel, r});
         }
-        multiply_rows<Type::kBlock, Type::kHasMin>(x, rows, scratch.panel, columns / Type::kBlock,
-                                                   Type::kBias, sums);
+        multiply_rows<Type::kBlock, Type::kHasMin>(x, task.p.x_bits == 8, rows, scratch.panel,
+                                                   columns / Type::kBlock, Type::kBias, sums);
         at += bytes;
     }
     if (task.limbs == 2) {

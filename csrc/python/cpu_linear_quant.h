@@ -1,9 +1,10 @@
-// mk_cpu_linear_quant and mk_cpu_dequantize for Python. Included by native.cpp.
+// mk_cpu_linear_quant, mk_cpu_dequantize and mk_cpu_nonfinite_scales for Python. Included by native.cpp.
 #pragma once
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <tuple>
 #include <vector>
 
 #include "minitron_kernels.h"
@@ -32,17 +33,17 @@ inline void def_cpu_linear_quant(pybind11::module_& m, void (*check)(mk_status))
         "cpu_linear_quant",
         [check, at](Pointer x, int64_t x_stride, int32_t rows, int32_t k, int32_t dtype,
                     const std::vector<mk_cpu_quant_product>& products, int32_t num_threads,
-                    int32_t isa) {
+                    int32_t isa, int32_t x_bits) {
             mk_cpu_linear_quant_params params{
                 at(x), nullptr,     x_stride, static_cast<int32_t>(products.size()), rows, k,
-                dtype, num_threads, isa};
+                dtype, num_threads, isa,      x_bits};
             check(CpuRecording::run([params, products]() mutable {
                 params.products = products.data();
                 return mk_cpu_linear_quant(&params);
             }));
         },
         "x"_a, "x_stride"_a, "m"_a, "k"_a, "dtype"_a, "products"_a, "num_threads"_a,
-        "isa"_a = +MK_CPU_AUTO);
+        "isa"_a = +MK_CPU_AUTO, "x_bits"_a = 0);
     m.def(
         "cpu_dequantize",
         [check, at](Pointer w, int64_t w_row_bytes, int32_t rows, int32_t k, int32_t type,
@@ -55,4 +56,23 @@ inline void def_cpu_linear_quant(pybind11::module_& m, void (*check)(mk_status))
         },
         "w"_a, "w_row_bytes"_a, "rows"_a, "k"_a, "type"_a, "out"_a, "out_stride"_a, "tokens"_a,
         "dtype"_a, "num_threads"_a, "ids"_a = 0, "ids_dtype"_a = +MK_I64, "isa"_a = +MK_CPU_AUTO);
+    m.def(
+        "cpu_nonfinite_scales",
+        [check, at](const std::vector<std::tuple<Pointer, int64_t, int32_t, int32_t, int32_t>>& all,
+                    int32_t num_threads) {
+            std::vector<mk_cpu_quant_blocks> matrices;
+            for (const auto& [w, w_row_bytes, rows, k, type] : all) {
+                matrices.push_back({at(w), w_row_bytes, rows, k, type});
+            }
+            std::vector<int32_t> found(all.size());
+            mk_status status;
+            {
+                const py::gil_scoped_release release;
+                status = mk_cpu_nonfinite_scales(matrices.data(), static_cast<int32_t>(all.size()),
+                                                 num_threads, found.data());
+            }
+            check(status);
+            return found;
+        },
+        "matrices"_a, "num_threads"_a);
 }

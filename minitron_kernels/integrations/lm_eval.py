@@ -34,7 +34,7 @@ from tqdm import tqdm
 from minitron_kernels.generate import stream
 from minitron_kernels.loaders.tokenizer import AutoTokenizer, Tokenizer
 from minitron_kernels.model import MinitronForCausalLM
-from minitron_kernels.sampling import SamplingParams
+from minitron_kernels.sampling_params import SamplingParams
 from minitron_kernels.scoring import score_continuations
 
 # Definitions that lm-eval lacks.

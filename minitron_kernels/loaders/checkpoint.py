@@ -2,29 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
+from minitron_kernels.block_types import QUANT_TYPES
 from minitron_kernels.config import ModelConfig
 from minitron_kernels.devices import free_memory
 from minitron_kernels.loaders.hub import is_nemo
-from minitron_kernels.quantized import QUANT_TYPES, QuantizedTensor, nonfinite_scale_row
+from minitron_kernels.quantized import QuantizedTensor, nonfinite_scale_row
 
 if TYPE_CHECKING:
     from minitron_kernels.parallel import Shard
 
 # The types that GGUF and safetensors share, and that load() returns.
 TORCH_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-
-# The largest index of a published model is 9 MB; nested brackets grow 20-fold when parsed.
-MAX_JSON_BYTES = 16 << 20
 
 
 @dataclass(frozen=True)
@@ -249,42 +245,13 @@ def check_scales(blocks: torch.Tensor, info: TensorInfo, first_row: int = 0) -> 
     ``blocks``: the stored rows of a quantised matrix from ``first_row`` on.
     """
     row = nonfinite_scale_row(blocks, info.type)
+    check_scale_row(None if row is None else first_row + row, info)
+
+
+def check_scale_row(row: int | None, info: TensorInfo) -> None:
+    """Raise ValueError if there is a stored ``row`` with a scale that is infinite or NaN."""
     if row is not None:
         raise ValueError(
-            f"{info.file}: tensor {info.name!r} ({info.type}): stored row {first_row + row} has a "
+            f"{info.file}: tensor {info.name!r} ({info.type}): stored row {row} has a "
             "block scale that is not finite (allow_nonfinite loads it anyway)"
         )
-
-
-def require_file(path: Path) -> None:
-    """Raise OSError when ``path`` is missing and ValueError when it is no regular file."""
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: no such file")
-    if not path.is_file():  # opening a pipe would wait forever
-        raise ValueError(f"{path}: not a regular file")
-
-
-def read_json_object(path: Path) -> dict[str, Any]:
-    """The object in a small JSON file: size and nesting bounded, no key twice.
-
-    Raises OSError or ValueError naming the file.
-    """
-    require_file(path)
-    if (size := path.stat().st_size) > MAX_JSON_BYTES:
-        raise ValueError(f"{path}: {size} bytes, more than the {MAX_JSON_BYTES} accepted")
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        if len(data := dict(pairs)) != len(pairs):
-            ((key, _),) = Counter(key for key, _ in pairs).most_common(1)
-            raise ValueError(f"duplicate key {key!r:.80}")
-        return data
-
-    try:
-        data = json.loads(path.read_bytes(), object_pairs_hook=unique)
-    except RecursionError:
-        raise ValueError(f"{path}: nested too deeply") from None
-    except ValueError as error:  # JSON syntax, UTF-8, oversized numbers, duplicates
-        raise ValueError(f"{path}: not valid JSON: {error}") from None
-    if not isinstance(data, dict):
-        raise ValueError(f"{path}: must hold a JSON object, got {type(data).__name__}")
-    return data

@@ -16,7 +16,7 @@ from tokenizers import Regex, pre_tokenizers
 
 from minitron_kernels.config import ModelConfig
 from minitron_kernels.loaders import byte_level
-from minitron_kernels.loaders.gguf import BLOCK_TYPES
+from minitron_kernels.loaders.gguf_file import BLOCK_TYPES
 from minitron_kernels.loaders.tokenizer import Tokenizer
 
 ALIGNMENT = 32

@@ -22,7 +22,7 @@ from typing import IO, cast
 import numpy as np
 import numpy.typing as npt
 
-from minitron_kernels.loaders.checkpoint import require_file
+from minitron_kernels.loaders.files import require_file
 
 # Bounds that no real archive comes near.
 _MAX_MEMBERS = 1 << 17

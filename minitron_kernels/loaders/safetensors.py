@@ -10,15 +10,13 @@ import torch
 
 from minitron_kernels.config import ModelConfig
 from minitron_kernels.loaders.checkpoint import (
-    MAX_JSON_BYTES,
     TORCH_DTYPES,
     TensorInfo,
     check_load,
     check_load_quantized,
     convert,
-    read_json_object,
-    require_file,
 )
+from minitron_kernels.loaders.files import MAX_JSON_BYTES, read_json_object, require_file
 from minitron_kernels.quantized import QuantizedTensor
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"

@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from minitron_kernels import cuda_ops, ops, quantized_ops
+from minitron_kernels.block_types import block_type
 from minitron_kernels.quant_packing import pack
-from minitron_kernels.quantized import QuantizedTensor, block_type
+from minitron_kernels.quantized import QuantizedTensor
 
 Tensor = torch.Tensor
 
