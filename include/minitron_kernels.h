@@ -672,10 +672,11 @@ MK_API mk_status mk_cpu_isa_name(const char** name);
  *
  * An element is then off by 1 / 254 of the largest of its 32.
  *
- * The epilogue works in fp32 on the total, and the result is rounded once; every NaN is stored as the positive quiet one. So an output's bits
- * depend on its row of x and of w only: not on m, n, the type of others, the threads, or the
- * processor. A row of x with an infinity or a NaN gives NaNs. For any x, what rounding x costs
- * (without x_bits) is a quarter or less of what rounding w to bf16 costs in a bf16 product.
+ * The epilogue works in fp32 on the total, and the result is rounded once; every NaN is stored as
+ * the positive quiet one. So an output's bits depend on its row of x and of w only: not on m, n,
+ * the type of others, the threads, or the processor. A row of x with an infinity or a NaN gives
+ * NaNs. For any x, what rounding x costs (without x_bits) is a quarter or less of what rounding w
+ * to bf16 costs in a bf16 product.
  *
  * No byte outside the rows is read. Threads as for mk_cpu_linear. Every thread keeps 70 KiB of
  * scratch, and a calling thread x as integers, up to 32 MiB of it or 192 rows, if these are more.

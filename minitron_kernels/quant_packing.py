@@ -118,6 +118,12 @@ def _on_tiles(func: Any, w: PackedQuantizedTensor, *args: Any, **kwargs: Any) ->
     return _like(w, func(w.tiles, *args, **kwargs))
 
 
+def _to(func: Any, w: PackedQuantizedTensor, *args: Any, **kwargs: Any) -> PackedQuantizedTensor:
+    """As QuantizedTensor's."""
+    moved: PackedQuantizedTensor = _on_tiles(func, w, *args, **kwargs)
+    return w if moved.tiles is w.tiles else moved
+
+
 def _check_same(w: PackedQuantizedTensor, other: Any) -> None:
     if not isinstance(other, PackedQuantizedTensor):
         raise TypeError(f"expected a PackedQuantizedTensor, got {type(other)}")
@@ -148,6 +154,7 @@ _HANDLERS: dict[Any, Callable[..., Any]] = {
     _aten.clone.default: _on_tiles,
     _aten.empty_like.default: _on_tiles,
     _aten._to_copy.default: _on_tiles,
+    _aten.to.dtype_layout: _to,
     _aten.copy_.default: _copy,
     _aten.equal.default: _equal,
 }

@@ -176,6 +176,12 @@ def _on_blocks(func: Any, w: QuantizedTensor, *args: Any, **kwargs: Any) -> Quan
     return _like(w, func(w.blocks, *args, **kwargs))
 
 
+def _to(func: Any, w: QuantizedTensor, *args: Any, **kwargs: Any) -> QuantizedTensor:
+    """`w.to(...)` in inference mode, where it comes undivided: w itself if nothing changes."""
+    moved = _on_blocks(func, w, *args, **kwargs)
+    return w if moved.blocks is w.blocks else moved
+
+
 def _slice(
     func: Any,
     w: QuantizedTensor,
@@ -234,6 +240,7 @@ _HANDLERS: dict[Any, Callable[..., Any]] = {
     _aten.clone.default: _on_blocks,
     _aten.empty_like.default: _on_blocks,
     _aten._to_copy.default: _on_blocks,
+    _aten.to.dtype_layout: _to,
     _aten._pin_memory.default: _on_blocks,
     _aten.is_pinned.default: _is_pinned,
     _aten.slice.Tensor: _slice,

@@ -102,6 +102,18 @@ def test_everything_else_is_an_error(
         call(pack(make("Q4_K")))
 
 
+@pytest.mark.parametrize("make_it", [lambda w: w, pack], ids=["blocks", "tiles"])
+def test_it_moves_in_inference_mode(make_it: Callable[[QuantizedTensor], Any]) -> None:
+    w = make_it(make("Q4_K", 20, 512))
+    with torch.inference_mode():
+        assert w.to("cpu") is w and torch.equal(w.to("cpu", copy=True), w)
+        moved = w.to("meta")
+        with pytest.raises(TypeError, match="does not take a"):
+            w.to("meta", torch.float32)
+    assert moved.is_meta and type(moved) is type(w) and moved.shape == w.shape
+    assert moved.quant_type == "Q4_K"
+
+
 def test_layers_compute_and_save_as_before() -> None:
     """Where no kernel reads tiles they are unpacked: the results have the same bits."""
     x, ids = torch.randn(3, 256, generator=torch.Generator().manual_seed(1)), torch.arange(5)

@@ -40,7 +40,8 @@ struct alignas(64) QuantScratch {
 };
 
 // A problem whose x has been rounded. A row of x gives `limbs` rows of integers, one after the
-// other: one of bf16, two of f16 and fp32; one of any with x_bits. Group g of row of integers r is x[g * x_rows + r].
+// other: one of bf16, two of f16 and fp32; one of any with x_bits. Group g of row of integers r is
+// x[g * x_rows + r].
 struct QuantTask {
     mk_cpu_linear_quant_params p;
     XGroup* x;

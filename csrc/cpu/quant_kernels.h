@@ -253,7 +253,8 @@ void multiply_rows(const XGroup* x, bool x_bytes, int64_t rows, const QuantPanel
             constexpr int kM = decltype(count)::value;
             if constexpr (kM <= Ints::kTileM) {
                 if (x_bytes) {
-                    if constexpr (kM <= 4 || kBlock == 32) {  // registers: two sums and a total each
+                    if constexpr (kM <= 4 ||
+                                  kBlock == 32) {  // registers: two sums and a total each
                         for (; i + kM <= rows; i += kM) {
                             multiply_bytes<kBlock, kHasMin, kM>(x + i, panel, blocks, bias, v,
                                                                 sums + i * kTileRows);

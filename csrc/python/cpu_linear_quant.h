@@ -1,4 +1,5 @@
-// mk_cpu_linear_quant, mk_cpu_dequantize and mk_cpu_nonfinite_scales for Python. Included by native.cpp.
+// mk_cpu_linear_quant, mk_cpu_dequantize and mk_cpu_nonfinite_scales for Python. Included by
+// native.cpp.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -35,8 +36,9 @@ inline void def_cpu_linear_quant(pybind11::module_& m, void (*check)(mk_status))
                     const std::vector<mk_cpu_quant_product>& products, int32_t num_threads,
                     int32_t isa, int32_t x_bits) {
             mk_cpu_linear_quant_params params{
-                at(x), nullptr,     x_stride, static_cast<int32_t>(products.size()), rows, k,
-                dtype, num_threads, isa,      x_bits};
+                at(x), nullptr, x_stride, static_cast<int32_t>(products.size()),
+                rows,  k,       dtype,    num_threads,
+                isa,   x_bits};
             check(CpuRecording::run([params, products]() mutable {
                 params.products = products.data();
                 return mk_cpu_linear_quant(&params);
