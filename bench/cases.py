@@ -213,9 +213,6 @@ def block_table(batch: int, keys: int) -> Tensor:
     return table.copy_(order + pages * torch.arange(batch)[:, None])
 
 
-_DECODE_ARCHS = {1024: ("80", "89", "90a"), 8192: ("80", "89", "90a"), 32768: ("90a",)}
-
-
 def decode(batch: int, context: int) -> Case:
     """One new token per sequence behind `context` keys: rotated, appended and attended. A unit is a
     sequence. The block table has room for the longest context."""
@@ -251,6 +248,9 @@ def decode(batch: int, context: int) -> Case:
         tensors = [q, k_new, v_new, k, v, out, seqlens, table, positions, cos, sin, workspace]
         return params, tensors
 
+    archs: tuple[str, ...] = ("80", "89", "90a") if context <= 8192 else ("90a",)
+    if (context, batch) == (1024, 8):
+        archs = ALL_ARCHS
     new = 2 * HEAD_DIM * (2 * Q_HEADS + 2 * 2 * KV_HEADS)  # q, out; k and v read and written
     return native_case(
         "attention_decode",
@@ -262,7 +262,7 @@ def decode(batch: int, context: int) -> Case:
         compulsory_bytes=batch * (new + 2 * 2 * context * KV_HEADS * HEAD_DIM),
         flop=batch * 4 * (context + 1) * HEAD_DIM * Q_HEADS,
         bars=(Bar("dram", 1.03), COALESCED, CONFLICT_FREE),
-        archs=ALL_ARCHS if (context, batch) == (1024, 8) else _DECODE_ARCHS[context],
+        archs=archs,
     )
 
 
