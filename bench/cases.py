@@ -213,9 +213,10 @@ def block_table(batch: int, keys: int) -> Tensor:
     return table.copy_(order + pages * torch.arange(batch)[:, None])
 
 
-def decode(batch: int, context: int) -> Case:
-    """One new token per sequence behind `context` keys: rotated, appended and attended. A unit is a
-    sequence. The block table has room for the longest context."""
+def decode(batch: int, context: int, appends: bool = True) -> Case:
+    """One new token per sequence behind `context` keys: rotated, appended and attended, or, where
+    another kernel did the first two, attended. A unit is a sequence. The block table has room for
+    the longest context."""
 
     def build(units: int, filled: bool) -> tuple[ctypes.Structure, list[Tensor]]:
         table = block_table(units, context + 1)
@@ -240,6 +241,8 @@ def decode(batch: int, context: int) -> Case:
             max_pages=table.shape[1], max_seqlen_q=1, causal=1, softmax_scale=SOFTMAX_SCALE,
             dtype=dtype_id(q), rope=rope_struct(positions, cos, sin),
         )  # fmt: skip
+        if not appends:
+            params.k_new = params.v_new = params.rope.cos = params.rope.sin = None
         size = ctypes.c_int64()
         sized = abi.library().mk_attention_decode_workspace_bytes
         abi.check(sized(ctypes.byref(params), ctypes.byref(size)))

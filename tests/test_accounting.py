@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench import accounting, cases, cases_quant, cases_triton, eager, modelled, sass
+from bench import accounting, cases, cases_quant, cases_triton, eager, megakernel, modelled, sass
 from bench.accounting import Binary, Case, Plan
 from bench.case_table import all_cases
 from minitron_kernels import native
@@ -334,3 +334,29 @@ def test_committed_results_are_those_of_this_build(case: Case) -> None:
         else:  # of SASS: without cuobjdump
             assert value == then["metrics"][name] or "sass" in name
     assert now["times_us"] == pytest.approx(then["times_us"], rel=0.02), modelled.USE
+
+
+def test_idle_time_between_kernels() -> None:
+    """What is asked for early hides a boundary, as far as there is room for it and it is enough."""
+    small = megakernel.Kernel("small", 1e9, 0, 20 << 10, 128, 64, 132)
+    large = replace(small, smem=200 << 10)
+    assumed = megakernel.Assumed()
+
+    def idle(now: megakernel.Kernel, after: megakernel.Kernel, how: str) -> float:
+        return megakernel.idle(now, after, how, assumed)
+
+    boundary = assumed.dram / 2 + assumed.pdl + assumed.l2
+    rate = megakernel.GPU.dram_tb_s * assumed.efficiency * 1e6
+    assert idle(small, small, "PDL") == pytest.approx(boundary - assumed.l2 + assumed.dram)
+    assert idle(small, small, "graph") > idle(small, small, "PDL")
+    # 132 rings of 20 KB are two thirds of the 4 MB that could stream meanwhile.
+    partly = idle(small, small, "PDL, prefetch")
+    assert partly == pytest.approx(boundary - (132 * 20 << 10) / rate) and partly > 0.1
+    few = replace(small, bytes=1e6)
+    assert idle(small, few, "PDL, prefetch") == pytest.approx(boundary - 1e6 / rate)
+    assert idle(large, large, "PDL, prefetch") == idle(large, large, "PDL")  # no room
+    assert idle(small, small, "one kernel") == 0
+    whole = [small, large, few]
+    times = [megakernel.step(whole, how, assumed) for how in megakernel.HOW]
+    assert [lost for _, lost in times] == sorted((lost for _, lost in times), reverse=True)
+    assert len({round(time - lost, 6) for time, lost in times}) == 1
