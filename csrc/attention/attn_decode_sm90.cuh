@@ -3,11 +3,11 @@
 //
 //   ring of a warp    | K0 | V0 | K1 | V1 | K2 | V2 |      an mbarrier each, 4 KB (head_dim 128)
 //
-// A warp fills its own ring: the lane that holds the number of a tile's page hands its boxes to TMA.
-// A unit is loaded again by the warp that has read it, so there is no warp that only copies and no
-// barrier to tell it what is free. A tile takes 204 warp-instructions where sm_80's kernel takes
-// 294, and 64 wavefronts of shared memory, not 128 (PTX on the emulator, 4 rows, head_dim 128).
-// Tiles at the edges are written key by key, as on sm_80.
+// A warp fills its own ring: the lane that holds the number of a tile's page hands its boxes to
+// TMA. A unit is loaded again by the warp that has read it, so there is no warp that only copies
+// and no barrier to tell it what is free. A tile takes 204 warp-instructions where sm_80's kernel
+// takes 294, and 64 wavefronts of shared memory, not 128 (PTX on the emulator, 4 rows, head_dim
+// 128). Tiles at the edges are written key by key, as on sm_80.
 //
 // PDL: before griddepcontrol.wait, while earlier kernels run, the block asks for its first units in
 // L2. What it reads of tables then may be stale, but is only a hint (numbers of pages are checked).
