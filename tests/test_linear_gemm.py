@@ -285,7 +285,7 @@ def test_gemm_large_tile_meets_the_bars(arch: str) -> None:
 
 
 @pytest.mark.skipif("90a" not in BUILT, reason="sm_90a is not in this build")
-@pytest.mark.parametrize("kind", ["plain", "residual", "f32", "swiglu"], ids="emu-sm_90a-{}".format)
+@pytest.mark.parametrize("kind", KINDS, ids="emu-sm_90a-{}".format)
 def test_gemm_sm90_large_tile_meets_the_bars(kind: str) -> None:
     """At k = 4096, by what a tile and a stage of it take at smaller k: issue slots at most .15 of
     the tensor pipe's time, 1024 clocks of 4 slots a stage. Each sector from DRAM once."""
@@ -293,20 +293,27 @@ def test_gemm_sm90_large_tile_meets_the_bars(kind: str) -> None:
     op = "linear_swiglu" if kind == "swiglu" else "linear"
     issued = []
     for k in (64, 192):
-        x, w = values(m, k, dtype=BF16), values(n, k, dtype=BF16, seed=1)
-        assert entry_of("90a", op, x, n).endswith("m128_n256")
-        out = out_of(op, x, n, F32 if kind == "f32" else None)
-        residual = values(m, n, dtype=BF16, seed=2) if kind == "residual" else None
-        counters = run_linear(op, "90a", x, w, out, residual=residual)
+        if kind == "qkv":
+            qkv = Qkv.random(m, k, (18, 2), 128, 128, dtype=BF16)
+            qkv.slots[:] = torch.arange(m)
+            counters = qkv.run("90a")
+            read = qkv.x.nbytes + qkv.w.nbytes
+            extra = sum(t.nbytes for t in (qkv.slots, qkv.positions, *qkv.angles)) // 32 + 4
+            written = m * n * 2
+        else:
+            x, w = values(m, k, dtype=BF16), values(n, k, dtype=BF16, seed=1)
+            assert entry_of("90a", op, x, n).endswith("m128_n256")
+            out = out_of(op, x, n, F32 if kind == "f32" else None)
+            residual = values(m, n, dtype=BF16, seed=2) if kind == "residual" else None
+            counters = run_linear(op, "90a", x, w, out, residual=residual)
+            read = x.nbytes + w.nbytes + (0 if residual is None else residual.nbytes)
+            extra, written = 0, out.nbytes
         assert counters is not None
-        stages, blocks = k // 64, 88
+        blocks, stages = 88, k // 64
         assert counters.issued["mma"] == blocks * stages * 4 * 8
-        # Of fp32 outputs, each row's address is written to shared memory once, 48 bytes apart.
-        excess = counters.shared_wavefronts - counters.shared_wavefronts_min
-        assert excess <= (16 * blocks if kind == "f32" else 0)
-        read = (m + n) * k * 2 + (residual.nbytes if residual is not None else 0)
-        assert counters.unique_read_sectors == read // 32
-        assert counters.write_sectors == counters.unique_write_sectors == out.nbytes // 32
+        assert counters.shared_wavefronts == counters.shared_wavefronts_min
+        assert read // 32 <= counters.unique_read_sectors <= read // 32 + extra
+        assert counters.write_sectors == counters.unique_write_sectors == written // 32
         issued.append(counters.instructions - counters.issued["mov"])
     stage = (issued[1] - issued[0]) / 2
     ratio = (issued[0] + 63 * stage) / (blocks * 64 * 1024 * 4)
@@ -344,10 +351,12 @@ def test_gemm_moves_whole_sectors_without_bank_conflicts(size: str, kind: str) -
 # ------------------------------------------------------------------------------ planted faults
 
 
-def changed_library(folder: Path, entry: str, old: bytes, new: bytes, count: int) -> ctypes.CDLL:
-    """A copy whose sm_80 PTX has `old` replaced in `entry`, `count` times (0: always)."""
-    path = native_emulator.copy_of_library(folder / "package", ["80"])
-    file = path.parent / "kernels" / "sm_80.fatbin"
+def changed_library(
+    folder: Path, entry: str, old: bytes, new: bytes, count: int, arch: str = "80"
+) -> ctypes.CDLL:
+    """A copy whose PTX has `old` replaced in `entry`, `count` times (0: always)."""
+    path = native_emulator.copy_of_library(folder / "package", [arch])
+    file = path.parent / "kernels" / f"sm_{arch}.fatbin"
     data = file.read_bytes()
     start = data.index(b".entry " + entry.encode() + b"(\n")
     end = data.index(b"\n}\n", start)
@@ -358,7 +367,7 @@ def changed_library(folder: Path, entry: str, old: bytes, new: bytes, count: int
     file.unlink()
     file.write_bytes(data[:start] + body + data[end:])
     lib = abi.load(path)
-    native_emulator.make_current("80")
+    native_emulator.make_current(arch)
     abi.check(lib.mk_load(), lib)
     return lib
 
@@ -389,3 +398,30 @@ def test_gemm_planted_fault_is_found(
     monkeypatch.setattr(native_emulator, "emulated_library", lambda: lib)
     with pytest.raises(AssertionError, match=found):
         check_linear("linear", "80", x, w, out_of("linear", x, len(w)))
+
+
+@pytest.mark.skipif("90a" not in BUILT, reason="sm_90a is not in this build")
+@pytest.mark.parametrize(
+    "old, new, found",
+    [
+        (rb"wgmma\.wait_group\.sync\.aligned 1;", b"", "shared-memory race|in use|wgmma"),
+        (rb"wgmma\.wait_group\.sync\.aligned 0;", b"", "wgmma"),
+        (rb"(mbarrier\.try_wait\.parity\.shared::cta\.b64 p, \[%r\d+ \+ 0\]), %r\d+;", rb"\1, 1;",
+         "not waited for|race|uninitialised|deadlock|hang"),
+        (rb"mbarrier\.arrive\.shared::cluster\.b64 _, \[%r\d+\];", b"", "deadlock|hang"),
+        (rb"wgmma\.fence\.sync\.aligned;", b"", "wgmma"),
+    ],
+    ids=["emu-sm_90a-wait", "emu-sm_90a-last-wait", "emu-sm_90a-parity", "emu-sm_90a-release",
+         "emu-sm_90a-fence"],
+)  # fmt: skip
+def test_gemm_sm90_planted_fault_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, old: bytes, new: bytes, found: str
+) -> None:
+    """In a cluster of two, with more stages along k than the ring has."""
+    x, w = values(300, 616, dtype=BF16), values(130, 616, dtype=BF16, seed=1)
+    entry = entry_of("90a", "linear", x, len(w))
+    monkeypatch.setenv("MK_CUDA_DRIVER", str(emulator.build()))
+    lib = changed_library(tmp_path, entry, old, new, 0, "90a")
+    monkeypatch.setattr(native_emulator, "emulated_library", lambda: lib)
+    with pytest.raises(AssertionError, match=found):
+        check_linear("linear", "90a", x, w, out_of("linear", x, len(w)))

@@ -12,6 +12,7 @@
 //   prefetch(row, c)           may be called before the sums are there, for what store reads
 //   store(row, column, y0, y1) writes the outputs of columns c and c + 1, rounded; as one access
 //                              where they are aligned; columns from n on are skipped
+//   store_rows(column, ...)    if it has a shorter way than store() for each row of a column
 //   kOutputsOfPair             of a pair of columns, if the outputs are a matrix of their own; then
 //   in_vectors                 whether its rows, of num_outputs(), are written 16 bytes at a time
 #pragma once
@@ -141,10 +142,10 @@ struct QkvEpilogue {
     using Params = mk_qkv_rope_append_params;
 
     struct Row {
-        uint16_t* q;
-        int64_t cache;     // elements from the caches' start; negative: not written
-        const float* cos;  // null: the position is out of range, and the results NaN
-        const float* sin;
+        uint16_t* q = nullptr;
+        int64_t cache = -1;          // elements from the caches' start; negative: not written
+        const float* cos = nullptr;  // null: the position is out of range, and the results NaN
+        const float* sin = nullptr;
     };
 
     static constexpr int kOutputsOfPair = 0;
@@ -201,23 +202,65 @@ struct QkvEpilogue {
                 is_rotated ? d / 2 : -1, is_q, c < n};
     }
 
-    __device__ __forceinline__ uint32_t rotate(const Row& row, int pair, float a, float b) const {
+    __device__ __forceinline__ float2 cos_sin(const Row& row, int64_t pair) const {
+        if (row.cos) return {row.cos[pair], row.sin[pair]};
         const float nan = __int_as_float(0x7FC00000);
-        const float cos = row.cos ? row.cos[pair] : nan;
-        const float sin = row.cos ? row.sin[pair] : nan;
-        return Dtype::pack(fmaf(a, cos, -(b * sin)), fmaf(b, cos, a * sin));
+        return {nan, nan};
+    }
+    __device__ __forceinline__ uint32_t rotate(float2 angle, float a, float b) const {
+        return Dtype::pack(fmaf(a, angle.x, -(b * angle.y)), fmaf(b, angle.x, a * angle.y));
     }
 
     __device__ __forceinline__ void store(const Row& row, const Column& c, float y0,
                                           float y1) const {
         if (!c.is_inside || (!c.is_q && row.cache < 0)) return;
         uint16_t* const to = (c.is_q ? row.q : c.cache + row.cache) + c.offset;
-        const uint32_t pair = c.pair < 0 ? Dtype::pack(y0, y1) : rotate(row, c.pair, y0, y1);
+        const uint32_t pair =
+            c.pair < 0 ? Dtype::pack(y0, y1) : rotate(cos_sin(row, c.pair), y0, y1);
         if (c.pair < 0 || gap == 1) {
             store_pair(to, pair, in_pairs);
         } else {
             to[0] = static_cast<uint16_t>(pair);
             to[gap] = static_cast<uint16_t>(pair >> 16);
+        }
+    }
+
+    // store() for rows 0 ... kRows - 1 of a column, of which `end` exist; rows past these are
+    // Row(). Angles are loaded together: a store might have changed them, for all that the compiler
+    // knows.
+    template <int kRows, class RowAt, class SumsAt>
+    __device__ __forceinline__ void store_rows(const Column& c, int end, const RowAt& row_at,
+                                               const SumsAt& sums_at) const {
+        if (c.pair < 0 || gap == 1) {
+            _Pragma("unroll 4") for (int r = 0; r < end; ++r) {
+                const float2 y = sums_at(r);
+                store(row_at(r), c, y.x, y.y);
+            }
+            return;
+        }
+        if (!c.is_inside) return;
+        const int64_t gap_elements = gap, pair_elements = c.pair;
+        float2 angles[kRows];
+        MK_UNROLL
+        for (int r = 0; r < kRows; ++r) angles[r] = cos_sin(row_at(r), pair_elements);
+        const auto write = [&](uint16_t* to, int r) {
+            const float2 y = sums_at(r);
+            const uint32_t pair = rotate(angles[r], y.x, y.y);
+            to[0] = static_cast<uint16_t>(pair);
+            to[gap_elements] = static_cast<uint16_t>(pair >> 16);
+        };
+        if (c.is_q) {
+            MK_UNROLL
+            for (int r = 0; r < kRows; ++r) {
+                if (uint16_t* const q = row_at(r).q) write(q + c.offset, r);
+            }
+        } else {
+            uint16_t* const to = c.cache + c.offset;
+            MK_UNROLL
+            for (int r = 0; r < kRows; ++r) {
+                const int64_t cache = row_at(r).cache;
+                if (cache >= 0) write(to + cache, r);
+            }
         }
     }
 

@@ -45,12 +45,12 @@ struct LinearGemmSm90 {
     static_assert(kGroups == 2 && kRowBytes == 128);
     static_assert(128 * (kProducerRegisters + kGroups * kConsumerRegisters) <= 65536);
 
-    // 48 bytes apart no two of 8 rows share a bank.
-    struct alignas(16) RowSlot {
+    // 40 bytes apart no two of 16 rows share a bank in an access of 8 bytes.
+    struct RowSlot {
         Row row;
         uint8_t pad[kGemmRowPitch - sizeof(Row)];
     };
-    static_assert(sizeof(RowSlot) == kGemmRowPitch);
+    static_assert(sizeof(RowSlot) == kGemmRowPitch && kGemmWarpBytes % 256 == 0);
 
     using Sums = float[T.n / 8][4];
 
@@ -205,11 +205,14 @@ struct LinearGemmSm90 {
     static __device__ __forceinline__ void look_up(const Epilogue& epilogue, int first_row,
                                                    int num_rows, int n0, uint8_t* smem_rows) {
         const int lane = threadIdx.x % 32;
-        if (lane < num_rows) {
-            const Row row = epilogue.row(first_row + lane);
+        if (lane < 16) {
+            const bool exists = lane < num_rows;
+            const Row row = exists ? epilogue.row(first_row + lane) : Row();
             if (!epilogue.in_vectors) row_at(smem_rows, lane) = row;
             MK_UNROLL
-            for (int c = 0; c < T.n; c += 64) epilogue.prefetch(row, n0 + c);  // 128 bytes
+            for (int c = 0; c < T.n; c += 64) {  // 128 bytes of a residual
+                if (exists) epilogue.prefetch(row, n0 + c);
+            }
         }
         __syncwarp();
     }
@@ -223,10 +226,13 @@ struct LinearGemmSm90 {
     static __device__ __forceinline__ void write_pairs(const Epilogue& epilogue, int num_rows,
                                                        int n0, const Sums& sums, uint8_t* staged) {
         const int lane = threadIdx.x % 32;
-        // Pair `pair` of row r; four pairs make 32 bytes, which the XOR moves as one.
-        const auto place = [&](int r, int pair) -> float2& {
-            return *reinterpret_cast<float2*>(staged + r * 256 + ((pair / 4) ^ (r % 4)) * 32 +
-                                              pair % 4 * 8);
+        // Pair i of row r is at 256 r + 8 (i ^ 4 (r % 4)): four pairs, 32 bytes, move as one. As
+        // the warp's place is a multiple of 256, the XOR can be that of the address.
+        const uint32_t smem = static_cast<uint32_t>(__cvta_generic_to_shared(staged));
+        const uint32_t smem_block = smem + lane / 4 * 256 + ((lane % 4 * 8) ^ (lane / 4 % 4 * 32));
+        const uint32_t smem_row = smem + lane * 8;
+        const auto pair_at = [](uint32_t address) -> float2& {
+            return *static_cast<float2*>(__cvta_shared_to_generic(address));
         };
         MK_UNROLL
         for (int c = 0; c < T.n; c += 64) {
@@ -236,14 +242,21 @@ struct LinearGemmSm90 {
                 MK_UNROLL
                 for (int j = 0; j < 8; ++j) {
                     const float (&y)[4] = sums[c / 8 + j];
-                    place(lane / 4, j * 4 + lane % 4) = {y[2 * half], y[2 * half + 1]};
+                    pair_at(smem_block ^ j * 32) = {y[2 * half], y[2 * half + 1]};
                 }
                 __syncwarp();
                 const int end = min(8, num_rows - 8 * half);
-                _Pragma("unroll 4") for (int r = 0; r < end; ++r) {
-                    const float2 y = place(r, lane);
-                    epilogue.store(row_at(staged + kGemmStagedBytes, 8 * half + r), column, y.x,
-                                   y.y);
+                const auto row = [&](int r) -> const Row& {
+                    return row_at(staged + kGemmStagedBytes, 8 * half + r);
+                };
+                const auto y = [&](int r) { return pair_at((smem_row ^ r % 4 * 32) + r * 256); };
+                if constexpr (requires { epilogue.template store_rows<8>(column, end, row, y); }) {
+                    epilogue.template store_rows<8>(column, end, row, y);
+                } else {
+                    _Pragma("unroll 4") for (int r = 0; r < end; ++r) {
+                        const float2 sums_of_pair = y(r);
+                        epilogue.store(row(r), column, sums_of_pair.x, sums_of_pair.y);
+                    }
                 }
                 __syncwarp();
             }
@@ -350,7 +363,6 @@ struct LinearGemmSm90 {
         ptx::griddepcontrol_wait();
         const uint32_t unaligned = static_cast<uint32_t>(__cvta_generic_to_shared(smem_unaligned));
         const uint32_t smem_stages = (unaligned + 1023) & ~1023u;
-        uint8_t* const smem = smem_unaligned + (smem_stages - unaligned);
         const uint32_t smem_full =
             smem_stages + T.stages * kStageBytes + kGemmWarps * kGemmWarpBytes;
         const uint32_t smem_empty = smem_full + 8 * T.stages;
@@ -380,8 +392,10 @@ struct LinearGemmSm90 {
             if (threadIdx.x == 0) block.fetch();
         } else {
             ptx::setmaxnreg_inc<kConsumerRegisters>();
-            block.multiply(group,
-                           smem + T.stages * kStageBytes + (threadIdx.x / 32 - 4) * kGemmWarpBytes);
+            const uint32_t smem_warp =
+                ptx::mov_b32(smem_stages + T.stages * kStageBytes +
+                             (threadIdx.x / 32 - 4) * kGemmWarpBytes);  // kept in a register
+            block.multiply(group, static_cast<uint8_t*>(__cvta_shared_to_generic(smem_warp)));
         }
         // Until then others may copy into this block's stages, and arrive at its barriers.
         __syncwarp();

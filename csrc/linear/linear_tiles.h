@@ -124,8 +124,8 @@ constexpr int kGemmWarps = 8;  // that multiply
 constexpr int gemm_stage_bytes(const GemmTileSm90& t) { return (t.m + t.n) * kGemmStageK * 2; }
 // Of a warp's epilogue: 8 rows of 64 sums, and where its 16 rows go.
 constexpr int kGemmStagedBytes = 8 * 64 * 4;
-constexpr int kGemmRowPitch = 48;
-constexpr int kGemmWarpBytes = kGemmStagedBytes + 16 * kGemmRowPitch;
+constexpr int kGemmRowPitch = 40;
+constexpr int kGemmWarpBytes = (kGemmStagedBytes + 16 * kGemmRowPitch + 255) / 256 * 256;
 // In this order: the stages, 1024-byte aligned; the warps' epilogues; two barriers per stage.
 constexpr int gemm_smem_bytes(const GemmTileSm90& t) {
     return 1024 + t.stages * gemm_stage_bytes(t) + kGemmWarps * kGemmWarpBytes + t.stages * 16;
