@@ -32,7 +32,7 @@ def all_cases() -> list[Case]:
             cases += [prefill(rows, causal), triton_attention(rows, causal)]
     cases += [prefill(2048, True, paged=True), prefill(2048, True, rope=True)]
     cases += [decode(batch, context) for context in (1024, 8192, 32768) for batch in (1, 8, 64)]
-    for m in (1, 8, 16):
+    for m in (1, 8, 16, 64):
         cases += [linear(name, *shape, m) for name, shape in MATRICES.items()]
     cases.append(triton_matmul("o", *MATRICES["o"], 16, (16, 128, 64), 4, 4))
     for m in (512, 2048):

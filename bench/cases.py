@@ -272,7 +272,7 @@ def decode(batch: int, context: int, appends: bool = True) -> Case:
 def linear(name: str, n: int, k: int, m: int) -> Case:
     """A unit: the columns of a KV head and its queries for qkv, 1024 for lm_head, else 256. Few
     rows: the norm and the residual ride along, as in a decode step."""
-    few = m <= 16
+    few = m <= 64
     op = {"qkv": "qkv_rope_append", "gate_up": "linear_swiglu"}.get(name, "linear")
     columns = {"qkv": n // KV_HEADS, "lm_head": 1024}.get(name, 256)
     out_dtype = torch.float32 if name == "lm_head" else BF16
@@ -309,6 +309,9 @@ def linear(name: str, n: int, k: int, m: int) -> Case:
 
     columns_out = n // 2 if name == "gate_up" else n * (2 if name in ("o", "down") else 1)
     bar = Bar("dram", 1.10) if few else Bar("issue", 0.28, "80", "_m128_n256")
+    archs: tuple[str, ...] = ("80", "89", "90a") if m <= 16 else ("90a",) if few else ("80", "89")
+    if m == 1 and name == "o":
+        archs = ALL_ARCHS
     return native_case(
         op,
         build,
@@ -319,7 +322,7 @@ def linear(name: str, n: int, k: int, m: int) -> Case:
         compulsory_bytes=2 * (m * k + n * k) + m * columns_out * out_dtype.itemsize,
         flop=2 * m * n * k,
         bars=(bar, COALESCED, CONFLICT_FREE),
-        archs=ALL_ARCHS if m == 1 and name == "o" else ("80", "89"),
+        archs=archs,
     )
 
 

@@ -223,10 +223,10 @@ MK_API mk_status mk_embedding_plan(const mk_embedding_params* params, const mk_d
                                    mk_plan* plan);
 
 /* ---- Linear -------------------------------------------------------------------------------------
- * y[m, n] = sum over k of x[m, k] * w[n, k], in fp32 on mma.sync.m16n8k16, x as A and w as B:
- * groups of 16 k are added to one accumulator in ascending order (zeros past the last k). So the
- * bits of an output depend on its row of x and its row of w only: not on m, n, the kernel or the
- * device's size.
+ * y[m, n] = sum over k of x[m, k] * w[n, k], in fp32 on mma.sync.m16n8k16 (sm_90: wgmma, of k16
+ * too), x as A and w as B: groups of 16 k are added to one accumulator in ascending order (zeros
+ * past the last k). So the bits of an output depend on its row of x and its row of w only: not on
+ * m, n, the kernel or the device's size.
  *
  *   mk_linear         out = y, + residual where given, rounded once
  *   mk_linear_swiglu  row 2i of w is gate i and row 2i + 1 is up i:

@@ -5,6 +5,10 @@ linear_cases.py tells how results are compared. Outputs are poisoned with NaN an
 
 from __future__ import annotations
 
+import ctypes
+import itertools
+import re
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -21,7 +25,7 @@ from tests.linear_cases import (
     normalised,
     run_linear,
 )
-from tests.native_emulator import BUILT, DEVICES
+from tests.native_emulator import ARCHS, BUILT, DEVICES
 from tests.test_kernels_memory import (
     HALVES,
     archs,
@@ -260,8 +264,18 @@ def test_qkv_of_more_rows_than_16_by_elements() -> None:
 # ---------------------------------------------------------------------------------------- plans
 
 
+# Names of the kernels for few rows.
+SKINNY = {arch: re.compile("_m64_n(32|48|96)$" if arch == "90a" else "_m16$") for arch in ARCHS}
+
+
 def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
+
+
+def skinny_strips(plan: ctypes.Structure, n: int) -> tuple[int, int]:
+    """Of sm_90's plan: strips of the busiest block, and their columns."""
+    columns = int(plan.entry.decode().rpartition("_n")[2])
+    return ceil_div(ceil_div(n, columns), plan.grid[0]), columns
 
 
 @settings(max_examples=200, deadline=None)
@@ -282,28 +296,43 @@ def test_skinny_plan_fits_and_spreads(arch: str, m: int, n: int, k: int, offset:
     if m <= 64 and k <= 1 << 14:
         params.norm_weight = pointer
     plan, device = abi.plan("linear", params, arch), abi.device(arch)
-    is_skinny = m <= 16 or k % 8 != 0 or offset == 8
-    assert plan.entry.decode().endswith("_m16") == is_skinny
+    is_aligned = k % 8 == 0 and offset == 0
+    is_skinny = m <= (64 if arch == "90a" else 16) or not is_aligned
+    assert bool(SKINNY[arch].search(plan.entry.decode())) == is_skinny
     assert plan.smem_bytes <= device.smem_per_block
     if not is_skinny:
         return
+    assert 1 <= plan.grid[0] <= device.num_sms and plan.grid[1] <= 65535
+    assert plan.grid[0] % plan.cluster[0] == 0
+    if arch == "90a":
+        assert plan.cluster[0] == (2 if is_aligned and m > 16 else 1)
+        # The blocks have equal numbers of strips, but for the last ones.
+        strips, columns = skinny_strips(plan, n)
+        assert strips * columns * plan.grid[0] < n + (strips + 2) * columns
+        return
     warps = plan.block[0] // 32
-    assert 1 <= warps <= 8 and 1 <= plan.grid[0] <= device.num_sms and plan.grid[1] <= 65535
+    assert 1 <= warps <= 8
     busiest = warps * ceil_div(ceil_div(n, 8 * warps), plan.grid[0])
     assert busiest * device.num_sms <= max(1.5 * ceil_div(n, 8), 8 * device.num_sms)
 
 
 def test_skinny_plan_of_minitron_uses_nearly_all_sms() -> None:
+    """On sm_90 nine of ten, from 32 rows on as many as get all that DRAM gives."""
     for arch in abi.DEVICES:
         num_sms = abi.device(arch).num_sms
-        for n in (4096, 6144, 23040, 131072):
-            x, w, out = torch.empty(1, 64), torch.empty(n, 64), torch.empty(1, n)
+        for n, m in itertools.product((4096, 6144, 23040, 131072), (1, 16, 64)):
+            x, w, out = torch.empty(m, 64), torch.empty(n, 64), torch.empty(m, n)
             params = linear_params(x, w.bfloat16(), out.bfloat16())
             params.dtype = params.out_dtype = abi.constants()["MK_BF16"]
             plan = abi.plan("linear", params, arch)
-            warps = plan.block[0] // 32
-            busiest = warps * ceil_div(ceil_div(n, 8 * warps), plan.grid[0])
-            assert busiest * num_sms <= 1.3 * n / 8, (arch, n)
+            if arch == "90a":
+                strips, columns = skinny_strips(plan, n)
+                assert plan.grid[0] >= num_sms * (0.9 if m <= 16 else 0.65), (arch, n)
+                assert strips * columns * plan.grid[0] <= 1.05 * n
+            elif m <= 16:
+                warps = plan.block[0] // 32
+                busiest = warps * ceil_div(ceil_div(n, 8 * warps), plan.grid[0])
+                assert busiest * num_sms <= 1.3 * n / 8, (arch, n)
 
 
 # ------------------------------------------------------------------------------------- counters

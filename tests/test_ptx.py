@@ -156,6 +156,7 @@ OWN_INSTRUCTIONS = {
     r"mk_attention_sm90": {"HGMMA", "UTMALDG", "USETMAXREG"},
     r"mk_attention_decode_sm90": {"UTMALDG", "UTMAPF"},
     r"mk_(linear|linear_swiglu|qkv_rope_append)_sm90_\w+_m128_": {"HGMMA", "UTMALDG", "USETMAXREG"},
+    r"mk_(linear|linear_swiglu|qkv_rope_append)_sm90_\w+_m64_": {"HGMMA", "UTMALDG", "UTMAPF"},
 }
 
 

@@ -50,7 +50,8 @@ Choice choose(const Product& a, const mk_device& device) {
     return best;
 }
 
-// A box of box_rows x 64 elements of a matrix's rows.
+}  // namespace
+
 mk_status encode_rows(const void* rows, int32_t dtype, int64_t stride, int32_t count, int32_t k,
                       int32_t box_rows, TensorMap* map) {
     const cuda::Driver* driver = nullptr;
@@ -66,8 +67,6 @@ mk_status encode_rows(const void* rows, int32_t dtype, int64_t stride, int32_t c
             cuda::kTensorMapL2Promotion256B, 0);
     return MK_OK;
 }
-
-}  // namespace
 
 bool is_gemm_sm90(const Product& a) { return a.m > MK_LINEAR_MAX_NORM_M && a.is_aligned; }
 

@@ -6,6 +6,10 @@
 
 namespace mk {
 
+// A tensor map of `count` rows of k elements: boxes of 64 k (a stage's) and box_rows.
+mk_status encode_rows(const void* rows, int32_t dtype, int64_t stride, int32_t count, int32_t k,
+                      int32_t box_rows, TensorMap* map);
+
 // More than 64 rows of 16-byte pieces, not normalised.
 bool is_gemm_sm90(const Product& a);
 

@@ -5,6 +5,7 @@
 #include <cmath>
 
 #include "linear/linear_gemm_plan.h"
+#include "linear/linear_skinny_plan.h"
 #include "rope/rope_plan.h"
 
 namespace mk {
@@ -67,9 +68,13 @@ mk_status check_qkv_out(const mk_qkv_rope_append_params& p) {
 
 namespace {
 
+constexpr int64_t kMaxMapStride = int64_t{1}
+                                  << 39;  // elements: a tensor map's are below 2^40 bytes
+
 Product make_product(const void* x, const void* w, const void* norm_weight, int64_t x_stride,
                      int64_t w_stride, int32_t m, int32_t n, int32_t k, float eps) {
-    const bool is_aligned = k % 8 == 0 && is_16_byte(x, MK_BF16, {x_stride}) &&
+    const bool is_aligned = k % 8 == 0 && std::max(x_stride, w_stride) < kMaxMapStride &&
+                            is_16_byte(x, MK_BF16, {x_stride}) &&
                             is_16_byte(w, MK_BF16, {w_stride}) &&
                             is_16_byte(norm_weight, MK_BF16, {});
     return {x, w, norm_weight, x_stride, w_stride, m, n, k, eps, is_aligned};
@@ -139,7 +144,10 @@ bool is_skinny(const Product& a) { return a.m <= kSkinnyRows || !a.is_aligned; }
 
 mk_plan plan_product(const char* op, int32_t dtype, const Product& a, const mk_device& device) {
     const std::string name = dtype_name(dtype);
-    if (device.sm == 90 && is_gemm_sm90(a)) return plan_gemm_sm90(op, dtype, a, device);
+    if (device.sm == 90) {
+        return is_gemm_sm90(a) ? plan_gemm_sm90(op, dtype, a, device)
+                               : plan_skinny_sm90(op, dtype, a, device);
+    }
     if (is_skinny(a)) {
         mk_plan plan = make_plan(op, device, name + "_m" + std::to_string(kSkinnyRows));
         plan.grid[0] = 0;
@@ -236,13 +244,17 @@ mk_status run_product(const typename Op::Params* params, void* stream) {
             [](const void* p) { return Op::shape(*static_cast<const typename Op::Params*>(p)); },
             params);
     };
-    if (device->info.sm == 90 && is_gemm_sm90(args.product)) {
+    if (device->info.sm != 90 || plan.grid[0] == 0) return enqueue(&args);
+    if (is_gemm_sm90(args.product)) {
         LinearGemmSm90Args<typename Op::Params> gemm{args, {}, {}, {}};
         MK_TRY(gemm_sm90_args(args.product, params->dtype, device->info, &gemm.grid, &gemm.x_map,
                               &gemm.w_map));
         return enqueue(&gemm);
     }
-    return enqueue(&args);
+    LinearSkinnySm90Args<typename Op::Params> skinny{args, {}, {}, {}};
+    MK_TRY(skinny_sm90_args(args.product, params->dtype, device->info, &skinny.ring, &skinny.x_map,
+                            &skinny.w_map));
+    return enqueue(&skinny);
 }
 
 }  // namespace

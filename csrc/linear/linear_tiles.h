@@ -88,10 +88,10 @@ constexpr GemmTiles kGemmSm80 = {
     {128, 256, 32, 6, 64, 64, 1}, {128, 128, 32, 5, 64, 64, 2}, {64, 64, 64, 5, 32, 32, 2}};
 constexpr GemmTiles kGemmSm89 = {
     {128, 256, 32, 4, 64, 64, 1}, {128, 128, 32, 3, 64, 64, 2}, {64, 64, 64, 3, 32, 32, 2}};
-constexpr GemmTiles kGemmSm90 = {
+constexpr GemmTiles kGemmSm100 = {
     {128, 256, 32, 8, 64, 64, 1}, {128, 128, 32, 6, 64, 64, 2}, {64, 64, 64, 7, 32, 32, 2}};
 constexpr const GemmTiles& gemm_tiles(int sm) {
-    return sm == 80 ? kGemmSm80 : sm == 89 ? kGemmSm89 : kGemmSm90;
+    return sm == 80 ? kGemmSm80 : sm == 89 ? kGemmSm89 : kGemmSm100;
 }
 
 // An SM has `kilobytes` of shared memory, of which each block takes 1 for itself.
@@ -105,7 +105,7 @@ constexpr bool gemm_tiles_fit(const GemmTiles& t, int kilobytes) {
 }
 static_assert(gemm_tiles_fit(kGemmSm80, 164));
 static_assert(gemm_tiles_fit(kGemmSm89, 100));
-static_assert(gemm_tiles_fit(kGemmSm90, 228));
+static_assert(gemm_tiles_fit(kGemmSm100, 228));
 
 // Rows of x that the tiles of a column of w share while they are in L2 (16 MB at k = 4096).
 constexpr int kGemmGroupRows = 2048;

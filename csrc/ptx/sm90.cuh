@@ -89,6 +89,11 @@ __device__ __forceinline__ void fence_mbarrier_init() {
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 
+// The same kind of address, written to.
+__device__ __forceinline__ void st_shared_cluster(uint32_t remote, float value) {
+    asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(remote), "f"(value) : "memory");
+}
+
 // An arrival at a barrier of any block of the cluster, by mapa_shared_cluster()'s address; those
 // who wait for it do so with the scope of the cluster.
 template <int kOffset = 0>
@@ -201,6 +206,12 @@ __device__ __forceinline__ void stmatrix_x4(uint32_t smem, const uint32_t (&r)[4
 
 // ISA#data-movement-and-conversion-instructions-cp-async-bulk-prefetch-tensor
 // The box to L2 alone, a hint.
+__device__ __forceinline__ void cp_async_bulk_prefetch_tensor_2d_l2(const void* map, int x0,
+                                                                    int x1) {
+    asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global.tile [%0, {%1, %2}];" ::"l"(map),
+                 "r"(x0), "r"(x1)
+                 : "memory");
+}
 __device__ __forceinline__ void cp_async_bulk_prefetch_tensor_4d_l2(const void* map, int x0, int x1,
                                                                     int x2, int x3) {
     asm volatile(
