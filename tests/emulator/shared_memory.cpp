@@ -101,6 +101,7 @@ void SharedMemory::reset(uint32_t bytes, int granule_shift, Clocks& clocks, int 
             clocks.async() ? static_cast<size_t>(clocks.readers_per_cta()) : size_t{0}, {});
         pages_ = (data_.size() >> kPageShift) + 1;
         version_.assign(clocks.async() ? pages_ : 0, 1);
+        last_read_.assign(version_.size(), 0);
     }
     if (clocks.async()) checked_.assign(pages_ * static_cast<size_t>(warps_), 0);
     start_ = clocks.start();
@@ -120,6 +121,9 @@ void SharedMemory::access(Access kind, int warp, int lane, uint32_t address, uin
         return write_time_[g] - start_ < seen[(writer_[g] & ~kAtomic) >> 5] - start_;
     };
     if (kind == Access::read) {
+        if (!last_read_.empty())
+            last_read_[address >> kPageShift] = last_read_[(address + bytes - 1) >> kPageShift] =
+                time;
         uint32_t g = first;
         if (last - first == 3 && (g & 3) == 0) {  // 16 bytes that one lane wrote, as a rule
             uint64_t writers;
@@ -188,6 +192,13 @@ void SharedMemory::land(int warp, int lane, uint32_t address, uint32_t bytes) {
 
 void SharedMemory::check_readers(int warp, int lane, uint32_t first, uint32_t last) {
     if (!options_.check_races) return;
+    if (!last_read_.empty()) {  // nobody has read these pages, but wgmma and bulk copies?
+        const auto page = [&](uint32_t g) {
+            return last_read_.begin() + (g << shift_ >> kPageShift);
+        };
+        if (std::all_of(page(first), page(last) + 1, [&](uint32_t t) { return t < start_; }))
+            return;
+    }
     const uint32_t* limits = clocks_->seen(warp);
     for (uint32_t g = first & ~3u; g <= last; g += 4) {
         // Four granules at once; those outside the access are looked at only when one is late.
@@ -311,6 +322,18 @@ void SharedMemory::async_read(int warp, int lane, int reader, uint32_t number, u
     mark_read(reader, number, address, bytes);
 }
 
+bool SharedMemory::is_uniform(uint32_t begin, uint32_t end) const {
+    const uint32_t* times = write_time_.data();
+    const uint16_t* writers = writer_.data();
+    const uint32_t time = times[begin];
+    const uint16_t writer = writers[begin];
+    uint32_t differs = 0;
+    for (uint32_t g = begin; g < end; ++g) differs |= times[g] ^ time;
+    uint16_t others = 0;
+    for (uint32_t g = begin; g < end; ++g) others |= writers[g] ^ writer;
+    return !differs && !others;
+}
+
 void SharedMemory::slow_async_read(int warp, int lane, uint32_t address, uint32_t bytes) {
     const uint32_t page = address >> kPageShift;
     uint32_t& checked = checked_[static_cast<size_t>(warp) * pages_ + page];
@@ -319,9 +342,13 @@ void SharedMemory::slow_async_read(int warp, int lane, uint32_t address, uint32_
     // costs time only.
     if ((address + bytes - 1) >> kPageShift == page && end <= granules_ &&
         checked != (version_[page] << 1 | 1)) {
+        const uint32_t begin = (page << kPageShift) >> shift_;
+        const uint32_t* seen = clocks_->seen(warp);
+        const uint32_t* proxied = clocks_->proxied(warp);
         bool good = true;
-        for (uint32_t g = (page << kPageShift) >> shift_; g < end && good; ++g)
-            good = in_order(g, clocks_->seen(warp), clocks_->proxied(warp));
+        // As a rule all of it came at once.
+        for (uint32_t g = is_uniform(begin, end) ? end - 1 : begin; g < end && good; ++g)
+            good = in_order(g, seen, proxied);
         checked = version_[page] << 1 | (good ? 0 : 1);
         if (good) return;
     }

@@ -139,6 +139,8 @@ class SharedMemory {
         const int writer = (writer_[granule] & ~kAtomic) >> 5;
         return t - start_ < seen[writer] - start_ && (writer >= warps_ || t < proxied[writer]);
     }
+    // Whether granules begin ... end - 1 were written at the same time by the same.
+    bool is_uniform(uint32_t begin, uint32_t end) const;
     void slow_async_read(int warp, int lane, uint32_t address, uint32_t bytes);
     void check_async_readers(int warp, int lane, uint32_t address, uint32_t bytes);
     void check_proxy(int warp, int lane, uint32_t granule, const char* what);
@@ -164,6 +166,7 @@ class SharedMemory {
     // By page: how often it was written. By warp and page: twice the count at which the warp found
     // the page in order, plus one if it did not.
     std::vector<uint32_t> version_, checked_;
+    std::vector<uint32_t> last_read_;  // by page, in programs with asynchronous readers
     size_t pages_ = 0;
     std::unordered_map<uint32_t, Clock> flags_;  // carried by atomics and strong accesses
 };
