@@ -12,6 +12,7 @@ import functools
 import os
 import re
 import shutil
+import struct
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -83,6 +84,39 @@ def load_emulated(path: Path, archs: Sequence[str] = BUILT) -> ctypes.CDLL:
         else:
             os.environ["MK_CUDA_DRIVER"] = previous
     return lib
+
+
+def pieces_of(data: bytes) -> list[bytes]:
+    """The fatbins of a kernel file, one per entry file."""
+    found = []
+    while data:
+        _magic, _version, header, payload = struct.unpack_from("<IHHQ", data)
+        found.append(data[: header + payload])
+        data = data[header + payload :]
+    return found
+
+
+def faulty_library(folder: Path, arch: str, entry: str, old: str, new: str) -> ctypes.CDLL:
+    """The library, on the emulator, with every `old` in the PTX of an entry replaced by `new`,
+    which must not be longer. Its kernels are those of the entry's file only."""
+    (piece,) = (p for p in pieces_of(kernel_file(arch).read_bytes())
+                if f".entry {entry}(".encode() in p)  # fmt: skip
+    # The last one: line information holds the text, too.
+    before, name, after = piece.rpartition(f".entry {entry}(".encode())
+    body, end, rest = after.partition(b"\n}\n")
+
+    def replace(match: re.Match[bytes]) -> bytes:
+        text = match.expand(new.encode())
+        assert len(text) <= len(match[0])
+        return text.ljust(len(match[0]))
+
+    changed, count = re.subn(old.encode(), replace, body)
+    assert count, f"{old} is not in {entry}"
+    path = copy_of_library(folder / "package", [arch])
+    file = path.parent / "kernels" / f"sm_{arch}.fatbin"
+    file.unlink()
+    file.write_bytes(before + name + changed + end + rest)
+    return load_emulated(path, [arch])
 
 
 @functools.cache

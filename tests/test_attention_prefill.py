@@ -7,10 +7,9 @@ is relative to sum over keys of weight * |v|: what the weighted mean cancels say
 from __future__ import annotations
 
 import ctypes
-import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,8 +19,8 @@ from hypothesis import strategies as st
 
 from minitron_kernels import ops, reference
 from tests import native_abi as abi
-from tests.emulator import Counters, Emulator
-from tests.native_emulator import ARCHS, BUILT, DEVICES, dtype_id, ptx_of, run, storage_of
+from tests.emulator import Counters
+from tests.native_emulator import ARCHS, BUILT, DEVICES, dtype_id, faulty_library, run, storage_of
 from tests.test_kernels_memory import (
     HALVES,
     archs,
@@ -400,6 +399,26 @@ def test_interleavings_change_no_bit(arch: str) -> None:
             assert torch.equal(got, first), seed
 
 
+MANY = [(20 + i % 9, 40 + i) for i in range(150)]  # more than twice as many as an H100's clusters
+
+
+@pytest.mark.parametrize("heads", [(2, 1), (3, 1)], ids=["pairs of heads", "pairs of tiles"])
+def test_many_items_of_a_block(heads: tuple[int, int]) -> None:
+    """sm_90's blocks take one item after another: here up to 3 or 7 of one tile or two."""
+    if "90a" not in BUILT:
+        pytest.skip("sm_90a is not in this build")
+    case = Case(MANY, heads, 64)
+    plan = abi.plan("attention", make_call(make_inputs(case)).params, "90a")
+    assert plan.grid[:] == [132, 1, 1] and plan.cluster[:] == [2, 1, 1]
+    out, lse = run_and_check(case, "90a")
+    for seed in (1, 2):
+        assert all(map(torch.equal, launch(make_inputs(case), "90a", seed), (out, lse)))
+    for count in (1, 70):  # fewer sequences, another block and place in its list
+        few_out, few_lse = launch(make_inputs(replace(case, lengths=MANY[:count])), "90a")
+        assert torch.equal(few_out, out[: len(few_out)])
+        assert torch.equal(few_lse, lse[:, : len(few_out)])
+
+
 def test_tiles_by_tma_and_by_copies_are_the_same() -> None:
     """sm_90 takes whole tiles by TMA, one box or one a page; where rows of K and V overlap there is
     no tensor map, and all comes by cp.async. Head 1's row r is head 0's row r + 1 here."""
@@ -541,8 +560,10 @@ def test_memory_accesses_are_full_and_free_of_conflicts(arch: str, head_dim: int
     counters = count(arch, causal=True, head_dim=head_dim, tokens=300, hq=4)
     assert counters.shared_wavefronts == counters.shared_wavefronts_min
     assert counters.write_sectors == counters.unique_write_sectors
-    # Q once, K and V for 3 tiles of queries of 4 heads; and the lengths, by each warp
-    tensors = (300 * 4 + 2 * 4 * (128 + 256 + 300)) * head_dim * 2 // 32
+    # Q once, K and V for 3 tiles of queries of 4 heads; and the lengths, by each warp. On sm_90 two
+    # heads' blocks fetch K and V together, but for the keys after the last whole tile.
+    keys = 2 * (128 + 256 + 256) + 4 * 44 if arch == "90a" else 4 * (128 + 256 + 300)
+    tensors = (300 * 4 + 2 * keys) * head_dim * 2 // 32
     assert tensors <= counters.read_sectors <= tensors + 12 * 8 * 6  # 12 blocks of up to 8 warps
 
 
@@ -566,71 +587,74 @@ def test_issue_slots_of_four_heads() -> None:
 # --------------------------------------------------------------------------------- planted faults
 
 
+# What is changed in the kernel's PTX, the case that must notice, and whether it may not be noticed.
+TWO_BLOCKS = Case([(64, 400)], (2, 1), 64, torch.float16, causal=False, scale=0.5)
+MANY_ITEMS = Case(MANY, (2, 1), 64)
+FAULTS = {
+    # References follow at 9, not at 8: all the same; at 128: weights overflow the dtype.
+    "nothing": ("", r"0f41000000", "0f41100000", TWO_BLOCKS),
+    "rescaled too late": ("", r"0f41000000", "0f43000000", TWO_BLOCKS),
+    "no barrier": ("", r"bar\.sync[^;]*;", "", TWO_BLOCKS),
+    "copies not waited for": (
+        "", r"cp\.async\.wait_group \d;", "cp.async.wait_group 2;", TWO_BLOCKS
+    ),
+    "wrong lanes": ("80", r"(shfl\.sync\.bfly\.b32.*), (?:%r\d+|2), ", r"\1, 4, ", TWO_BLOCKS),
+    "no proxy fence": ("90a", r"fence\.proxy\.async[^;]*;", "", TWO_BLOCKS),
+    "no wgmma fence": ("90a", r"wgmma\.fence[^;]*;", "", TWO_BLOCKS),
+    "wgmma not waited for": (
+        "90a", r"wgmma\.wait_group\.sync\.aligned 1;", "wgmma.wait_group.sync.aligned 2;",
+        TWO_BLOCKS,
+    ),
+    "K's slots are V's": ("90a", r"(mbarrier\.arrive[^;]*\+ )48\]", r"\g<1>64]", TWO_BLOCKS),
+    "no slot is freed": (
+        "90a", r"mbarrier\.arrive\.release\.cluster[^;]*;", "", TWO_BLOCKS
+    ),
+    "arrivals at home only": ("90a", r"mapa\.shared::cluster\.u32 (%r\d+), (%r\d+), %r\d+;",
+                              r"mov.u32 \1, \2;", TWO_BLOCKS),
+    "a slot that the other block still reads": (
+        "90a", r"mbarrier\.try_wait\.parity\.acquire\.cluster[^;]*; selp\.b32 (%r\d+), 1, 0, p;",
+        r"mov.u32 \1, 1;", TWO_BLOCKS,
+    ),
+    "no multicast": ("90a", r"\.multicast::cluster (.*), %rs\d+;", r" \1;", TWO_BLOCKS),
+    "blocks that do not meet": (
+        "90a", r"barrier\.cluster\.(arrive|wait)[^;]*;", "", TWO_BLOCKS
+    ),
+    "output overwritten under its store": (
+        "90a", r"cp\.async\.bulk\.wait_group\.read 0;", "", MANY_ITEMS
+    ),
+    "an item's Q over the last one's": (
+        "90a", r"mbarrier\.try_wait\.parity\.acquire\.cluster\.shared::cta\.b64 p, "
+        r"\[%r\d+ \+ 8\][^;]*; selp\.b32 (%r\d+), 1, 0, p;", r"mov.u32 \1, 1;", MANY_ITEMS,
+    ),
+}  # fmt: skip
+
+
 @pytest.mark.parametrize(
-    "arch, old, new, fails",
+    "arch, fault",
     [
-        # References follow at 9, not at 8: all the same; at 128: weights overflow the dtype.
-        *((a, r"0f41000000", "0f41100000", False) for a in ("80", "90a")),
-        *((a, r"0f41000000", "0f43000000", True) for a in ("80", "90a")),
-        *((a, r"bar\.sync[^;]*;", "", True) for a in ("80", "90a")),
-        *((a, r"cp\.async\.wait_group \d;", "cp.async.wait_group 2;", True) for a in ("80", "90a")),
-        ("80", r"shfl\.sync\.bfly\.b32(.*), (%r\d+|2), ", r"shfl.sync.bfly.b32\1, 4, ", True),
-        ("90a", r"fence\.proxy\.async[^;]*;", "", True),
-        ("90a", r"wgmma\.fence[^;]*;", "", True),
-        ("90a", r"wgmma\.wait_group\.sync\.aligned 1;", "wgmma.wait_group.sync.aligned 2;", True),
-        ("90a", r"(mbarrier\.arrive[^;]*\+ )40\]", r"\g<1>56]", True),  # K's slots are V's
+        pytest.param(arch, name, id=f"{arch}-{name}")
+        for arch in ("80", "90a")
+        for name, (only, *_) in FAULTS.items()
+        if only in ("", arch)
     ],
-    ids=lambda v: v if isinstance(v, str) and len(v) < 4 else None,
 )
-def test_a_planted_fault_is_found(arch: str, old: str, new: str, fails: bool) -> None:
-    """Changes in the kernel's PTX: the emulator or the comparison objects. (sm_90 without tensor
-    maps: all comes by copies.)"""
-    inputs = make_inputs(Case([(64, 400)], (2, 1), 64, torch.float16, causal=False, scale=0.5))
+def test_a_planted_fault_is_found(arch: str, fault: str, tmp_path: Path) -> None:
+    """Changes in the kernel's PTX: the emulator or the comparison objects."""
+    if arch not in BUILT:
+        pytest.skip(f"sm_{arch} is not in this build")
+    _, old, new, case = FAULTS[fault]
+    inputs = make_inputs(case)
     call = make_call(inputs)
-    plan = abi.plan("attention", call.params, arch)
-    entry = plan.entry.decode()
-    (text,) = (t for t in ptx_of(arch) if f".entry {entry}(" in t)
-    before, name, after = text.partition(f".entry {entry}(")
-    body, brace, rest = after.partition("\n}\n")
-    assert re.search(old, body), f"{old} is not in {entry}"
-    changed = before + name + re.sub(old, new, body) + brace + rest
-    kernel = Emulator(f"sm_{arch.rstrip('a')}").load(changed).kernel(entry)
-    arguments = kernel_arguments(call.params, kernel.param_bytes[0])
+    entry = abi.plan("attention", call.params, arch).entry.decode()
+    lib = faulty_library(tmp_path, arch, entry, old, new)
 
     def attempt() -> None:
-        kernel.launch(
-            plan.grid[:], plan.block[:], [arguments], smem=plan.smem_bytes, regions=call.tensors
-        )
+        run("attention", arch, call.params, call.tensors, lib=lib)
         check(inputs, call.out, call.lse)
 
-    if fails:
-        with pytest.raises((AssertionError, RuntimeError)):
-            attempt()
-    else:
+    if fault == "nothing":
         attempt()
-
-
-def kernel_arguments(params: ctypes.Structure, size: int) -> bytes:
-    """AttnPrefillArgs (attn_tiles.h) of packed K and V, or AttnPrefillSm90Args without maps."""
-
-    class Rows(ctypes.Structure):
-        _fields_ = (
-            ("page_bytes", ctypes.c_int64),
-            ("bytes_of_4", ctypes.c_int64),
-            ("bytes", ctypes.c_uint32),
-        )
-
-    class Arguments(ctypes.Structure):
-        _fields_ = (
-            ("p", type(params)), ("k", Rows), ("v", Rows), ("scale", ctypes.c_float),
-            ("page_shift", ctypes.c_int32), ("page_mask", ctypes.c_uint32),
-        )  # fmt: skip
-
-    k, v = (Rows(0, 8 * n, 2 * n) for n in (params.k_stride, params.v_stride))
-    scale = params.softmax_scale / math.log(2)
-    arguments = bytes(Arguments(params, k, v, scale, 0, 0xFFFFFFFF))
-    if size == len(arguments):
-        return arguments
-    maps = -len(arguments) % 64 + 2 * 128
-    assert size == len(arguments) + maps + 64
-    return arguments.ljust(size, b"\0")
+    else:
+        with pytest.raises(AssertionError) as found:
+            attempt()
+        print(str(found.value).splitlines()[0])

@@ -7,8 +7,22 @@
 
 namespace mk {
 
-// Rows of acc, over their sums, to shared memory, and from there 16 bytes at a time to out,
-// `stride` bytes apart. smem_rows: the warp's own, 16 kM rows.
+// A warp's rows from shared memory to out, 16 bytes at a time, `stride` bytes apart.
+template <class Layout, int kHeadDim, int kRows>
+__device__ __forceinline__ void copy_rows(const uint8_t* smem_rows, uint8_t* out, int64_t stride,
+                                          int num_rows) {
+    constexpr int kLanes = kRowBytes<kHeadDim> / 16;  // of a row
+    const int lane = threadIdx.x % 32;
+    MK_UNROLL
+    for (int first = 0; first < kRows; first += 32 / kLanes) {
+        const int row = first + lane / kLanes, byte = lane % kLanes * 16;
+        const uint4 v = *reinterpret_cast<const uint4*>(smem_rows + Layout::at(row, byte));
+        if (row < num_rows) ptx::st_global_v4(out + row * stride + byte, v);
+    }
+}
+
+// Rows of acc, over their sums, to shared memory, and from there to out. smem_rows: the warp's own,
+// 16 kM rows.
 template <class Dtype, int kHeadDim, int kM>
 __device__ __forceinline__ void store_rows(const float (&acc)[kM][kHeadDim / 8][4],
                                            const Softmax<kM>& softmax, uint8_t* smem_rows,
@@ -27,35 +41,38 @@ __device__ __forceinline__ void store_rows(const float (&acc)[kM][kHeadDim / 8][
         }
     }
     __syncwarp();
-    constexpr int kLanes = kRowBytes<kHeadDim> / 16;  // of a row
+    copy_rows<WholeRows<kHeadDim>, kHeadDim, 16 * kM>(smem_rows, out, stride, num_rows);
+}
+
+// Where a head's output of a token is.
+__device__ __forceinline__ uint8_t* out_row(const mk_attention_params& p, int head, int64_t token) {
+    return static_cast<uint8_t*>(p.out) + head * p.out_head_stride * 2 + token * p.out_stride * 2;
+}
+
+// lse of the tokens `token` ... of a head, `num_rows` of them, if it is asked for.
+template <int kM>
+__device__ __forceinline__ void write_lse(const mk_attention_params& p, int head, int64_t token,
+                                          int num_rows, const Softmax<kM>& softmax) {
+    const int lane = threadIdx.x % 32;
+    if (!p.lse || lane % 4) return;
+    float* const lse = p.lse + head * p.lse_stride + token;
     MK_UNROLL
-    for (int first = 0; first < 16 * kM; first += 32 / kLanes) {
-        const int row = first + lane / kLanes, byte = lane % kLanes * 16;
-        const uint4 v = *reinterpret_cast<const uint4*>(smem_rows + swizzled<kHeadDim>(row, byte));
-        if (row < num_rows) ptx::st_global_v4(out + row * stride + byte, v);
+    for (int i = 0; i < 2 * kM; ++i) {
+        const int r = lane / 4 + 8 * i;
+        if (r < num_rows) lse[r] = softmax.lse(i / 2, i % 2);
     }
 }
 
-// out and lse of the tokens `token` ... of a head, `num_rows` of them.
+// out and lse of these tokens.
 template <class Dtype, int kHeadDim, int kM>
 __device__ __forceinline__ void write_rows(const mk_attention_params& p, int head, int64_t token,
                                            int num_rows, Softmax<kM>& softmax,
                                            const float (&acc)[kM][kHeadDim / 8][4],
                                            uint8_t* smem_rows) {
-    const int lane = threadIdx.x % 32;
     softmax.finish();
-    if (p.lse && lane % 4 == 0) {
-        float* const lse = p.lse + head * p.lse_stride + token;
-        MK_UNROLL
-        for (int i = 0; i < 2 * kM; ++i) {
-            const int r = lane / 4 + 8 * i;
-            if (r < num_rows) lse[r] = softmax.lse(i / 2, i % 2);
-        }
-    }
-    const int64_t stride = p.out_stride * 2;
-    uint8_t* const out =
-        static_cast<uint8_t*>(p.out) + head * p.out_head_stride * 2 + token * stride;
-    store_rows<Dtype, kHeadDim>(acc, softmax, smem_rows, out, stride, num_rows);
+    write_lse(p, head, token, num_rows, softmax);
+    store_rows<Dtype, kHeadDim>(acc, softmax, smem_rows, out_row(p, head, token), p.out_stride * 2,
+                                num_rows);
 }
 
 }  // namespace mk

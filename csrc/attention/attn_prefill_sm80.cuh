@@ -26,9 +26,9 @@
 #pragma once
 
 #include "attention/attn_copy.cuh"
+#include "attention/attn_keys.cuh"
 #include "attention/attn_output.cuh"
 #include "attention/attn_rope.cuh"
-#include "attention/mask.cuh"
 #include "common/vec.cuh"
 #include "ptx/sm90.cuh"
 
@@ -174,14 +174,10 @@ struct AttnPrefill {
 
         const int head = blockIdx.x, sequence = blockIdx.y;
         const int kv_head = head / (p.num_q_heads / p.num_kv_heads);
-        const int first_q = p.cu_seqlens_q[sequence];
-        const int num_q = p.cu_seqlens_q[sequence + 1] - first_q;
+        const auto [first_q, num_q, first_k, num_k] = Sequence(p, sequence);
         const int num_tiles = (num_q + kTile.tile_m - 1) / kTile.tile_m;
         const int block_row = (num_tiles - 1 - static_cast<int>(blockIdx.z)) * kTile.tile_m;
         if (num_q <= p.skip_seqlen_q || block_row < 0) return;
-        const int first_k = p.page_size ? 0 : p.cu_seqlens_k[sequence];
-        const int num_k = p.page_size ? p.seqlens_k[sequence] + (p.seqlens_k_add ? num_q : 0)
-                                      : p.cu_seqlens_k[sequence + 1] - first_k;
         VisibleKeys visible(p, num_q, num_k);
 
         const int lane = threadIdx.x % 32;
@@ -194,11 +190,9 @@ struct AttnPrefill {
             static_cast<uint32_t>(__cvta_generic_to_shared(smem)) + kTile.tile_m * kRowBytes;
 
         // Steps: copies of K and V run two steps ahead of their use.
-        const int key_begin = visible.begin(block_row);
-        const int key_end = visible.end(min(block_row + kTile.tile_m, num_q) - 1);
+        const auto [key_begin, key_end, tile_begin, tile_end] =
+            SeenKeys<kN>(visible, block_row, min(block_row + kTile.tile_m, num_q) - 1);
         visible.num_keys = key_end;  // to these queries: one register for both
-        const int tile_begin = key_begin / kN;
-        const int tile_end = key_end > key_begin ? (key_end + kN - 1) / kN : tile_begin;
         KvLoader<AttnPrefill> loader(args, smem_ring, kv_head, first_k, key_begin, key_end,
                                      tile_begin);
         {

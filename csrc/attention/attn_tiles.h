@@ -35,17 +35,28 @@ struct AttnPrefillArgs {
     uint32_t page_mask;  // page_size - 1; packed: all ones, a sequence is one page
 };
 
-// sm_90's: a tensor map each of K and V, whole tiles of which TMA copies: dimensions element, head,
-// row (packed: token, else row of a page) and page; boxes of 64 elements x box_rows. box_rows is 0
-// where there is no map: strides that overlap, or fewer rows than a tile.
+// sm_90's: what its blocks, which come in clusters of two, share out (attn_schedule.cuh), and
+// tensor maps for TMA.
 struct AttnPrefillSm90Args : AttnPrefillArgs {
     struct alignas(64) TensorMap {
         uint64_t opaque[16];
-    } k_map, v_map;
-    int32_t box_rows;
+    };
+    // Dimensions element, head, row (packed: token, else row of a page) and page; boxes of 64
+    // elements x box_rows.
+    TensorMap k_map, v_map;
+    // Dimensions element, head and token; boxes of 64 elements x kAttnPrefillGroupRows tokens of q,
+    // kAttnPrefillWarpRows of out.
+    TensorMap q_map, out_map;
+    // 0 where there is no map: strides that overlap, or fewer rows than a tile.
+    int32_t box_rows, has_q_map, has_out_map;
+    // The two blocks take two heads of a KV group: num_head_units pairs, units of a tile's rows.
+    // Or, if a group is of an odd number, a head's two neighbouring tiles.
+    int32_t num_head_units, unit_rows;
 };
 
-constexpr int kAttnPrefillTileM = 128;  // of all rows of the table
+constexpr int kAttnPrefillTileM = 128;                                // of all rows of the table
+constexpr int kAttnPrefillGroupRows = 64, kAttnPrefillWarpRows = 16;  // on sm_90
+constexpr int kAttnPrefillCluster = 2;
 
 constexpr AttnPrefillTile attn_prefill_tile(int sm, int head_dim) {
     // 32 queries per warp: a fragment of K or V, once loaded, feeds two MMAs, which halves the
@@ -54,7 +65,8 @@ constexpr AttnPrefillTile attn_prefill_tile(int sm, int head_dim) {
     // 1024: .40 full, .44 causal; with 8 warps of 16 queries they are .47 and .52.
     if (head_dim == 128 && sm == 80) return {kAttnPrefillTileM, 64, 4, 2, 3, 0};
     // Two warpgroups of 64 queries, one's softmax under the other's MMAs, and a third that copies.
-    // A wgmma of n = 128 has 64 accumulators a thread; S, O and P take 160 registers of 232.
+    // A wgmma of n = 128 has 64 accumulators a thread; S, O and P take 160 registers of 232. Blocks
+    // stay: one per SM, 193 KB of 227.
     if (sm == 90) return {kAttnPrefillTileM, 128, 8, 1, 4, 4};
     // Ada has room for one block (100 KB): 8 warps. Its tensor cores take twice as long per MMA,
     // so that they hide the second load of each fragment. sm_100 takes the same (181 registers),
@@ -63,11 +75,12 @@ constexpr AttnPrefillTile attn_prefill_tile(int sm, int head_dim) {
     return {kAttnPrefillTileM, 64, 4, 2, 3, 0};  // 40 KB
 }
 
-// Behind Q and the slots: the barriers of the producer and the room to align all to 1 KB.
+// Behind Q and the slots of sm_90: the output's own place, barriers, and room to align all to 1 KB.
 constexpr int kAttnPrefillBarrierBytes = 128;
 constexpr int attn_prefill_smem_bytes(AttnPrefillTile tile, int head_dim) {
     const int rows = tile.tile_m + tile.slots * tile.tile_n;
-    return rows * head_dim * 2 + (tile.producer_warps ? kAttnPrefillBarrierBytes + 1024 : 0);
+    if (tile.producer_warps == 0) return rows * head_dim * 2;
+    return (rows + tile.tile_m) * head_dim * 2 + kAttnPrefillBarrierBytes + 1024;
 }
 
 // Whether a tile keeps what it claims on an SM with this much shared memory and 64K registers; a

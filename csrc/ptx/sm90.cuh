@@ -198,10 +198,12 @@ __device__ __forceinline__ void cp_async_bulk_wait_group_read() {
 
 // ISA#warp-level-matrix-instructions-stmatrix
 // The reverse of ldmatrix_x4: lane l's address is that of row l % 8 of matrix l / 8.
+template <int kOffset = 0>
 __device__ __forceinline__ void stmatrix_x4(uint32_t smem, const uint32_t (&r)[4]) {
-    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(smem),
-                 "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3])
-                 : "memory");
+    asm volatile(
+        "stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0 + %5], {%1, %2, %3, %4};" ::"r"(smem),
+        "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3]), "n"(kOffset)
+        : "memory");
 }
 
 // ISA#data-movement-and-conversion-instructions-cp-async-bulk-prefetch-tensor
