@@ -40,6 +40,7 @@ class Plan:
     grid: Dim3
     block: Dim3
     smem_bytes: int  # dynamic
+    cluster: int = 1  # blocks of a cluster
 
     @property
     def kernel(self) -> tuple[str, Dim3, int]:
@@ -211,7 +212,8 @@ def times(m: Measured, case: Case, gpu: Architecture) -> dict[str, float]:
     result = {k: v * busiest / (gpu.clock_ghz * 1e3) for k, v in clocks.items()}
     requested = (c.read_sectors + c.write_sectors) * SECTOR
     moved = (c.unique_read_sectors + c.unique_write_sectors) * SECTOR
-    port = requested * busiest / (L2_BYTES_PER_CLOCK * gpu.clock_ghz * 1e3)
+    # What L2 gives once to several blocks of a cluster passes the port of each.
+    port = requested * m.plan.cluster * busiest / (L2_BYTES_PER_CLOCK * gpu.clock_ghz * 1e3)
     result["L2"] = max(requested / (gpu.l2_tb_s * 1e6), port)
     result["DRAM"] = moved / (gpu.dram_tb_s * 1e6)
     return result

@@ -17,6 +17,7 @@ from bench.cases_quant import linear_quant, quant_prepare_x
 from bench.cases_triton import (
     triton_apply_rope,
     triton_attention,
+    triton_attention_tma,
     triton_int4_matmul,
     triton_matmul,
     triton_rms_norm,
@@ -30,6 +31,7 @@ def all_cases() -> list[Case]:
     for rows in (1024, 2048, 8192):
         for causal in (False, True):
             cases += [prefill(rows, causal), triton_attention(rows, causal)]
+            cases.append(triton_attention_tma(rows, causal))
     cases += [prefill(2048, True, paged=True), prefill(2048, True, rope=True)]
     cases += [decode(batch, context) for context in (1024, 8192, 32768) for batch in (1, 8, 64)]
     for m in (1, 8, 16, 64):

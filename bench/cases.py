@@ -73,7 +73,8 @@ def native_case(op: str, build: Build, **options: Any) -> Case:
     def plan(arch: str, units: int) -> Plan:
         params, _tensors = build(units, False)
         p = abi.plan(op, params, arch)
-        return Plan(p.entry.decode(), tuple(p.grid), tuple(p.block), p.smem_bytes)
+        shape = tuple(p.grid), tuple(p.block), p.smem_bytes, math.prod(p.cluster)
+        return Plan(p.entry.decode(), *shape)
 
     def count(arch: str, units: int) -> Counters:
         params, tensors = build(units, True)
@@ -139,6 +140,25 @@ def causal_work(rows: int, heads: int) -> Callable[[Plan], list[float]]:
     return work
 
 
+def prefill_work(rows: int, causal: bool, heads: int) -> Callable[[Plan], list[float]]:
+    """Keys that each block has to do: one for each tile and head, or, on sm_90, one for each SM,
+    with the items of its cluster (csrc/attention/attn_schedule.cuh)."""
+
+    def work(plan: Plan) -> list[float]:
+        if plan.cluster == 1:
+            return causal_work(rows, heads)(plan) if causal else [1.0] * math.prod(plan.grid)
+        clusters, tiles = plan.grid[0] // plan.cluster, -(-rows // 128)
+        items = [i + 1 if causal else tiles for i in reversed(range(tiles))]
+        items = [n for n in items for _ in range(heads // plan.cluster)]
+        loads = [0.0] * clusters
+        for number, n in enumerate(items):
+            lap, at = divmod(number, clusters)
+            loads[clusters - 1 - at if lap % 2 else at] += n
+        return [load for load in loads for _ in range(plan.cluster)]
+
+    return work
+
+
 def attention_flop(rows: int, causal: bool) -> int:
     pairs = rows * (rows + 1) // 2 if causal else rows * rows
     return 4 * pairs * HEAD_DIM * Q_HEADS
@@ -200,7 +220,7 @@ def prefill(rows: int, causal: bool, paged: bool = False, rope: bool = False) ->
             COALESCED,
             CONFLICT_FREE,
         ),
-        work=causal_work(rows, Q_HEADS) if causal else None,
+        work=prefill_work(rows, causal, Q_HEADS),
     )
 
 

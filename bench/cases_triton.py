@@ -62,8 +62,10 @@ class TritonKernel:
     def run(self, arch: str, units: int) -> Counters:
         compiled, problem = self.compiled(arch), self.build(units)
         kernel = Emulator(f"sm_{arch.rstrip('a')}").load(compiled.ptx).kernel(compiled.name)
-        args = compiled.args(problem)
-        return kernel.launch(problem.grid, compiled.block, args, smem=compiled.smem)
+        args, regions = compiled.args(problem), compiled.regions(problem)
+        return kernel.launch(
+            problem.grid, compiled.block, args, smem=compiled.smem, regions=regions
+        )
 
     def binary(self, arch: str, plan: Plan) -> Binary:
         tool = "ptxas" if arch in ("80", "89") else "ptxas-blackwell"  # as Triton picks them
@@ -102,6 +104,41 @@ def triton_attention(rows: int, causal: bool) -> Case:
         compulsory_bytes=2 * 2 * rows * HEAD_DIM * (Q_HEADS + KV_HEADS),
         flop=attention_flop(rows, causal),
         work=causal_work(rows, Q_HEADS) if causal else None,
+    )
+
+
+def triton_attention_tma(rows: int, causal: bool) -> Case:
+    """On sm_90: wgmma, tensor maps. A unit is a KV head where the mask is causal; without one 128
+    queries of all heads."""
+    tile, warps, stages = (128, 128), 8, 2
+
+    def build(units: int) -> triton_cases.Problem:
+        kv_heads, queries = (units, rows) if causal else (KV_HEADS, tile[0] * units)
+        dim = 1 if causal else 0
+        q = normal(queries, kv_heads * GROUP, HEAD_DIM, units=units, dim=dim, filled=True, seed=1)
+        same = {"units": units if causal else 1, "dim": 1, "filled": True}
+        k, v = (normal(rows, kv_heads, HEAD_DIM, seed=s, **same) for s in (2, 3))
+        out = zeros(*q.shape)
+        args = [
+            triton_cases.Descriptor(t.view(len(t), -1), (block, HEAD_DIM))
+            for t, block in ((q, tile[0]), (k, tile[1]), (v, tile[1]), (out, tile[0]))
+        ]
+        scale = SOFTMAX_SCALE * math.log2(math.e)
+        grid = (kv_heads * GROUP, queries // tile[0], 1)
+        return triton_cases.Problem([*args, rows, scale], grid, out, out)
+
+    constexprs = {"GROUP": GROUP, "CAUSAL": causal, "HEAD_DIM": HEAD_DIM, "BLOCK_M": tile[0]}
+    constexprs["BLOCK_N"] = tile[1]
+    return triton_case(
+        TritonKernel(triton_peers.flash_attention_tma, constexprs, build, warps, stages),
+        tile,
+        group="prefill attention",
+        shape=f"{rows} x {rows} {'causal' if causal else 'full'}",
+        units=KV_HEADS if causal else rows // tile[0],
+        compulsory_bytes=2 * 2 * rows * HEAD_DIM * (Q_HEADS + KV_HEADS),
+        flop=attention_flop(rows, causal),
+        work=causal_work(rows, Q_HEADS) if causal else None,
+        archs=("90a",),
     )
 
 

@@ -54,10 +54,6 @@ DETAILED = {arch: names[:1] for arch, names in DEVICES.items()}  # in docs/model
 
 # Why a bar is missed, by the start of the case's id and the metric.
 NOTES = {
-    ("prefill attention/attention/1024 x 1024", "issue"): (
-        "a block's start and end take as many instructions of a warp as one and a quarter of its "
-        "tiles; FlashAttention-3 has 0.53 and, causal, 0.58 at this length"
-    ),
     ("GEMM, few rows/linear/o 4096 x 4096, M 64", "sectors"): (
         "a thread has pairs of outputs and of the residual, four threads half a sector of a row"
     ),
@@ -95,10 +91,12 @@ so that the first number is a lower bound.
 | L2 | sectors requested, as if L1 caught nothing | 7.2, 5 TB/s; 64 bytes per clock and SM |
 | DRAM | distinct sectors, as if L2 caught every repeated access | 2.04 TB/s, 0.864 TB/s |
 
-Times are of the busiest SM (of L2: at least) when each one takes the next block as it gets free;
-blocks count by their tiles. `t` is the tensor pipe's time. The largest time is the bound, and the
-last column says what throughput it admits and its share of the published peak. The clock is the
-boost clock; L2's 7.2 TB/s are published for the A100, the L40S's 5 TB/s are believed.
+Times are of the busiest SM (of L2: at least) when each one takes the next block as it gets free, or
+those that the kernel's own list gives it; blocks count by their tiles. Bytes that TMA gives to both
+blocks of a cluster are requested from L2 once, but counted at the ports of both SMs. `t` is the
+tensor pipe's time. The largest time is the bound, and the last column says what throughput it
+admits and its share of the published peak. The clock is the boost clock; L2's 7.2 TB/s are
+published for the A100, the others are believed.
 
 **What it cannot tell**: latencies and stalls, the overlap that a kernel really reaches, clocks
 under load, DRAM efficiency (90 to 93 % is the most that is usually seen), misses of L2, launches
@@ -130,6 +128,7 @@ def stored(case: Case, arch: str, m: Measured) -> Row:
     return {
         "case": case.id, "arch": arch, "entry": m.plan.entry, "grid": list(m.plan.grid),
         "block": list(m.plan.block), "smem": m.plan.smem_bytes, "emulated": list(m.emulated_units),
+        **({"cluster": m.plan.cluster} if m.plan.cluster > 1 else {}),
         "registers": m.binary.registers, "static_smem": m.binary.smem_bytes,
         "mma_flop": m.binary.mma_flop,
         "loop": asdict(m.binary.loop) if m.binary.loop else None,
@@ -147,7 +146,8 @@ def loaded(row: Row) -> Measured:
     )  # fmt: skip
     loop = MainLoop(**row["loop"]) if row["loop"] else None
     binary = Binary(row["registers"], row["static_smem"], row["mma_flop"], loop)
-    plan = Plan(row["entry"], tuple(row["grid"]), tuple(row["block"]), row["smem"])
+    shape = tuple(row["grid"]), tuple(row["block"]), row["smem"], row.get("cluster", 1)
+    plan = Plan(row["entry"], *shape)
     return Measured(plan, binary, counters, tuple(row["emulated"]))
 
 

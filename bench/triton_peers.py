@@ -62,6 +62,57 @@ def flash_attention(
 
 
 @triton.jit
+def _attend_tma(
+    q, acc, row_max, row_sum, rows, k_desc, v_desc, column, first, last, scale_log2,
+    MASKED: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """_attend with K and V through tensor maps, a head at `column`."""
+    for start in range(first, last, BLOCK_N):
+        k = k_desc.load([start, column])
+        logits = tl.dot(q, k.T)
+        if MASKED:
+            cols = start + tl.arange(0, BLOCK_N)
+            logits = tl.where(cols[None, :] <= rows[:, None], logits, float("-inf"))
+        new_max = tl.maximum(row_max, tl.max(logits, axis=1) * scale_log2)
+        p = tl.exp2(logits * scale_log2 - new_max[:, None])
+        correction = tl.exp2(row_max - new_max)
+        row_sum = row_sum * correction + tl.sum(p, axis=1)
+        v = v_desc.load([start, column])
+        acc = tl.dot(p.to(v.dtype), v, acc * correction[:, None])
+        row_max = new_max
+    return acc, row_max, row_sum
+
+
+@triton.jit
+def flash_attention_tma(
+    q_desc, k_desc, v_desc, out_desc, seq, scale_log2,
+    GROUP: tl.constexpr, CAUSAL: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """flash_attention through tensor maps of [seq, heads * HEAD_DIM]; `seq` keys."""
+    head = tl.program_id(0)
+    tile = tl.num_programs(1) - 1 - tl.program_id(1)
+    rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    column = head // GROUP * HEAD_DIM
+    q = q_desc.load([tile * BLOCK_M, head * HEAD_DIM])
+    row_max = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
+    row_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
+    acc = tl.zeros([BLOCK_M, HEAD_DIM], dtype=tl.float32)
+    diagonal = tile * BLOCK_M if CAUSAL else seq
+    acc, row_max, row_sum = _attend_tma(
+        q, acc, row_max, row_sum, rows, k_desc, v_desc, column, 0, diagonal, scale_log2, False,
+        BLOCK_N,
+    )  # fmt: skip
+    if CAUSAL:
+        acc, row_max, row_sum = _attend_tma(
+            q, acc, row_max, row_sum, rows, k_desc, v_desc, column, diagonal, diagonal + BLOCK_M,
+            scale_log2, True, BLOCK_N,
+        )  # fmt: skip
+    out = acc / row_sum[:, None]
+    out_desc.store([tile * BLOCK_M, head * HEAD_DIM], out.to(out_desc.dtype))
+
+
+@triton.jit
 def rms_norm(x_ptr, w_ptr, out_ptr, stride, cols, eps, BLOCK: tl.constexpr):
     """A program for each row, in registers. Rounded before the weight, as Llama's code does."""
     row = tl.program_id(0).to(tl.int64)

@@ -607,12 +607,12 @@ FAULTS = {
     ),
     "K's slots are V's": ("90a", r"(mbarrier\.arrive[^;]*\+ )48\]", r"\g<1>64]", TWO_BLOCKS),
     "no slot is freed": (
-        "90a", r"mbarrier\.arrive\.release\.cluster[^;]*;", "", TWO_BLOCKS
+        "90a", r"mbarrier\.arrive\.shared::cluster[^;]*;", "", TWO_BLOCKS
     ),
     "arrivals at home only": ("90a", r"mapa\.shared::cluster\.u32 (%r\d+), (%r\d+), %r\d+;",
                               r"mov.u32 \1, \2;", TWO_BLOCKS),
     "a slot that the other block still reads": (
-        "90a", r"mbarrier\.try_wait\.parity\.acquire\.cluster[^;]*; selp\.b32 (%r\d+), 1, 0, p;",
+        "90a", r"mbarrier\.try_wait\.parity[^;]*\+ (?:48|64)\][^;]*; selp\.b32 (%r\d+), 1, 0, p;",
         r"mov.u32 \1, 1;", TWO_BLOCKS,
     ),
     "no multicast": ("90a", r"\.multicast::cluster (.*), %rs\d+;", r" \1;", TWO_BLOCKS),
@@ -623,7 +623,7 @@ FAULTS = {
         "90a", r"cp\.async\.bulk\.wait_group\.read 0;", "", MANY_ITEMS
     ),
     "an item's Q over the last one's": (
-        "90a", r"mbarrier\.try_wait\.parity\.acquire\.cluster\.shared::cta\.b64 p, "
+        "90a", r"mbarrier\.try_wait\.parity\.shared::cta\.b64 p, "
         r"\[%r\d+ \+ 8\][^;]*; selp\.b32 (%r\d+), 1, 0, p;", r"mov.u32 \1, 1;", MANY_ITEMS,
     ),
 }  # fmt: skip

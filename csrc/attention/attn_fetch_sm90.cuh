@@ -121,9 +121,9 @@ struct AttnFetch {
     // Until the phase of this parity has ended, for which it may take what is under way.
     template <int kEmpty>
     __device__ __forceinline__ void await(uint32_t events, uint32_t parity) {
-        if (ptx::mbarrier_try_wait_parity_cluster<8 * kEmpty>(events, parity)) return;
+        if (ptx::mbarrier_try_wait_parity<8 * kEmpty>(events, parity)) return;
         complete<0>();
-        while (!ptx::mbarrier_try_wait_parity_cluster<8 * kEmpty>(events, parity)) {
+        while (!ptx::mbarrier_try_wait_parity<8 * kEmpty>(events, parity)) {
         }
     }
 

@@ -84,7 +84,7 @@ struct AttnPrefillSm90 {
     template <int kEmpty>
     __device__ __forceinline__ void release(const Place& at) const {
         if (threadIdx.x % 128 < kAttnPrefillCluster) {
-            ptx::mbarrier_arrive_cluster<8 * kEmpty>(at.events + to_cluster);
+            ptx::mbarrier_arrive_shared_cluster<8 * kEmpty>(at.events + to_cluster);
         }
     }
 
@@ -310,6 +310,7 @@ struct AttnPrefillSm90 {
                 .run_consumer(smem_unaligned + (ring.q - unaligned));
         }
         // Until then the other block may arrive at barriers here.
+        __syncwarp();
         ptx::barrier_cluster_arrive();
         ptx::barrier_cluster_wait();
     }

@@ -104,9 +104,12 @@ __device__ __forceinline__ void mbarrier_arrive_cluster(uint32_t remote) {
 }
 // One for a stage that only wgmma has read: released to no more than the block. To the cluster,
 // the thread would first wait for all of its global writes (MEMBAR.GPU).
+template <int kOffset = 0>
 __device__ __forceinline__ void mbarrier_arrive_shared_cluster(uint32_t remote) {
-    asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(remote) : "memory");
+    asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0 + %1];" ::"r"(remote), "n"(kOffset)
+                 : "memory");
 }
+// Sees, too, what other blocks wrote before they arrived: ptxas empties L1 behind it.
 template <int kOffset = 0>
 __device__ __forceinline__ bool mbarrier_try_wait_parity_cluster(uint32_t barrier,
                                                                  uint32_t parity) {
