@@ -71,8 +71,11 @@ __device__ __forceinline__ void write_rows(const mk_attention_params& p, int hea
                                            uint8_t* smem_rows) {
     softmax.finish();
     write_lse(p, head, token, num_rows, softmax);
-    store_rows<Dtype, kHeadDim>(acc, softmax, smem_rows, out_row(p, head, token), p.out_stride * 2,
-                                num_rows);
+    // Not by out_row(): nvcc would then double the stride anew for each row.
+    const int64_t stride = p.out_stride * 2;
+    uint8_t* const out =
+        static_cast<uint8_t*>(p.out) + head * p.out_head_stride * 2 + token * stride;
+    store_rows<Dtype, kHeadDim>(acc, softmax, smem_rows, out, stride, num_rows);
 }
 
 }  // namespace mk
