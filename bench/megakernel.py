@@ -100,13 +100,14 @@ def layer_of(products: Sequence[Kernel]) -> list[Kernel]:
 
 
 def dense() -> list[Kernel]:
-    """The head has the kernel of o: only its bytes matter, once a token."""
-    n, k = MATRICES["o"]
-    slope = per_mma(linear("o", n, k, 1), linear("o", n, 2 * k, 1))
-    qkv, o, gate_up, down = (
-        kernel(name, linear(name, *MATRICES[name], 1), slope)
-        for name in ("qkv", "o", "gate_up", "down")
-    )
+    """What grows with k is the stream, a norm in it too. The head has the kernel of o: only its
+    bytes matter, once a token."""
+    found = []
+    for name in ("qkv", "o", "gate_up", "down"):
+        n, k = MATRICES[name]
+        case = linear(name, n, k, 1)
+        found.append(kernel(name, case, per_mma(case, linear(name, n, 2 * k, 1))))
+    qkv, o, gate_up, down = found
     head = replace(o, name="lm_head", bytes=2 * math.prod(MATRICES["lm_head"]))
     return layer_of([qkv, o, gate_up, down, head])
 
