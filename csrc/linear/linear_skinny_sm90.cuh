@@ -317,6 +317,7 @@ struct LinearSkinnySm90 {
         if (cluster == 1) {
             __syncthreads();
         } else {
+            __syncwarp();  // the instructions are of whole warps
             ptx::barrier_cluster_arrive();
             ptx::barrier_cluster_wait();
         }
@@ -376,10 +377,7 @@ struct LinearSkinnySm90 {
             loader.load_others();
         }
         // The other block's copies and arrivals come here as long as it runs.
-        if (cluster > 1) {
-            __syncwarp();
-            block.sync();
-        }
+        if (cluster > 1) block.sync();
     }
 };
 
