@@ -99,15 +99,13 @@ MK_API mk_status mk_load(void);
  * stride is a multiple of 16 bytes; else element-wise, with the same bits.
  */
 typedef struct mk_rms_norm_params {
-    const void* x;           /* [rows, hidden] */
-    void* residual;          /* [rows, hidden], updated in place; NULL for mk_rms_norm */
-    const void* weight;      /* [hidden] */
-    void* out;               /* [rows, hidden] */
-    int64_t x_stride;        /* between rows */
-    int64_t residual_stride; /* between rows */
-    int64_t out_stride;      /* between rows */
-    int32_t rows;            /* 0 ... 2^30 */
-    int32_t hidden;          /* 1 ... 16384 */
+    const void* x;      /* [rows, hidden] */
+    void* residual;     /* [rows, hidden], updated in place; NULL for mk_rms_norm */
+    const void* weight; /* [hidden] */
+    void* out;          /* [rows, hidden] */
+    int64_t x_stride, residual_stride, out_stride; /* between rows */
+    int32_t rows;                                  /* 0 ... 2^30 */
+    int32_t hidden;                                /* 1 ... 16384 */
     float eps;
     int32_t dtype; /* MK_BF16, MK_F16: of all tensors */
 } mk_rms_norm_params;
@@ -143,15 +141,12 @@ typedef struct mk_apply_rope_params {
     const void* k; /* [tokens, num_k_heads, head_dim] */
     void* q_out;
     void* k_out;
-    int64_t q_stride, q_head_stride; /* between tokens, between heads */
-    int64_t k_stride, k_head_stride;
-    int64_t q_out_stride, q_out_head_stride;
-    int64_t k_out_stride, k_out_head_stride;
+    int64_t q_stride, q_head_stride, k_stride, k_head_stride; /* between tokens, between heads */
+    int64_t q_out_stride, q_out_head_stride, k_out_stride, k_out_head_stride;
     int32_t tokens;
-    int32_t num_q_heads; /* 0 ... 1024 */
-    int32_t num_k_heads; /* 0 ... 1024 */
-    int32_t head_dim;    /* 2 ... 256 */
-    int32_t dtype;       /* MK_BF16, MK_F16 */
+    int32_t num_q_heads, num_k_heads; /* 0 ... 1024 */
+    int32_t head_dim;                 /* 2 ... 256 */
+    int32_t dtype;                    /* MK_BF16, MK_F16 */
     mk_rope rope;
 } mk_apply_rope_params;
 
@@ -162,13 +157,12 @@ MK_API mk_status mk_apply_rope_plan(const mk_apply_rope_params* params, const mk
 /* k_cache[slot] = rotated k, v_cache[slot] = v, for the slot = page * page_size + offset of each
  * token. A token whose slot is negative, or past the cache's end, is skipped. */
 typedef struct mk_rope_append_params {
-    const void* k;                   /* [tokens, num_heads, head_dim] */
-    const void* v;                   /* [tokens, num_heads, head_dim] */
-    void* k_cache;                   /* [num_pages, page_size, num_heads, head_dim] */
-    void* v_cache;                   /* [num_pages, page_size, num_heads, head_dim] */
-    const void* slots;               /* [tokens] */
-    int64_t k_stride, k_head_stride; /* between tokens, between heads */
-    int64_t v_stride, v_head_stride;
+    const void* k;     /* [tokens, num_heads, head_dim] */
+    const void* v;     /* [tokens, num_heads, head_dim] */
+    void* k_cache;     /* [num_pages, page_size, num_heads, head_dim] */
+    void* v_cache;     /* [num_pages, page_size, num_heads, head_dim] */
+    const void* slots; /* [tokens] */
+    int64_t k_stride, k_head_stride, v_stride, v_head_stride;   /* between tokens, between heads */
     int64_t cache_page_stride, cache_stride, cache_head_stride; /* of both caches */
     int32_t tokens;
     int32_t num_heads; /* 1 ... 1024 */
@@ -191,8 +185,7 @@ MK_API mk_status mk_rope_append_plan(const mk_rope_append_params* params, const 
 typedef struct mk_silu_and_mul_params {
     const void* gate_up; /* [rows, 2 * size]: gate first, then up */
     void* out;           /* [rows, size] */
-    int64_t gate_up_stride;
-    int64_t out_stride;
+    int64_t gate_up_stride, out_stride;
     int32_t rows;
     int32_t size;  /* 1 ... 2^20 */
     int32_t dtype; /* MK_BF16, MK_F16 */
@@ -209,8 +202,7 @@ typedef struct mk_embedding_params {
     const void* ids;   /* [tokens] */
     const void* table; /* [vocab, hidden] */
     void* out;         /* [tokens, hidden] */
-    int64_t table_stride;
-    int64_t out_stride;
+    int64_t table_stride, out_stride;
     int32_t tokens;
     int32_t vocab;
     int32_t hidden;    /* 1 ... 2^20 */
@@ -226,7 +218,8 @@ MK_API mk_status mk_embedding_plan(const mk_embedding_params* params, const mk_d
  * y[m, n] = sum over k of x[m, k] * w[n, k], in fp32 on mma.sync.m16n8k16 (sm_90: wgmma, of k16
  * too), x as A and w as B: groups of 16 k are added to one accumulator in ascending order (zeros
  * past the last k). So the bits of an output depend on its row of x and its row of w only: not on
- * m, n, the kernel or the device's size.
+ * m, n, the kernel or the device's size. Tensor cores sum 8 products at once before sm_90 and 16
+ * from it on: those are two sets of bits.
  *
  *   mk_linear         out = y, + residual where given, rounded once
  *   mk_linear_swiglu  row 2i of w is gate i and row 2i + 1 is up i:
@@ -359,8 +352,8 @@ MK_API mk_status mk_quant_unpack(const mk_quant_pack_params* params);
  *   y      = total * 2^-e
  *
  * A block is 32 k, or 16 for the types with a scale for 16 (Q2_K, Q3_K, Q6_K). So an output's bits
- * depend on its row of x and its row of w only: not on m, n, the kernel or the device's size. A row
- * of x with an infinity or a NaN gives NaNs.
+ * depend on its row of x and its row of w only, as for mk_linear. A row of x with an infinity or a
+ * NaN gives NaNs.
  *
  * Up to MK_QUANT_MAX_DECODE_M rows it is one launch, which needs no workspace; above, two:
  * mk_quant_prepare_x, then the product (whose plan is the one that mk_<op>_plan tells). norm_weight
@@ -465,8 +458,7 @@ typedef struct mk_attention_params {
     int64_t q_stride, q_head_stride;
     int64_t k_page_stride, k_stride, k_head_stride;
     int64_t v_page_stride, v_stride, v_head_stride;
-    int64_t out_stride, out_head_stride;
-    int64_t lse_stride, block_table_stride;
+    int64_t out_stride, out_head_stride, lse_stride, block_table_stride;
     int32_t tokens_q, tokens_k; /* rows of q; rows of packed k */
     int32_t batch;              /* 0 ... 65535 */
     int32_t num_q_heads;        /* a multiple of num_kv_heads, ... 1024 */
@@ -505,11 +497,9 @@ typedef struct mk_attention_decode_params {
                       * Launches on several streams need one each */
     int64_t workspace_bytes;
     int64_t q_stride, q_head_stride;
-    int64_t k_new_stride, k_new_head_stride;
-    int64_t v_new_stride, v_new_head_stride;
+    int64_t k_new_stride, k_new_head_stride, v_new_stride, v_new_head_stride;
     int64_t cache_page_stride, cache_stride, cache_head_stride; /* of both caches */
-    int64_t out_stride, out_head_stride;
-    int64_t lse_stride, block_table_stride;
+    int64_t out_stride, out_head_stride, lse_stride, block_table_stride;
     int32_t tokens;
     int32_t batch; /* 0 ... 65535; at most 65536 / num_kv_heads for each 32 rows of a group */
     int32_t num_q_heads;
@@ -744,12 +734,11 @@ typedef struct mk_cpu_quant_blocks {
 MK_API mk_status mk_cpu_nonfinite_scales(const mk_cpu_quant_blocks* matrices, int32_t count,
                                          int32_t num_threads, int32_t* found);
 
-/* ---- Row-wise ops and attention on the CPU
- * ------------------------------------------------------- The ops of the GPU on tensors in host
- * memory, with the same structs; dtype may be MK_F32 as well. They return when they are done.
- * Indices are looked at, and nothing is written if one is bad. As for mk_cpu_linear, the bits do
- * not depend on num_threads, the processor or the rest of the batch, and NaNs are stored as the
- * positive quiet one.
+/* ---- Row-wise ops and attention on the CPU ------------------------------------------------------
+ * The ops of the GPU on tensors in host memory, with the same structs; dtype may be MK_F32 as well.
+ * They return when they are done. Indices are looked at, and nothing is written if one is bad. As
+ * for mk_cpu_linear, the bits do not depend on num_threads, the processor or the rest of the batch,
+ * and NaNs are stored as the positive quiet one.
  */
 typedef struct mk_cpu_options {
     int32_t num_threads; /* 1 ... 256, the caller's among them */
@@ -777,15 +766,12 @@ typedef struct mk_cpu_rope_append_params {
     void* k_cache;     /* [num_pages, page_size, num_kv_heads, head_dim] */
     void* v_cache;     /* as k_cache */
     const void* slots; /* [tokens] */
-    int64_t q_stride, q_head_stride;
-    int64_t q_out_stride, q_out_head_stride;
-    int64_t k_stride, k_head_stride;
-    int64_t v_stride, v_head_stride;
+    int64_t q_stride, q_head_stride, q_out_stride, q_out_head_stride;
+    int64_t k_stride, k_head_stride, v_stride, v_head_stride;
     int64_t cache_page_stride, cache_stride, cache_head_stride; /* of both caches */
     int32_t tokens;
-    int32_t num_q_heads;  /* 0 ... 1024 */
-    int32_t num_kv_heads; /* 0 ... 1024 */
-    int32_t head_dim;     /* 1 ... 1024 */
+    int32_t num_q_heads, num_kv_heads; /* 0 ... 1024 */
+    int32_t head_dim;                  /* 1 ... 1024 */
     int32_t num_pages;
     int32_t page_size;
     int32_t slots_dtype; /* MK_I32, MK_I64 */
