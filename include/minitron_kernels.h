@@ -342,7 +342,7 @@ MK_API mk_status mk_quant_unpack(const mk_quant_pack_params* params);
 /* mk_linear, mk_linear_swiglu and mk_qkv_rope_append with packed weights, each type of which is
  * w = scale * q - minimum for small integers q. Nothing is rounded but sums in fp32:
  *
- *   x16    = x (after the norm) * 2^e as f16, e of its row such that max |x16| is in [2^11, 2^15):
+ *   x16    = x (after the norm) * 2^e as f16, e of its row such that max |x16| is in [2^11, 2^16):
  *            exact, but for elements below 2^-21 of the largest, which are off by up to 2^-32 of it
  *   P[b]   = sum over the block's k of q[n, k] * x16[m, k], mma.sync.m16n8k16 of f16 with w as A,
  *            groups of 16 k ascending, from 0; q without its sign's offset: not negative

@@ -16,7 +16,7 @@ EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 COMPILERS = {".c": ("gcc", "-std=c99"), ".cpp": ("g++", "-std=c++17")}
 PLANS = {  # what each prints first
     "rms_norm.c": "mk_rms_norm_sm{sm}_bf16 grid 3x1x1 block 512x1x1",
-    "linear_quant.cpp": "mk_linear_quant_sm{sm}_bf16_m8 grid 3x1x1 block 256x1x1",
+    "linear_quant.cpp": "mk_quant_decode_sm{sm}_b16_m8 grid 3x1x1 block 256x1x1",
 }
 
 

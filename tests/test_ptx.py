@@ -64,25 +64,20 @@ CLAIMS = {
             ("m64_n64", 144),
         )
     },
-    **{
-        f"{op}_{tokens}": (255, 0)
-        for op in ("linear_quant", "linear_quant_swiglu", "qkv_rope_append_quant")
-        for tokens in ("m8", "m16")
-    },
+    "quant_decode": (255, 0),
     "attention_decode_hd64_rows8": (168, 48 << 10),
     "attention_decode_hd64_rows32": (255, 36 << 10),
     "attention_decode_hd128_rows8": (168, 48 << 10),
     "attention_decode_hd128_rows32": (255, 40 << 10),
 }
-SHARED = ("quant_gemm",)  # kernels of several ops: of all products with quantised weights
-LINEAR = ("linear", "linear_swiglu", "qkv_rope_append",
-          "linear_quant", "linear_quant_swiglu", "qkv_rope_append_quant", *SHARED)  # fmt: skip
+SHARED = ("quant_decode", "quant_gemm")  # kernels of all products with quantised weights
+LINEAR = ("linear", "linear_swiglu", "qkv_rope_append", *SHARED)
 # Widths of stores next to 16 bytes: a token, an index; a lane's four weights, or one where rows are
 # not aligned; attention's out (8 bytes a lane, a row a warp), statistics of partial results, lse
 # and the counter.
 NARROW_STORES = {
     "embedding_quant": {".64", ""},
-    "quant_prepare_x": {""},
+    "quant_prepare_x": {".64", ""},
     "argmax": {".64"},
     "sample": {".64"},
     "attention_decode": {".64", ""},

@@ -152,6 +152,17 @@ def test_rows_of_any_size(arch: str, dtype: torch.dtype) -> None:
 
 
 @archs
+@pytest.mark.parametrize("dtype", HALVES)
+def test_rows_of_equal_elements(arch: str, dtype: torch.dtype) -> None:
+    """The longest rows for their largest element, of every exponent of f16 and as many of bf16."""
+    exponents = torch.linspace(-24, 15, 40) if dtype == F16 else torch.linspace(-120, 100, 40)
+    rows = (1.75 * 2.0 ** exponents.round().double())[:, None].expand(-1, 1024).to(dtype)
+    w = random_weights("Q4_0", 17, 1024)
+    for x in rows.split(8):
+        check_linear("linear_quant", arch, x, w, out_of("linear_quant", x, w, F32))
+
+
+@archs
 def test_extreme_blocks(arch: str) -> None:
     """The largest and least q and integer scales: -128 of Q8_0 and of Q6_K's scales among them."""
     for kind in KINDS:
@@ -342,16 +353,16 @@ def test_plan_fits(arch: str, kind: str, m: int, n: int, blocks: int) -> None:
     assert ceil_div(tiles, plan.grid[0]) == ceil_div(tiles, device.num_sms)
 
 
-# Lane-instructions per weight (PTX, without mov), K 4096, N 11520: the bar at m = 1, which may be
-# 15 % more at m = 8; and what is reached at m = 1 and 8.
+# Lane-instructions per weight (PTX, without mov), K 4096, N 11520: the bar at m = 1, and what is
+# reached at m = 1 and 8, which may be 15 % more.
 BARS = {
     "Q4_0": 1.6, "Q4_1": 1.6, "Q8_0": 1.6, "Q4_K": 1.6, "Q5_0": 2.2, "Q5_1": 2.2, "Q5_K": 2.2,
     "Q6_K": 2.2, "Q2_K": 2.6, "Q3_K": 2.6,
 }  # fmt: skip
 BUDGET = {
-    "Q4_0": (1.5, 1.76), "Q4_1": (1.52, 1.78), "Q8_0": (1.45, 1.71), "Q4_K": (1.57, 1.83),
-    "Q5_0": (1.92, 2.18), "Q5_1": (1.92, 2.18), "Q5_K": (1.96, 2.22), "Q6_K": (2.2, 2.47),
-    "Q2_K": (1.97, 2.23), "Q3_K": (2.19, 2.45),
+    "Q4_0": (1.49, 1.71), "Q4_1": (1.5, 1.72), "Q8_0": (1.44, 1.65), "Q4_K": (1.57, 1.78),
+    "Q5_0": (1.91, 2.12), "Q5_1": (1.91, 2.12), "Q5_K": (1.95, 2.16), "Q6_K": (2.2, 2.42),
+    "Q2_K": (1.96, 2.17), "Q3_K": (2.18, 2.4),
 }  # fmt: skip
 
 
@@ -360,11 +371,13 @@ def test_instructions_and_bytes_per_weight(kind: str) -> None:
     """What is read and executed does not depend on the values."""
     if "80" not in BUILT:
         pytest.skip("sm_80 is not in this build")
-    for m, budget, most in zip((1, 8), BUDGET[kind], (1.0, 1.15), strict=True):
+    bar = BARS[kind]
+    for m, budget in zip((1, 8), BUDGET[kind], strict=True):
         c, params = counts.count(kind, m)
         lanes = counts.lanes_per_weight(c)
         print(f"{kind} m {m}: {lanes:.3f}")
-        assert lanes <= budget < most * BARS[kind] + 1e-6, f"m {m}: {lanes:.3f} lane-instructions"
+        assert lanes <= min(bar, budget), f"m {m}: {lanes:.3f} lane-instructions"
+        bar = 1.15 * lanes
         assert c.unique_read_sectors * 32 <= 1.03 * counts.compulsory_bytes(kind, m)
         assert c.unique_write_sectors == m * counts.N * 2 // 32
         # Only the block sums are stored with conflicts, once a block: two wavefronts for 4 groups.

@@ -182,12 +182,6 @@ __device__ __forceinline__ uint32_t sub_rn_f16x2(uint32_t a, uint32_t b) {
 }
 
 // ISA#half-precision-floating-point-instructions-max  (NaN if either is)
-__device__ __forceinline__ uint32_t max_nan_f16x2(uint32_t a, uint32_t b) {
-    uint32_t d;
-    asm("max.NaN.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
-    return d;
-}
-
 __device__ __forceinline__ uint32_t max_nan_bf16x2(uint32_t a, uint32_t b) {
     uint32_t d;
     asm("max.NaN.bf16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));

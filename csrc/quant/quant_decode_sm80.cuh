@@ -12,7 +12,8 @@
 // such): quant_layout.h, quant_unpack.cuh, quant_x.cuh tell how. All blocks convert all of x first.
 // What is added in which order depends on k alone, and a column of an MMA on its own tokens: so a
 // row's bits depend on nothing else. Types are told apart once per run of a warp's columns of the
-// same type: Q, K and V may differ.
+// same type: Q, K and V may differ. One entry serves all products and dtypes, which are branches
+// where x is converted and where sums are stored.
 //
 // Weights come by 16-byte loads straight into the registers of the tile at hand, each as soon as
 // its quarter is unpacked, a tile ahead: all warps have a tile each on its way all the time. Scales
@@ -21,14 +22,15 @@
 // of a column stays in registers (36).
 // Shared memory: quant_tiles.h. Where x does not fit, k goes in chunks, totals stay in registers.
 // docs/native.md has the instructions per weight; of Q4_K a tile takes 176 (80 unpack, 36 scale and
-// add, 18 MMAs), the rest of the kernel as many as 23 more a tile at m = 1 and 57 at m = 8. Lost:
+// add, 18 MMAs), the rest of the kernel as many as 23 more a tile at m = 1 and 50 at m = 8. Lost:
 // tiles by turns along k, x from shared memory each time: 12 more a tile. 12 warps of 168 registers
-// spill in some entries, 16 of 128 in all.
+// or 16 of 128 spill. What only the end of a row or extreme ones need is kept from being computed
+// for all (ptx::mov_b32).
 #pragma once
 
-#include "linear/linear_epilogue.cuh"
 #include "ptx/sm90.cuh"
 #include "quant/quant_decode_x.cuh"
+#include "quant/quant_epilogue.cuh"
 #include "quant/quant_unpack.cuh"
 
 namespace mk {
@@ -36,13 +38,9 @@ namespace mk {
 // ---- w ----
 
 // Which of the matrices has a row of tiles.
-template <int kMatrices>
 __device__ __forceinline__ const QuantDecodeMatrix& matrix_of(const QuantDecodeMatrix* w, int row) {
-    int i = 0;
-    if constexpr (kMatrices > 1) {
-        while (i + 1 < kMatrices && row >= w[i].end) ++i;
-    }
-    return w[i];
+    while (row >= w->end) ++w;
+    return *w;
 }
 
 // Rows of tiles and groups that a block multiplies before it adds.
@@ -60,19 +58,19 @@ struct QuantColumn {
     int rows;
     uint32_t x;       // this lane's x of the group
     uint32_t smem_y;  // this lane's sums of the first tile
-    int type;
+    int type;         // 0: there is no column
     int group;
 };
 
 // A warp's way through the tiles of a round: of each matrix an eighth, along the rows first.
-template <int kMatrices, int kTokenTiles>
+template <int kTokenTiles>
 struct QuantWalk {
     static constexpr int kSumsBytes = kTokenTiles * 512;  // of a tile
 
-    const QuantDecodeMatrix* const matrices;
+    const QuantDecodeMatrix* matrix;  // the next one
     const QuantRound& round;
     const uint32_t smem_x, smem_sums;  // this lane's
-    int matrix = 0, end = 0;           // the next one, and the rows of those before it
+    int end = 0;                       // rows of the matrices before the next one
     // Of the matrix at hand
     int num_rows, left = 0;  // tiles after the column
     int group, tile_bytes;
@@ -82,16 +80,15 @@ struct QuantWalk {
 
     __device__ __forceinline__ QuantWalk(const QuantDecodeMatrix* w, const QuantRound& of,
                                          uint32_t x_at, uint32_t sums_at)
-        : matrices(w), round(of), smem_x(x_at), smem_sums(sums_at + threadIdx.x % 32 * 16) {}
+        : matrix(w), round(of), smem_x(x_at), smem_sums(sums_at + threadIdx.x % 32 * 16) {}
 
-    // To the next column; false if there is none.
-    __device__ __forceinline__ bool next() {
+    // To the next column.
+    __device__ __forceinline__ void next() {
         if (left == 0) return enter_matrix();
         ++group;
         first_piece += tile_bytes;
         first_y += kSumsBytes;
         set_column(0);
-        return true;
     }
 
     // That the column's tiles have.
@@ -104,20 +101,20 @@ struct QuantWalk {
         column.piece = first_piece + row * column.step;
         column.rows = min(num_rows - row, left);
         left -= column.rows;
-        column.x = smem_x + group * kXGroupBytes;
+        column.x = smem_x + group * kQuantXGroupBytes;
         column.smem_y = first_y + row * round.num_groups * kSumsBytes;
         column.group = group;
     }
 
-    __device__ __forceinline__ bool enter_matrix() {
+    __device__ __forceinline__ void enter_matrix() {
         const uint32_t thread = ptx::mov_u32_tid_x(), warp = thread / 32;
         const int blocks = gridDim.x;
-        while (matrix < kMatrices) {
-            const QuantDecodeMatrix& w = matrices[matrix++];
-            const int start = end, first_row = kMatrices > 1 ? w.first : 0;
+        while (end < round.num_rows) {
+            const QuantDecodeMatrix& w = *matrix++;
+            const int start = end;
             end = round.num_rows;
-            if (kMatrices > 1 && w.end < round.end_row) {
-                end = max((w.end - round.first_row + blocks - 1) / blocks, start);
+            if (w.end < round.end_row) {
+                end = max((w.end - ptx::mov_b32(round.first_row) + blocks - 1) / blocks, start);
             }
             num_rows = end - start;
             const uint32_t num_tiles = num_rows * round.num_groups;
@@ -128,14 +125,14 @@ struct QuantWalk {
             column.type = w.type;
             column.step = int64_t{blocks} * w.row_tile_bytes;
             tile_bytes = w.tile_bytes;
-            const int first_of_w = round.first_row + start * blocks - first_row;
+            const int first_of_w = round.first_row + start * blocks - w.first;
             first_piece = w.tiles + int64_t{first_of_w} * w.row_tile_bytes +
                           ((round.first_group + group) * tile_bytes + thread % 32 * 16);
             first_y = smem_sums + (start * round.num_groups + group) * kSumsBytes;
             set_column(first - group * num_rows);
-            return true;
+            return;
         }
-        return false;
+        column.type = 0;
     }
 };
 
@@ -198,11 +195,11 @@ __device__ __forceinline__ uint4 load_x(uint32_t smem_x) {
     return b;
 }
 
-// Y of columns of tiles to the sums, from `at` on, as long as they are of this type. True if there
-// are others. x_bytes: from a tile of tokens to the second one, in x.
-template <int kType, int kTokenTiles, int kMatrices>
-__device__ __forceinline__ bool multiply_columns(QuantWalk<kMatrices, kTokenTiles>& at,
-                                                 uint32_t x_bytes, uint8_t* smem_scales) {
+// Y of columns of tiles to the sums, from `at` on, as long as they are of this type. x_bytes: from
+// a tile of tokens to the second one, in x.
+template <int kType, int kTokenTiles>
+__device__ __forceinline__ void multiply_columns(QuantWalk<kTokenTiles>& at, uint32_t x_bytes,
+                                                 uint8_t* smem_scales) {
     using Pieces = QuantPieces<kType>;
     using Scales = QuantScales<kType>;
     constexpr bool kKeepsX = kTokenTiles == 1;  // in registers, for all rows of a column
@@ -231,8 +228,8 @@ __device__ __forceinline__ bool multiply_columns(QuantWalk<kMatrices, kTokenTile
     QuantColumn column = at.column;
     load_all(column.piece, Scales::kIsK ? 4 : at.quarters(column));
     for (;;) {
-        const bool is_inside = at.next();
-        const bool is_same = is_inside && (kMatrices == 1 || at.column.type == kType);
+        at.next();
+        const bool is_same = at.column.type == kType;
         // The last tile's next one: of the next column or, without a branch, the column's first.
         const bool is_whole = Scales::kIsK || at.quarters(column) == 4;
         const uint8_t* const after = is_same && (Scales::kIsK || at.quarters(at.column) == 4)
@@ -320,7 +317,7 @@ __device__ __forceinline__ bool multiply_columns(QuantWalk<kMatrices, kTokenTile
             smem_y += y_step;
             if (!is_whole) load_all(next, at.quarters(column));
         }
-        if (!is_same) return is_inside;
+        if (!is_same) return;
         if constexpr (!Scales::kIsK) {
             const int quarters = at.quarters(at.column);
             if (!is_whole || quarters < 4) load_all(at.column.piece, quarters);
@@ -336,9 +333,9 @@ __device__ __forceinline__ void add_groups(float4& total, int num_groups, uint32
         total = {total.x + y.x, total.y + y.y, total.z + y.z, total.w + y.w};
     };
     MK_NO_UNROLL
-    for (; num_groups >= 4; num_groups -= 4) {
-        static_for<4>([&](auto i) { add(as_float4(ptx::ld_shared_v4<i * kStep>(smem_y))); });
-        smem_y += 4 * kStep;
+    for (; num_groups >= 8; num_groups -= 8) {
+        static_for<8>([&](auto i) { add(as_float4(ptx::ld_shared_v4<i * kStep>(smem_y))); });
+        smem_y += 8 * kStep;
     }
     MK_NO_UNROLL
     for (; num_groups > 0; --num_groups) {
@@ -348,17 +345,16 @@ __device__ __forceinline__ void add_groups(float4& total, int num_groups, uint32
 }
 
 // Y of all tiles of the round that are this warp's.
-template <int kTokenTiles, int kMatrices>
+template <int kTokenTiles>
 __device__ __forceinline__ void multiply_round(const QuantDecodeMatrix* w, const QuantRound& round,
                                                uint32_t smem_x, uint32_t x_bytes,
                                                uint8_t* smem_scales, uint32_t smem_sums) {
-    QuantWalk<kMatrices, kTokenTiles> at(w, round, smem_x, smem_sums);
-    bool is_inside = at.next();
-    while (is_inside) {
+    QuantWalk<kTokenTiles> at(w, round, smem_x, smem_sums);
+    for (at.next(); at.column.type != 0;) {
         switch (at.column.type) {
-#define MK_QUANT_CASE(type)                                                        \
-    case type:                                                                     \
-        is_inside = multiply_columns<type, kTokenTiles>(at, x_bytes, smem_scales); \
+#define MK_QUANT_CASE(type)                                            \
+    case type:                                                         \
+        multiply_columns<type, kTokenTiles>(at, x_bytes, smem_scales); \
         break;
             MK_QUANT_CASE(MK_Q4_0)
             MK_QUANT_CASE(MK_Q4_1)
@@ -378,54 +374,107 @@ __device__ __forceinline__ void multiply_round(const QuantDecodeMatrix* w, const
 }
 
 // Asks L2 for the block's first row of tiles, which does not change, while x is not there yet.
-template <int kMatrices>
 __device__ __forceinline__ void prefetch_tiles(const QuantDecodeMatrix* w) {
     const int row = blockIdx.x;
-    const QuantDecodeMatrix& m = matrix_of<kMatrices>(w, row);
-    const int first_row = kMatrices > 1 ? m.first : 0;
-    const uint8_t* const tiles = m.tiles + int64_t{row - first_row} * m.row_tile_bytes;
-    const uint8_t* const end = tiles + min(m.row_tile_bytes, kQuantPrefetchBytes);
+    const QuantDecodeMatrix& m = matrix_of(w, row);
+    const uint8_t* const tiles = m.tiles + int64_t{row - m.first} * m.row_tile_bytes;
+    const int end = min(m.row_tile_bytes, kQuantPrefetchBytes);
     MK_NO_UNROLL
-    for (const uint8_t* line = tiles + threadIdx.x * 128; line < end; line += kQuantThreads * 128) {
-        ptx::prefetch_global_l2(line);
+    for (int line = threadIdx.x * 128; line < end; line += kQuantThreads * 128) {
+        ptx::prefetch_global_l2(tiles + line);
     }
 }
 
 // ---- the kernel ----
 
-template <class Dtype, int kTokenTiles, int kMatrices, class Epilogue>
-__device__ __forceinline__ void quant_decode_sm80(
-    const QuantDecodeArgs<typename Epilogue::Params>& args) {
+// Sums of the round's tiles to outputs: a thread has those of two rows and two tokens, of up to
+// kQuantKeptSteps tiles at a time. With chunks of k the totals stay in `totals` until the last one.
+template <int kTokenTiles>
+__device__ __forceinline__ void add_round(const QuantDecodeArgs& args, const QuantRound& round,
+                                          const QuantSmem& smem, uint32_t smem_sums, bool is_last,
+                                          float4 (&totals)[kQuantKeptSteps]) {
+    constexpr int kTileThreads = 32 * kTokenTiles;
+    constexpr int kStep = kQuantThreads / kTileThreads;  // tiles at a time
+    const int m = args.product.m;
+    const uint32_t thread = ptx::mov_u32_tid_x();
+    const int token = thread % kTileThreads / 32 * kQuantTokens + thread % 4 * 2;
+    if (token >= m) return;
+    const uint32_t tile_bytes = round.num_groups * kTileThreads * 16;
+    for (int first = thread / kTileThreads; first < round.num_rows;
+         first += kQuantKeptSteps * kStep) {
+        const uint32_t first_y = smem_sums + first * tile_bytes + thread % kTileThreads * 16;
+        static_for<kQuantKeptSteps>([&](auto i) {
+            if (first + i * kStep >= round.num_rows) return;
+            add_groups<kTileThreads * 16>(totals[i], round.num_groups,
+                                          first_y + i * kStep * tile_bytes);
+        });
+        if (!is_last) continue;
+        with_epilogue(args.to, [&](auto epilogue) {
+            using Row = typename decltype(epilogue)::Row;
+            if constexpr (requires { epilogue.in_pairs; }) epilogue.in_pairs = *smem.in_pairs;
+            const uint8_t* const rows = smem.rows + token * kQuantRowPitch;
+            const float* const unscale = smem.unscale + token;
+            static_for<kQuantKeptSteps>([&](auto i) {
+                const int tile = first + i * kStep;
+                if (tile >= round.num_rows) return;
+                const int row = round.first_row + tile * static_cast<int>(gridDim.x);
+                const auto column = epilogue.column(row * kQuantTileRows + thread % 32 / 4 * 2);
+                const float unit = matrix_of(args.w, row).unit;
+                const float4& y = totals[i];
+                const auto store = [&](int r, float y0, float y1) {
+                    const Row& row = *reinterpret_cast<const Row*>(rows + r * kQuantRowPitch);
+                    epilogue.store(row, column, y0 * unit * unscale[r], y1 * unit * unscale[r]);
+                };
+                store(0, y.x, y.y);
+                if (token + 1 < m) store(1, y.z, y.w);
+            });
+        });
+        for (float4& total : totals) total = {};
+    }
+}
+
+// Where each row's outputs go, and whether in pairs, for add_round.
+__device__ __forceinline__ void set_rows(const QuantDecodeArgs& args, const QuantSmem& smem) {
+    const int r = threadIdx.x;
+    if (r >= args.product.m) return;
+    with_epilogue(args.to, [&](const auto& epilogue) {
+        using Row = typename std::decay_t<decltype(epilogue)>::Row;
+        static_assert(sizeof(Row) <= kQuantEpilogueRowBytes);
+        *reinterpret_cast<Row*>(smem.rows + r * kQuantRowPitch) = epilogue.row(r);
+        if constexpr (requires { epilogue.in_pairs; }) {
+            if (r == 0) *smem.in_pairs = epilogue.in_pairs;
+        }
+    });
+}
+
+template <int kTokenTiles>
+__device__ __forceinline__ void quant_decode_sm80(const QuantDecodeArgs& args) {
     extern __shared__ __align__(1024) uint8_t dynamic_smem[];
     const Product a = args.product;  // copies: read once, not after every instruction on memory
     const QuantDecodeShape shape = args.shape;
-    const int x_stride = shape.x_stride;
+    const int x_stride = shape.x_stride, dtype = args.to.dtype;
     const QuantSmem smem(dynamic_smem, a.m, x_stride);
     const int lane = threadIdx.x % 32, num_blocks = gridDim.x;
 
     ptx::griddepcontrol_launch_dependents();
-    prefetch_tiles<kMatrices>(args.w);
+    prefetch_tiles(args.w);
     ptx::griddepcontrol_wait();
 
-    if (a.norm_weight) {
-        row_scales<Dtype>(a, 0, a.m, reinterpret_cast<float4*>(smem.sums), smem.norm_scale);
-    }
+    set_rows(args, smem);
     const XShare share(a.m, shape.x_shares);
-    find_x_maxima<Dtype>(a, smem, shape, share);
+    find_x_maxima(a, dtype, smem, shape, share);
 
     // This lane's token (absent ones are the last one), and its second one.
     const int last = a.m - 1, g = lane / 4;
     const uint32_t smem_x = smem_address(smem.x) + min(g, last) * x_stride + threadIdx.x % 4 * 16;
     const uint32_t x_bytes = (min(kQuantTokens + g, last) - min(g, last)) * x_stride;
 
-    // Of the sums of a tile, this thread's: two rows, two tokens.
-    constexpr int kTileThreads = 32 * kTokenTiles;
-    constexpr int kStep = kQuantThreads / kTileThreads;  // tiles at a time
     float4 totals[kQuantKeptSteps]{};
-
     uint32_t smem_sums = smem_address(smem.sums), other_sums = shape.round_bytes;
-    for (int first = blockIdx.x; first < shape.num_tiles; first += shape.round_tiles * gridDim.x) {
-        for (int chunk = 0; chunk < shape.num_chunks; ++chunk) {
+    int first = blockIdx.x;
+    do {  // a block has a tile at least
+        int chunk = 0;
+        do {
             const int first_group = chunk * shape.chunk_groups;
             const int num_groups = min(shape.chunk_groups, shape.num_groups - first_group);
             const int end = min(shape.num_tiles, first + shape.round_tiles * num_blocks);
@@ -434,47 +483,18 @@ __device__ __forceinline__ void quant_decode_sm80(
             const QuantRound round{first,       end,        num_rows,
                                    first_group, num_groups, shape.num_quarters};
             if (shape.num_chunks > 1 || first == blockIdx.x) {
-                convert_x<Dtype>(a, smem, shape, share, first_group, num_groups);
+                convert_x(a, dtype, smem, shape, share, first_group, num_groups);
             }
-            multiply_round<kTokenTiles, kMatrices>(args.w, round, smem_x, x_bytes, smem.scales,
-                                                   smem_sums);
+            multiply_round<kTokenTiles>(args.w, round, smem_x, x_bytes, smem.scales, smem_sums);
             __syncthreads();
-
-            const uint32_t thread = ptx::mov_u32_tid_x();
-            const int token = thread % kTileThreads / 32 * kQuantTokens + thread % 4 * 2;
-            if (token < a.m) {
-                const Epilogue epilogue(args.p);
-                for (int base = 0; base < round.num_rows; base += kQuantKeptSteps * kStep) {
-                    MK_UNROLL
-                    for (int step = 0; step < kQuantKeptSteps; ++step) {
-                        const int tile = base + step * kStep + thread / kTileThreads;
-                        if (tile >= round.num_rows) continue;
-                        float4& total = totals[step];
-                        if (chunk == 0) total = {};
-                        add_groups<kTileThreads * 16>(
-                            total, num_groups,
-                            smem_sums +
-                                (tile * num_groups * kTileThreads + thread % kTileThreads) * 16);
-                        if (chunk + 1 < shape.num_chunks) continue;
-                        const int row = first + tile * num_blocks;
-                        const int type = matrix_of<kMatrices>(args.w, row).type;
-                        const auto column = epilogue.column(row * kQuantTileRows + 2 * g);
-                        const auto store = [&](int r, float y0, float y1) {
-                            const float unscale = smem.unscale[r];
-                            epilogue.store(epilogue.row(r), column,
-                                           quant_unscaled(type, y0) * unscale,
-                                           quant_unscaled(type, y1) * unscale);
-                        };
-                        store(token, total.x, total.y);
-                        if (token + 1 < a.m) store(token + 1, total.z, total.w);
-                    }
-                }
-            }
+            add_round<kTokenTiles>(args, round, smem, smem_sums, chunk + 1 == shape.num_chunks,
+                                   totals);
             // The next round's sums go to the other buffer; with chunks, convert_x waits.
             smem_sums += other_sums;
             other_sums = -other_sums;
-        }
-    }
+        } while (++chunk < shape.num_chunks);
+        first += shape.round_tiles * num_blocks;
+    } while (first < shape.num_tiles);
 }
 
 }  // namespace mk

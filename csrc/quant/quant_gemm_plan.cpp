@@ -70,6 +70,7 @@ QuantGemmArgs quant_gemm_args(const Product& a, const mk_quant_matrix* w, int co
                      quant_row_tile_bytes(w[i].type, a.k),
                      w[i].type,
                      w[i].rows,
+                     quant_unit(w[i].type),
                      first_row,
                      first_strip};
         first_row += w[i].rows;

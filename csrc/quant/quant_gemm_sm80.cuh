@@ -26,8 +26,8 @@
 // MMAs.
 #pragma once
 
-#include "linear/linear_epilogue.cuh"
 #include "ptx/sm90.cuh"
+#include "quant/quant_epilogue.cuh"
 #include "quant/quant_gemm_stages.cuh"
 #include "quant/quant_x.cuh"
 
@@ -270,8 +270,8 @@ __device__ __forceinline__ void stage_outputs(const QuantGemmBlock& block, uint8
             MK_UNROLL
             for (int i = 0; i < S::kTiles; ++i) {
                 *reinterpret_cast<float2*>(smem + r * S::kPitch + (row + i * 16) * 4) = {
-                    quant_unscaled(block.w.type, total[i][n][j]) * unscale,
-                    quant_unscaled(block.w.type, total[i][n][2 + j]) * unscale};
+                    total[i][n][j] * block.w.unit * unscale,
+                    total[i][n][2 + j] * block.w.unit * unscale};
             }
         }
     }
@@ -314,21 +314,7 @@ __device__ __forceinline__ void quant_gemm(const QuantGemmArgs& args) {
     ptx::cp_async_wait_group<0>();
     __syncthreads();
     stage_outputs<T>(block, smem, total);
-    const auto store = [&](const auto& epilogue) { store_outputs<T>(block, epilogue, smem); };
-    const bool is_bf16 = args.dtype == MK_BF16;
-    switch (args.epilogue) {
-        case QuantEpilogue::kPlain:
-            is_bf16 ? store(PlainEpilogue<Bf16>(args.linear))
-                    : store(PlainEpilogue<F16>(args.linear));
-            break;
-        case QuantEpilogue::kSwiglu:
-            is_bf16 ? store(SwigluEpilogue<Bf16>(args.linear))
-                    : store(SwigluEpilogue<F16>(args.linear));
-            break;
-        case QuantEpilogue::kQkv:
-            is_bf16 ? store(QkvEpilogue<Bf16>(args.qkv)) : store(QkvEpilogue<F16>(args.qkv));
-            break;
-    }
+    with_epilogue(args.to, [&](const auto& epilogue) { store_outputs<T>(block, epilogue, smem); });
 }
 
 }  // namespace mk

@@ -2,8 +2,7 @@
 // reads it: shared by the plans and the kernels.
 #pragma once
 
-#include "linear/linear_tiles.h"
-#include "quant/quant_layout.h"
+#include "quant/quant_tiles.h"
 
 namespace mk {
 
@@ -98,7 +97,6 @@ constexpr int quant_gemm_pitch(const QuantGemmTile& t) { return t.rows * 4 + 16;
 
 constexpr int kQuantGemmTypes[] = {MK_Q4_0, MK_Q4_1, MK_Q5_0, MK_Q5_1, MK_Q8_0,
                                    MK_Q2_K, MK_Q3_K, MK_Q4_K, MK_Q5_K, MK_Q6_K};
-constexpr int kQuantEpilogueRowBytes = 48;  // at most, of an Epilogue::Row
 constexpr int quant_gemm_smem_bytes(const QuantGemmTile& t) {
     int most = t.tokens * (quant_gemm_pitch(t) + kQuantEpilogueRowBytes);
     for (const int type : kQuantGemmTypes) {
@@ -133,12 +131,11 @@ static_assert(quant_gemm_tile_fits(kQuantGemmSm90.small, 228));
 // Rows of x that the blocks of a strip of w share while they are in L2, as in linear_tiles.h.
 constexpr int kQuantGemmGroupRows = 2048;
 
-enum class QuantEpilogue : int32_t { kPlain, kSwiglu, kQkv };
-
 struct QuantGemmMatrix {
     const uint8_t* tiles;
     int64_t row_tile_bytes;
     int32_t type, rows;
+    float unit;           // quant_unit
     int32_t first_row;    // of the output's columns
     int32_t first_strip;  // of the grid
 };
@@ -149,12 +146,7 @@ struct QuantGemmArgs {
     int32_t strips;  // of w
     int32_t num_matrices;
     QuantGemmMatrix w[3];  // Q, K and V
-    QuantEpilogue epilogue;
-    int32_t dtype;
-    union {
-        mk_linear_params linear;
-        mk_qkv_rope_append_params qkv;
-    };
+    QuantOutputs to;
 };
 
 }  // namespace mk

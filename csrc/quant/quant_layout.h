@@ -138,6 +138,14 @@ constexpr int64_t quant_packed_bytes(int type, int rows, int k) {
 // The slot of packed row p in its tile.
 constexpr int quant_slot(int p) { return p % 16 / 2 + p % 2 * 8; }
 
+// What a sum of products is multiplied with in the end: small integers as f16 patterns are 2^-24 of
+// their value, the integer scales of Q2_K, Q4_K and Q5_K another 2^-24.
+constexpr float kTwo24 = 16777216.f;
+constexpr float quant_unit(int type) {
+    const QuantFormat f = quant_format(type);
+    return f.block_k == 256 && f.has_min ? kTwo24 * kTwo24 : kTwo24;
+}
+
 // ---- where each number is ----
 
 // Bits [from, from + width) of a number are bits [bit, bit + width) at a place.

@@ -243,8 +243,7 @@ template <class Op>
 mk_plan plan_product(const typename Op::Params& p, const mk_device& device) {
     const Product a = make_product(Op::inner(p));
     if (a.m <= MK_QUANT_MAX_DECODE_M) {
-        return plan_quant_decode(Op::kName, Op::inner(p).dtype, a, Op::matrices(p), Op::kMatrices,
-                                 device);
+        return plan_quant_decode(a, Op::matrices(p), Op::kMatrices, device);
     }
     return plan_quant_gemm(a.m, Op::matrices(p), Op::kMatrices, device);
 }
@@ -256,8 +255,16 @@ std::string shape_of(const void* params) {
                         Op::kMatrices);
 }
 
-void set_params(const mk_linear_params& p, QuantGemmArgs* args) { args->linear = p; }
-void set_params(const mk_qkv_rope_append_params& p, QuantGemmArgs* args) { args->qkv = p; }
+QuantOutputs outputs_of(QuantEpilogue epilogue, const mk_linear_params& p) {
+    QuantOutputs to{epilogue, p.dtype, {}};
+    to.linear = p;
+    return to;
+}
+QuantOutputs outputs_of(QuantEpilogue epilogue, const mk_qkv_rope_append_params& p) {
+    QuantOutputs to{epilogue, p.dtype, {}};
+    to.qkv = p;
+    return to;
+}
 
 // More than MK_QUANT_MAX_DECODE_M rows: two launches.
 template <class Op>
@@ -269,9 +276,7 @@ mk_status run_gemm(const typename Op::Params& p, const Device& device, void* str
                   shape_of<Op>, &p));
     QuantGemmArgs args =
         quant_gemm_args(a, Op::matrices(p), Op::kMatrices, p.workspace, device.info);
-    args.epilogue = Op::kEpilogue;
-    args.dtype = inner.dtype;
-    set_params(inner, &args);
+    args.to = outputs_of(Op::kEpilogue, inner);
     return launch(plan_product<Op>(p, device.info), device, &args, stream, shape_of<Op>, &p);
 }
 
@@ -289,8 +294,10 @@ mk_status run_product(const typename Op::Params* params, void* stream) {
     const auto& inner = Op::inner(*params);
     const Product a = make_product(inner);
     if (a.m > MK_QUANT_MAX_DECODE_M) return run_gemm<Op>(*params, *device, stream);
-    return run_quant_decode(plan_product<Op>(*params, device->info), a, Op::matrices(*params),
-                            Op::kMatrices, inner, *device, stream, shape_of<Op>, params);
+    const QuantDecodeArgs args = quant_decode_args(a, Op::matrices(*params), Op::kMatrices,
+                                                   outputs_of(Op::kEpilogue, inner), device->info);
+    return launch(plan_product<Op>(*params, device->info), *device, &args, stream, shape_of<Op>,
+                  params);
 }
 
 template <class Op>

@@ -73,9 +73,11 @@ struct PreparedRow {
         return normalise<Dtype>(x, norm_scale, load_piece_of_x(a.norm_weight, k, a));
     }
 
-    // body(8 adjacent elements of a lane) for all of the row, by a warp.
-    template <class Body>
-    __device__ __forceinline__ void for_each(const Body& body) const {
+    // body(8 adjacent elements of a lane) for all of the row, by a warp; end_quad() after each
+    // quad.
+    template <class Body, class End>
+    __device__ __forceinline__ void for_each(const Body& body, const End& end_quad) const {
+        MK_NO_UNROLL
         for (int first = 0; first < a.k; first += kQuantTileK) {
             const int k = first + threadIdx.x % 32 * kVec;
             const auto load = [&](const void* from) -> Vec8 {
@@ -85,13 +87,16 @@ struct PreparedRow {
             };
             const Vec8 x = load(row);
             body(a.norm_weight ? normalise<Dtype>(x, norm_scale, load(a.norm_weight)) : x);
+            if ((first + kQuantTileK) % kQuantQuadK == 0) end_quad();
         }
+        end_quad();
     }
 
     __device__ __forceinline__ XScale scale() const {
         XSquares<Dtype> squares;
-        for_each([&](const Vec8& v) { squares.add(v); });
-        return scale_of_row<Dtype>(squares.largest(), [&](auto body) { for_each(body); });
+        for_each([&](const Vec8& v) { squares.add(v); }, [&] { squares.end_quad(); });
+        return scale_of_row<Dtype>(squares.largest(),
+                                   [&](const auto& body) { for_each(body, [] {}); });
     }
 };
 
@@ -151,15 +156,13 @@ __device__ __forceinline__ void quant_prepare_x(const QuantPrepareArgs& args) {
             }
             ones.add(block_sums, i, x);
         }
-        // Blocks 2g and 2g + 1 of rows 2t and 2t + 1: word g % 2 of the high and of the low parts
-        // that lane g / 2 of the row's four takes.
+        // Blocks 2g and 2g + 1 of rows 2t and 2t + 1: the first or second pair of the two that lane
+        // g / 2 of the row's four takes.
         MK_UNROLL
         for (int r = 0; r < 2; ++r) {
-            const uint2 parts = split_sums(block_sums[r], block_sums[2 + r]);
-            auto* const to = reinterpret_cast<uint32_t*>(
-                sums + group * int64_t{kPreparedSumsBytes} + ((2 * t + r) * 4 + g / 2) * 16);
-            to[g % 2] = parts.x;
-            to[2 + g % 2] = parts.y;
+            uint8_t* const to =
+                sums + group * int64_t{kPreparedSumsBytes} + (2 * t + r) * 64 + g * 8;
+            *reinterpret_cast<uint2*>(to) = split_sums(block_sums[r], block_sums[2 + r]);
         }
     }
 }

@@ -7,17 +7,33 @@
 
 namespace mk {
 
-// A packed matrix, or one of several that make one: rows of tiles first ... end - 1 are its.
-struct QuantDecodeMatrix {
-    const uint8_t* tiles;
-    int32_t row_tile_bytes;
-    int32_t tile_bytes;  // of 256 k
-    int32_t type;
-    int32_t first, end;
+// ---- outputs ----
+
+enum class QuantEpilogue : int32_t { kPlain, kSwiglu, kQkv };
+
+// What becomes of the sums: one kernel serves all products and dtypes (quant_epilogue.cuh).
+struct QuantOutputs {
+    QuantEpilogue epilogue;
+    int32_t dtype;
+    union {
+        mk_linear_params linear;
+        mk_qkv_rope_append_params qkv;
+    };
 };
-constexpr int kMaxQuantDecodeMatrices = 3;  // Q, K, V
+constexpr int kQuantEpilogueRowBytes = 32;  // at most, of an Epilogue::Row
 
 // ---- up to 16 rows of x: quant_decode_sm80.cuh ----
+
+// A packed matrix, or one of several that make one: rows of tiles first ... end - 1 are its.
+struct QuantDecodeMatrix {
+    int32_t end, first;
+    int32_t type;
+    float unit;  // quant_unit
+    int32_t row_tile_bytes;
+    int32_t tile_bytes;  // of 256 k
+    const uint8_t* tiles;
+};
+constexpr int kMaxQuantDecodeMatrices = 3;  // Q, K, V
 
 constexpr int kQuantTokens = 8;  // of an MMA
 constexpr int quant_token_tiles(int m) { return m > kQuantTokens ? 2 : 1; }
@@ -33,15 +49,18 @@ constexpr int kQuantThreads = 32 * kQuantWarps;
 constexpr int kQuantPrefetchBytes = 64 << 10;
 
 // Shared memory in this order:
-//   256 B    of each row: 2^-e, the largest sums of squares of its shares, its norm scale
+//   896 B    of each row: where its outputs go, 2^-e, the largest sums of squares of its shares,
+//            its norm scale
 //   9 KB     scales of the tile that a warp works on (quant_decode_sm80.cuh)
 //   x        m rows of chunk_groups groups of 256 k (quant_x.cuh), quant_x_stride apart
 //   sums     of the tiles under way, 16 rows x 8 (or 16) tokens fp32 a group; before that the
 //            norm's sums of squares
 constexpr int kQuantScaleBytes = 8 * (128 + 16);  // 16 blocks of 16 rows; 16 B apart in banks
-constexpr int kQuantRowsBytes = 256;
+constexpr int kQuantRowPitch = kQuantEpilogueRowBytes + 8;  // of an Epilogue::Row: other banks
+constexpr int kQuantRowsBytes = 256 + MK_QUANT_MAX_DECODE_M * kQuantRowPitch;
 constexpr int kQuantFixedBytes = kQuantRowsBytes + kQuantWarps * kQuantScaleBytes;
-constexpr int kQuantXGroupBytes = 512 + 64;  // of a row of x
+constexpr int kQuantXGroupBytes = 512 + 64;   // of a row of x
+constexpr int kQuantQuadK = 4 * kQuantTileK;  // whose squares are added together, quant_x.cuh
 // 64 (mod 128), see quant_x.cuh.
 constexpr int quant_x_stride(int groups) {
     return groups * kQuantXGroupBytes + (groups % 2 ? 0 : 64);
@@ -100,7 +119,8 @@ constexpr QuantDecodeShape quant_decode_shape(int m, int k, int num_tiles, int n
         if (s.chunk_groups > 1 && (tiles < 1 || left < least)) continue;
         if (tiles > block_tiles) tiles = block_tiles;
         s.x_shares = quant_x_shares(m, s.chunk_groups);
-        s.x_share_k = (s.num_groups + s.x_shares - 1) / s.x_shares * kQuantTileK;
+        const int quads = (k + kQuantQuadK - 1) / kQuantQuadK;
+        s.x_share_k = (quads + s.x_shares - 1) / s.x_shares * kQuantQuadK;
         s.x_share_groups = (s.chunk_groups + s.x_shares - 1) / s.x_shares;
         s.num_rounds = static_cast<int32_t>((block_tiles + tiles - 1) / tiles);
         s.round_tiles = (block_tiles + s.num_rounds - 1) / s.num_rounds;
@@ -119,12 +139,12 @@ static_assert(norm_group_bytes(16, kMaxNormK) <= 2 * kQuantWarps * quant_slot_by
 static_assert(quant_decode_shape(16, 11520, 256, 142, 99 << 10).smem_bytes <= 99 << 10);
 static_assert(quant_decode_shape(8, 4096, 1440, 108, 163 << 10).num_chunks == 1);
 
-template <class Params>
 struct QuantDecodeArgs {
     Product product;  // w is NULL
     QuantDecodeMatrix w[kMaxQuantDecodeMatrices];
+    int32_t num_matrices;
     QuantDecodeShape shape;
-    Params p;
+    QuantOutputs to;
 };
 
 }  // namespace mk

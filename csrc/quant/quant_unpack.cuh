@@ -167,19 +167,6 @@ __device__ __forceinline__ void unpack_quarter_of(const uint32_t (&words)[kQuant
 
 // ---- scales ----
 
-// Y carries a factor: a sum is total / quant_unit, and then as quant_x.cuh tells. P is 2^-24 of its
-// value; integer scales as f16 patterns are another 2^-24.
-constexpr bool quant_has_integer_patterns(int type) {
-    return quant_format(type).block_k == 256 && quant_format(type).has_min;
-}
-constexpr float kTwo24 = 16777216.f;
-__device__ __forceinline__ float quant_unscaled(int type, float total) {
-    const bool twice = type == MK_Q2_K || type == MK_Q4_K || type == MK_Q5_K;
-    return total * (twice ? kTwo24 * kTwo24 : kTwo24);
-}
-static_assert(quant_has_integer_patterns(MK_Q2_K) && quant_has_integer_patterns(MK_Q4_K) &&
-              quant_has_integer_patterns(MK_Q5_K) && !quant_has_integer_patterns(MK_Q6_K));
-
 __device__ __forceinline__ uint32_t both_halves_low(uint32_t a) {
     return __byte_perm(a, 0, 0x1010);
 }

@@ -1,24 +1,25 @@
 // x as the products with quantised weights take it: x16, f16 with a power of two per row, in the
 // order of the fragments of mma.m16n8k16's B; and the sums of its blocks of 16.
 //
-//   e      of a row: r * 2^e is in [2^14, 2^15), where r^2 is the largest sum of squares of 32
-//          adjacent elements, so that max |x| is r / 5.7 ... r. Tensor cores square and add, half
-//          the instructions of a maximum; where fp32 does not hold the squares (bf16, r^2 below
-//          2^-100 or an infinity), max |x| * 2^e is in [2^13, 2^14). Below 2^-113 (bf16), or 2^-14
-//          (f16), and for a row of zeros, e is what that number gives.
+//   e      of a row: r * 2^e is in [2^15, 2^16), where r^2 is the largest sum of squares of 128
+//          elements: 32 adjacent ones in each of the four groups of 256 of a quad, at the same
+//          place. So max |x| is r / 11.4 ... r. Tensor cores square and add, a third of the
+//          instructions of a maximum; where fp32 does not hold the squares (bf16, r^2 below 2^-100
+//          or an infinity), max |x| * 2^e is in [2^13, 2^14). Below 2^-113 (bf16), or 2^-12 (f16),
+//          and for a row of zeros, e is what that number gives.
 //   x16    k % 4 < 2: f16(x * 2^e), k % 4 >= 2: f16(x * 2^(e - 4)), for those weights are x16
 //          (quant_layout.h). Exact but for elements below 2^-21 of the row's largest, which keep an
 //          absolute error of at most 2^-32 of it.
 //   sums   of 16 k each: 2^-4 * sum of x * 2^e, as a high and a low f16 (22 bits)
 //
-// A row lies in memory in groups of 256 k, kXGroupBytes each (zeros past k):
+// A row lies in memory in groups of 256 k, kQuantXGroupBytes each (zeros past k):
 //
 //   | 32 k: t = 0: 16 B | t = 1 | t = 2 | t = 3 | 32 k: ... |  8 of these
 //   | sums: t = 0: 16 B | t = 1 | t = 2 | t = 3 |
 //
 //   lane 4g + t of B has column (token) g: 16 bytes of it are b0, b1 of two steps of 16 k:
 //   k = 32 i + 4t + (0, 1), (2, 3), 32 i + 16 + 4t + (0, 1), (2, 3)
-//   and of the sums those of blocks 4t ... 4t + 3: high (2), high (2), low (2), low (2)
+//   and of the sums those of blocks 4t ... 4t + 3: high (2), low (2), high (2), low (2)
 //
 // Pieces of 16 bytes at rows 64 (mod 128) bytes apart lie in different banks for the 8 lanes that
 // are served at once.
@@ -26,46 +27,36 @@
 
 #include "common/f16_pair.cuh"
 #include "common/vec.cuh"
+#include "quant/quant_tiles.h"
 
 namespace mk {
 
-constexpr int kXGroupBytes = 512 + 64;
-
-// Magnitudes of a pair; their maximum, NaN if there is one. The larger of the two as bits.
+// Magnitudes of a pair; the larger of the two as bits.
 __device__ __forceinline__ uint32_t magnitudes(uint32_t pair) { return pair & 0x7FFF7FFFu; }
-template <class Dtype>
-__device__ __forceinline__ uint32_t max_magnitudes(uint32_t a, uint32_t b);
-template <>
-__device__ __forceinline__ uint32_t max_magnitudes<Bf16>(uint32_t a, uint32_t b) {
-    return ptx::max_nan_bf16x2(a, b);
-}
-template <>
-__device__ __forceinline__ uint32_t max_magnitudes<F16>(uint32_t a, uint32_t b) {
-    return ptx::max_nan_f16x2(a, b);
-}
 __device__ __forceinline__ uint32_t larger_half(uint32_t pair) {
     return max(pair & 0xFFFFu, pair >> 16);
 }
 
-// The largest of a row's r^2, by a warp that gets 8 adjacent elements a lane at a time.
+// The largest of a row's r^2, by a warp.
 template <class Dtype>
 struct XSquares {
-    float even = 0.f, odd = 0.f;
+    float of_quad[4]{};
+    float of_lane = 0.f;
 
-    // A A^T of 8 rows of 32 elements, of which the diagonal counts: of row g in lane 4g + g / 2.
+    // 8 adjacent elements a lane of a group: A A^T of its 8 rows of 32 elements. On the diagonal
+    // are the squares of the rows' lengths, and beside it, but for rounding, no larger numbers.
     __device__ __forceinline__ void add(const Vec8& x) {
-        float d[4]{};
-        Dtype::mma(d, {x.pair[0], 0, x.pair[1], 0}, x.pair[0], x.pair[1]);
-        Dtype::mma(d, {x.pair[2], 0, x.pair[3], 0}, x.pair[2], x.pair[3]);
-        even = ptx::max_nan_f32(even, d[0]);
-        odd = ptx::max_nan_f32(odd, d[1]);
+        Dtype::mma(of_quad, {x.pair[0], 0, x.pair[1], 0}, x.pair[0], x.pair[1]);
+        Dtype::mma(of_quad, {x.pair[2], 0, x.pair[3], 0}, x.pair[2], x.pair[3]);
+    }
+    __device__ __forceinline__ void end_quad() {
+        of_lane = ptx::max_nan_f32(of_lane, ptx::max_nan_f32(of_quad[0], of_quad[1]));
+        for (float& sum : of_quad) sum = 0.f;
     }
 
-    // As bits, which are in the order of the numbers, NaN last.
+    // As bits, which are in the order of the numbers, NaN last, and those below 0 before all.
     __device__ __forceinline__ uint32_t largest() const {
-        const int lane = ptx::mov_u32_tid_x() % 32, g = lane / 4, t = lane % 4;
-        const float own = g == 2 * t ? even : g == 2 * t + 1 ? odd : 0.f;
-        return __reduce_max_sync(0xFFFFFFFFu, __float_as_uint(own));
+        return __reduce_max_sync(0xFFFFFFFFu, __float_as_int(of_lane));
     }
 };
 
@@ -82,17 +73,18 @@ struct XConvert;
 
 template <>
 struct XConvert<Bf16> {
-    static constexpr bool kHasFirst = false;
+    static constexpr bool kHasFirst = false, kHasExtremes = true;
 
     // 140 less e, from r^2, or from the bits of max |x| where that does not tell.
-    static __device__ __forceinline__ int exponent(uint32_t r2) { return (r2 >> 23) + 125 >> 1; }
+    static __device__ __forceinline__ int exponent(uint32_t r2) { return (r2 >> 23) + 123 >> 1; }
     static __device__ __forceinline__ bool is_extreme(uint32_t r2) {
         return r2 < 0x0D800000u || r2 >= 0x7F800000u;  // 2^-100, infinity
     }
-    static __device__ __forceinline__ int exponent_of_max(uint32_t bits) { return bits >> 7; }
+    static __device__ __forceinline__ int exponent_of_max(uint32_t bits) {
+        return max(bits >> 7, 14);
+    }
 
     static __device__ __forceinline__ XScale scale(int exponent) {
-        exponent = max(exponent, 14);
         const uint32_t field = 267 - exponent;
         return {
             0, (field << 7) * 0x00010001u, ((field - 4) << 7) * 0x00010001u,
@@ -108,24 +100,23 @@ struct XConvert<Bf16> {
 
 template <>
 struct XConvert<F16> {
-    static constexpr bool kHasFirst = true;
+    static constexpr bool kHasFirst = true, kHasExtremes = false;
     static constexpr uint32_t kOne = 0x3C003C00u;
+    static constexpr int kNotFinite = 255;  // finite rows have 32 at the most
 
     // 28 less e.
     static __device__ __forceinline__ int exponent(uint32_t r2) {
-        return r2 >= 0x7F800000u ? 31 : static_cast<int>((r2 >> 23) - 99) >> 1;
+        return r2 >= 0x7F800000u ? kNotFinite : static_cast<int>((r2 >> 23) - 101) >> 1;
     }
-    static __device__ __forceinline__ bool is_extreme(uint32_t) { return false; }
-    static __device__ __forceinline__ int exponent_of_max(uint32_t bits) { return bits >> 10; }
 
     static __device__ __forceinline__ XScale scale(int exponent) {
         exponent = max(exponent, 1);
         const bool is_tiny = exponent < 13;  // 2^e would be an infinity
         const uint32_t field = (is_tiny ? 31 : 43) - exponent;
-        return {
-            is_tiny ? 0x6C006C00u : kOne,  // 2^12
-            (field << 10) * 0x00010001u, ((field - 4) << 10) * 0x00010001u,
-            exponent == 31 ? __int_as_float(0x7FC00000) : __int_as_float((exponent + 99) << 23)};
+        return {is_tiny ? 0x6C006C00u : kOne,  // 2^12
+                (field << 10) * 0x00010001u, ((field - 4) << 10) * 0x00010001u,
+                exponent == kNotFinite ? __int_as_float(0x7FC00000)
+                                       : __int_as_float((exponent + 99) << 23)};
     }
 
     static __device__ __forceinline__ uint32_t to_f16(uint32_t pair, uint32_t by) {
@@ -139,15 +130,17 @@ template <class Dtype, class ForEach>
 __device__ __forceinline__ XScale scale_of_row(uint32_t r2, const ForEach& for_each) {
     using C = XConvert<Dtype>;
     int exponent = C::exponent(r2);
-    if (C::is_extreme(r2)) {
-        uint32_t most = 0;
-        for_each([&](const Vec8& v) {
-            MK_UNROLL
-            for (const uint32_t pair : v.pair) {
-                most = max_magnitudes<Dtype>(most, magnitudes(pair));
-            }
-        });
-        exponent = C::exponent_of_max(__reduce_max_sync(0xFFFFFFFFu, larger_half(most)));
+    if constexpr (C::kHasExtremes) {
+        if (C::is_extreme(r2)) {
+            uint32_t most = 0;
+            for_each([&](const Vec8& v) {
+                MK_UNROLL
+                for (const uint32_t pair : v.pair) {
+                    most = ptx::max_nan_bf16x2(most, magnitudes(pair));
+                }
+            });
+            exponent = C::exponent_of_max(__reduce_max_sync(0xFFFFFFFFu, larger_half(most)));
+        }
     }
     return C::scale(exponent);
 }
@@ -225,12 +218,18 @@ struct BlockSumFragments {
 // The same from a warp's 32 pieces of one row, which are A here, ones are B: of up to kXSumsGroups
 // groups, each in two columns of its own. Lane 4g + t then has the sums of blocks 2g (elements 0,
 // 1) and 2g + 1 (2, 3) of group t.
-constexpr int kXSumsGroups = 4;
-__device__ __forceinline__ void add_group_sums(float (&d)[4], int lane, int group, const uint4& x) {
-    const bool is_column = lane / 8 == group;
-    ptx::mma_m16n8k16_f32_f16(d, {x.x, x.z, x.y, x.w}, is_column ? 0x2C002C00u : 0,
-                              is_column ? 0x3C003C00u : 0);
-}
+constexpr int kXSumsGroups = kQuantQuadK / kQuantTileK;
+struct GroupSumFragments {
+    uint32_t one;  // 1 as f16, its high byte in the place of the group of this lane's column
+
+    __device__ __forceinline__ explicit GroupSumFragments(uint32_t lane)
+        : one(0x3Cu << lane / 8 * 8) {}
+
+    __device__ __forceinline__ void add(float (&d)[4], int group, const uint4& x) const {
+        const uint32_t high = __byte_perm(one, 0, 0x0404 + 0x1010 * group);
+        ptx::mma_m16n8k16_f32_f16(d, {x.x, x.z, x.y, x.w}, high & 0x2C002C00u, high);  // 2^-4, 1
+    }
+};
 
 // Two sums as a pair of high and a pair of low parts.
 __device__ __forceinline__ uint2 split_sums(float a, float b) {
@@ -242,8 +241,8 @@ __device__ __forceinline__ uint2 split_sums(float a, float b) {
 // C += minima times block sums (quant_unpack.cuh), from the lane's 16 bytes of them.
 __device__ __forceinline__ void add_minima(float (&c)[4], const uint32_t (&a)[4],
                                            const uint4& sums) {
-    ptx::mma_m16n8k16_f32_f16(c, a, sums.x, sums.y);
-    ptx::mma_m16n8k16_f32_f16(c, a, sums.z, sums.w);
+    ptx::mma_m16n8k16_f32_f16(c, a, sums.x, sums.z);
+    ptx::mma_m16n8k16_f32_f16(c, a, sums.y, sums.w);
 }
 
 }  // namespace mk
