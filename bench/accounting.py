@@ -80,6 +80,7 @@ class Case:
     flop: of the matrix products, by definition (causal: visible pairs only).
     work: launch -> relative work of each block in launch order; None: all blocks have the same.
     exact_units: a problem of no more units is run whole.
+    copies: plan -> blocks of a cluster, on average, that a byte from L2 goes to; None: all.
     """
 
     group: str
@@ -95,6 +96,7 @@ class Case:
     bars: Sequence[Bar] = ()
     work: Callable[[Plan], Sequence[float]] | None = None
     exact_units: int = 2
+    copies: Callable[[Plan], float] | None = None
 
     @property
     def id(self) -> str:
@@ -213,7 +215,8 @@ def times(m: Measured, case: Case, gpu: Architecture) -> dict[str, float]:
     requested = (c.read_sectors + c.write_sectors) * SECTOR
     moved = (c.unique_read_sectors + c.unique_write_sectors) * SECTOR
     # What L2 gives once to several blocks of a cluster passes the port of each.
-    port = requested * m.plan.cluster * busiest / (L2_BYTES_PER_CLOCK * gpu.clock_ghz * 1e3)
+    copies = case.copies(m.plan) if case.copies else m.plan.cluster
+    port = requested * copies * busiest / (L2_BYTES_PER_CLOCK * gpu.clock_ghz * 1e3)
     result["L2"] = max(requested / (gpu.l2_tb_s * 1e6), port)
     result["DRAM"] = moved / (gpu.dram_tb_s * 1e6)
     return result

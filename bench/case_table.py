@@ -20,6 +20,7 @@ from bench.cases_triton import (
     triton_attention_tma,
     triton_int4_matmul,
     triton_matmul,
+    triton_matmul_tma,
     triton_rms_norm,
     triton_silu_and_mul,
 )
@@ -40,6 +41,7 @@ def all_cases() -> list[Case]:
     for m in (512, 2048):
         cases += [linear(name, *shape, m) for name, shape in MATRICES.items()]
     cases.append(triton_matmul("gate_up", *MATRICES["gate_up"], 2048, (128, 256, 64), 8, 3))
+    cases.append(triton_matmul_tma("o", *MATRICES["o"], 2048, (128, 256, 64), 8, 3))
     cases += [linear_quant("down", kind, 1) for kind in KINDS]
     cases.append(linear_quant("gate_up", "Q4_K", 1))
     for m in (1, 16):

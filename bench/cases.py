@@ -289,6 +289,26 @@ def decode(batch: int, context: int, appends: bool = True) -> Case:
     )
 
 
+def gemm_work(rows: int, columns: int) -> Callable[[Plan], list[float]]:
+    """Tiles that each block makes: one, or, on sm_90, in turn with the others (a cluster's blocks
+    as many as each other; csrc/linear/linear_gemm_sm90.cuh)."""
+
+    def work(plan: Plan) -> list[float]:
+        blocks = math.prod(plan.grid)
+        tile = re.search(r"_sm90_\w+_m(\d+)_n(\d+)$", plan.entry)
+        if not tile:
+            return [1.0] * blocks
+        tiles = max(-(-rows // int(tile[1])) * -(-columns // int(tile[2])), blocks)
+        return [float(-(-(tiles - block) // blocks)) for block in range(blocks)]
+
+    return work
+
+
+# sm_90: of a stage of 128 x 256 a block gets 48 KB, for which L2 gives 32 in clusters of 2, 24 of 4;
+# and of 64 rows of x and 32 columns of w, few rows, 12 KB for 8.
+_GEMM_COPIES = {1: 1.0, 2: 1.5, 4: 2.0}
+
+
 def linear(name: str, n: int, k: int, m: int) -> Case:
     """A unit: the columns of a KV head and its queries for qkv, 1024 for lm_head, else 256. Few
     rows: the norm and the residual ride along, as in a decode step."""
@@ -328,8 +348,12 @@ def linear(name: str, n: int, k: int, m: int) -> Case:
         return params, tensors + ([] if norm is None else [norm])
 
     columns_out = n // 2 if name == "gate_up" else n * (2 if name in ("o", "down") else 1)
-    bar = Bar("dram", 1.10) if few else Bar("issue", 0.28, "80", "_m128_n256")
-    archs: tuple[str, ...] = ("80", "89", "90a") if m <= 16 else ("90a",) if few else ("80", "89")
+    bars = [Bar("dram", 1.10)]
+    if not few:
+        bars = [Bar("issue", 0.28, "80", "_m128_n256"), Bar("issue", 0.15, "90a", "_m128_n256")]
+    archs: tuple[str, ...] = ("90a",) if 16 < m <= 64 else ("80", "89", "90a")
+    if name == "lm_head" and not few:
+        archs = ("80", "89")
     if m == 1 and name == "o":
         archs = ALL_ARCHS
     return native_case(
@@ -341,7 +365,9 @@ def linear(name: str, n: int, k: int, m: int) -> Case:
         exact_units=n // columns if few else 2,
         compulsory_bytes=2 * (m * k + n * k) + m * columns_out * out_dtype.itemsize,
         flop=2 * m * n * k,
-        bars=(bar, COALESCED, CONFLICT_FREE),
+        bars=(*bars, COALESCED, CONFLICT_FREE),
+        work=None if few else gemm_work(m, n),
+        copies=lambda plan: _GEMM_COPIES[plan.cluster],
         archs=archs,
     )
 

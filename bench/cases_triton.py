@@ -166,6 +166,34 @@ def triton_matmul(
     )
 
 
+def triton_matmul_tma(
+    name: str, n: int, k: int, m: int, tile: tuple[int, int, int], warps: int, stages: int
+) -> Case:
+    """On sm_90: wgmma, tensor maps, a program for each tile. No epilogue. A unit is a column of
+    tiles."""
+
+    def build(units: int) -> triton_cases.Problem:
+        width = units * tile[1]
+        x, w, out = zeros(m, k), zeros(width, k), zeros(m, width)
+        blocks = (tile[0], tile[2]), (tile[1], tile[2]), tile[:2]
+        args = [triton_cases.Descriptor(t, b) for t, b in zip((x, w, out), blocks, strict=True)]
+        grid = (-(-m // tile[0]) * units, 1, 1)
+        return triton_cases.Problem([*args, m, width, k], grid, out, out)
+
+    constexprs = dict(zip(("BLOCK_M", "BLOCK_N", "BLOCK_K"), tile, strict=True))
+    constexprs |= {"ACC": tl.float32, "FLATTEN": False}
+    return triton_case(
+        TritonKernel(triton_kernels.matmul_descriptors, constexprs, build, warps, stages),
+        tile,
+        group="GEMM",
+        shape=f"{name} {n} x {k}, M {m}",
+        units=n // tile[1],
+        compulsory_bytes=2 * (m * k + n * k + m * n),
+        flop=2 * m * n * k,
+        archs=("90a",),
+    )
+
+
 def triton_int4_matmul(
     name: str, n: int, k: int, m: int, tile: tuple[int, int, int], warps: int, stages: int
 ) -> Case:

@@ -141,7 +141,7 @@ static_assert(gemm_smem_bytes(kGemmTilesSm90[0]) <= 227 << 10 &&
 struct GemmCluster {
     int32_t m, n;
 };
-constexpr GemmCluster kGemmClusters[] = {{1, 1}, {2, 1}, {1, 2}, {2, 2}, {4, 1}, {1, 4}};
+constexpr GemmCluster kGemmClusters[] = {{1, 1}, {2, 1}, {1, 2}, {4, 1}, {2, 2}, {1, 4}};
 
 // How the output is divided; the last clusters may reach past it.
 struct GemmGridSm90 {
