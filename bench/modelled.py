@@ -113,7 +113,7 @@ row's largest logit seldom grows by much; that decides how often accumulators ar
 most 64 rows; sectors as if each access used whole ones (1.01: an index that is read alone takes a
 sector); no bank conflicts in main loops (1.005: the whole kernel is counted); issue slots over
 tensor time on the A100 <= 0.40 for attention, 0.44 causal, 0.28 for products with tiles of 128 x
-256. Triton's kernels (`bench/triton_peers.py`, and the matrix product of
+256 (H100: 0.15). Triton's kernels (`bench/triton_peers.py`, and the matrix product of
 `tests/emulator/triton_kernels.py`) go through the same accounting.
 """
 
