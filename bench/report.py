@@ -54,8 +54,9 @@ the resource that binds, and the share of that GPU's limit (its peak of arithmet
 for the bytes that must move) which is reached at that bound. Triton's kernels
 (`bench/triton_peers.py`) went through the same accounting; those with matrix products are of sm_80,
 attention and a product also of sm_90, with TMA and wgmma. What the model leaves out (latencies,
-what really overlaps, clocks under load) is in `docs/modelled.md`, with every resource and counter. Tensor-pipe
-times of sm_90 and sm_100 are at the peak rate of wgmma and tcgen05, which mma.sync does not reach.
+what really overlaps, clocks under load) is in `docs/modelled.md`, with every resource and counter.
+Tensor-pipe times of sm_90 and sm_100 are at the peak rate of wgmma and tcgen05, which mma.sync does
+not reach.
 """
 
 
