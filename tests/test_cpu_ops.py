@@ -454,12 +454,12 @@ def test_each_batch_size_and_thread_count_is_recorded_once(tiny: MinitronForCaus
             engine.step()
         recordings = engine._recordings
         assert recordings is not None
-        assert sorted(recordings._recorded) == [(n, 2) for n in (1, 2, 3, 4)]
+        assert sorted(recordings._recorded) == [(n, 2, False) for n in (1, 2, 3, 4)]
     engine.add(PROMPTS[0], SamplingParams(max_new_tokens=4, ignore_eos=True))
     with threads(1):
         while engine.has_work:
             engine.step()
-    assert (1, 1) in recordings._recorded
+    assert (1, 1, False) in recordings._recorded
 
 
 def test_replayed_logits_have_the_bits_of_the_step(tiny: MinitronForCausalLM) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import copy
 import ctypes
+import itertools
 import os
 import re
 import subprocess
@@ -532,6 +533,12 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "linear_quant_swiglu": [{"m": 8}, {"m": 16}],
     "qkv_rope_append_quant": [{"tokens": 8}, {"tokens": 16}],
 }
+# Of products: rows, columns and how many of the matrix one is, stride of the output.
+PRODUCTS = {
+    "linear": ("m", "n", 1, "out_stride"),
+    "linear_swiglu": ("m", "n", 1, "out_stride"),
+    "qkv_rope_append": ("tokens", "num_q_heads", 128, "q_stride"),
+}
 PLANNED: dict[str, set[str]] = {arch: set() for arch in ARCHS}
 
 
@@ -568,9 +575,11 @@ def test_plan_and_entries_match(arch: str) -> None:
                 change |= {"out_dtype": dtype} if "out_dtype" in fields_of(op) else {}
                 plan = check_plan(op, make_params(op, **change), arch)
                 reached.add(plan.entry.decode())
-            if rows := {"linear": "m", "linear_swiglu": "m", "qkv_rope_append": "tokens"}.get(op):
-                for m in (17, 256, 8192):  # each tile of the GEMM
-                    change = {rows: m, "norm_weight": None, "dtype": dtype}
+            if op in PRODUCTS:
+                rows, columns, width, stride = PRODUCTS[op]
+                for m, n in itertools.product((17, 65, 256, 8192), (256, 4096, 23040)):  # each tile
+                    change = {rows: m, columns: n // width, stride: n, "dtype": dtype}
+                    change |= {f: None for f in ("norm_weight", "residual") if f in fields_of(op)}
                     change |= {"out_dtype": dtype} if "out_dtype" in fields_of(op) else {}
                     reached.add(check_plan(op, make_params(op, **change), arch).entry.decode())
     for op in ("linear_quant", "linear_quant_swiglu", "qkv_rope_append_quant"):

@@ -408,7 +408,7 @@ def test_gemm_planted_fault_is_found(
         (rb"wgmma\.wait_group\.sync\.aligned 0;", b"", "^wgmma not waited for"),
         (rb"(mbarrier\.try_wait\.parity\.shared::cta\.b64 p, \[%r\d+ \+ 0\]), %r\d+;", rb"\1, 1;",
          "^uninitialised shared memory|^asynchronous copy not waited for"),
-        (rb"mbarrier\.arrive\.shared::cluster\.b64 _, \[%r\d+\];", b"", "^deadlock"),
+        (rb"mbarrier\.arrive\.shared::cluster\.b64 _, \[%r\d+ \+ 0\];", b"", "^deadlock"),
         (rb"wgmma\.fence\.sync\.aligned;", b"", "^missing wgmma.fence"),
     ],
     ids=["emu-sm_90a-wait", "emu-sm_90a-last-wait", "emu-sm_90a-parity", "emu-sm_90a-release",

@@ -313,10 +313,8 @@ def test_a_decode_step_is_five_launches_a_layer(place: str, checkpoints: Any) ->
 
 # What a layer of a decode step launches, in this order.
 LAYER = ["qkv_rope_append", "attention_decode", "linear", "linear_swiglu", "linear"]
-QUANTISED_LAYER = [
-    "qkv_rope_append_quant", "attention_decode", "linear_quant", "linear_quant_swiglu",
-    "linear_quant",
-]  # fmt: skip
+# One quantised kernel serves all products.
+DECODED = ["quant_decode"]
 PREPARED = ["quant_prepare_x", "quant_gemm"]
 
 
@@ -347,10 +345,9 @@ def test_pdl_chains_all_launches_of_a_decode_step(
     assert all(launch.is_dependent for launch in launches)
     if weights == "dense":
         layer, last = LAYER, ["linear"]
-    elif rows <= 16:
-        layer, last = QUANTISED_LAYER, ["linear_quant"]
     else:
-        layer, last = [*PREPARED, "attention_decode", *(3 * PREPARED)], PREPARED
+        last = DECODED if rows <= 16 else PREPARED
+        layer = [*last, "attention_decode", *(3 * last)]
     layers = model.config.num_hidden_layers * layer
     ops = [re.fullmatch(r"mk_([a-z_]+)_sm90_.*", launch.kernel)[1] for launch in launches]
     assert ops[1:] == [*layers, *last, "sample"] and ops[0].startswith("embedding")
