@@ -8,7 +8,7 @@ import re
 import struct
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -269,8 +269,8 @@ def test_gguf_with_any_bytes_changed_never_crashes(tmp_path: Path, small_gguf: b
     @settings(
         max_examples=400, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
     )
-    @given(st.lists(change, min_size=1, max_size=8), st.integers(0, 9))
-    def mutate(changes: list[tuple[int, int]], cut: int) -> None:
+    @given(st.lists(change, min_size=1, max_size=8) | st.tuples(change), st.integers(0, 9))
+    def mutate(changes: Sequence[tuple[int, int]], cut: int) -> None:
         data = bytearray(small_gguf)
         for position, value in changes:
             data[position] = value
