@@ -289,6 +289,18 @@ def test_bits_depend_on_the_row_only(arch: str, kind: str) -> None:
         assert torch.equal(out, whole[first : first + m]), (first, m, offset)
 
 
+def test_rounds_of_chunks() -> None:
+    """Rows of x that do not fit, and more rows of w than a round has: each round converts x again,
+    when the last one's sums are stored."""
+    k = 20 * 256
+    tiles = 8 * abi.device(BUILT[0]).num_sms + 1
+    x, w = values(16, k, dtype=BF16), random_weights("Q4_0", 16 * tiles, k)
+    whole, half = (out_of("linear_quant", x[:m], w, F32) for m in (16, 8))
+    run_linear("linear_quant", BUILT[0], x, w, whole)
+    run_linear("linear_quant", BUILT[0], x[:8], w, half)
+    assert torch.equal(whole[:8], half)
+
+
 @pytest.mark.parametrize("kind", ["Q4_0", "Q6_K"])
 def test_bits_are_those_of_all_devices_whose_tensor_cores_sum_alike(kind: str) -> None:
     """They have 108 to 148 SMs and 99 to 227 KB: other rounds, and chunks of k on one of them.

@@ -23,9 +23,8 @@
 // Shared memory: quant_tiles.h. Where x does not fit, k goes in chunks, totals stay in registers.
 // docs/native.md has the instructions per weight; of Q4_K a tile takes 176 (80 unpack, 36 scale and
 // add, 18 MMAs), the rest of the kernel as many as 23 more a tile at m = 1 and 50 at m = 8. Lost:
-// tiles by turns along k, x from shared memory each time: 12 more a tile. 12 warps of 168 registers
-// or 16 of 128 spill. What only the end of a row or extreme ones need is kept from being computed
-// for all (ptx::mov_b32).
+// tiles by turns along k, x from shared memory each time: 12 more a tile. More warps spill. What
+// only the end of a row or extreme ones need is kept from being computed for all (ptx::mov_b32).
 #pragma once
 
 #include "ptx/sm90.cuh"
@@ -489,7 +488,8 @@ __device__ __forceinline__ void quant_decode_sm80(const QuantDecodeArgs& args) {
             __syncthreads();
             add_round<kTokenTiles>(args, round, smem, smem_sums, chunk + 1 == shape.num_chunks,
                                    totals);
-            // The next round's sums go to the other buffer; with chunks, convert_x waits.
+            // The next round's sums go to the other buffer; with chunks, x is converted again.
+            if (shape.num_chunks > 1) __syncthreads();
             smem_sums += other_sums;
             other_sums = -other_sums;
         } while (++chunk < shape.num_chunks);
