@@ -436,7 +436,7 @@ def hostile(model: Model) -> dict[str, tuple[bytes, str]]:
     return {
         "traversal": (with_entry(files, entry("../evil"), b"x"), outside),
         "inner traversal": (with_entry(files, entry("./a/../../evil"), b"x"), outside),
-        "absolute": (with_entry(files, entry("/tmp/evil"), b"x"), outside),
+        "absolute": (with_entry(files, entry("/evil"), b"x"), outside),
         "backslash": (with_entry(files, entry("..\\evil"), b"x"), outside),
         "symlink": (with_entry(files, entry("./l", tarfile.SYMTYPE, "/etc/passwd")), "no plain"),
         "hard link": (with_entry(files, entry("./l", tarfile.LNKTYPE, "/etc/passwd")), "no plain"),
