@@ -6,7 +6,7 @@ Everything is compiled below build/native, and only what changed. The products g
     _native.<abi>.so            pybind11 over the C ABI
     kernels/sm_<arch>.fatbin    one fatbin after the other, one per entry file
     kernels/build.json          the build record: what was built, by what, and what ptxas said
-    include/minitron_kernels.h  (not in an inplace build, which leaves it where it is)
+    include/*.h                 (not in an inplace build, which leaves them where they are)
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ _CPU_ISA_FLAGS = {
     "avx512vnni": "-mavx512f -mavx512bw -mavx512vl -mavx512vnni -mfma -mtune=icelake-server",
 }
 
-HEADER = "minitron_kernels.h"
+HEADERS = ("minitron_kernels.h", "minitron_kernels_fp8.h")
 LIBRARY = "libminitron_kernels.so"
 EXTENSION = f"_native{sysconfig.get_config_var('EXT_SUFFIX')}"
 
@@ -224,9 +224,10 @@ def build(package: Path) -> list[Path]:
         file.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(ROOT / BUILD / file.name, file)
     if package.parent != ROOT:
-        files.append(package / "include" / HEADER)
-        files[-1].parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(ROOT / "include" / HEADER, files[-1])
+        (package / "include").mkdir(parents=True, exist_ok=True)
+        for header in HEADERS:
+            files.append(package / "include" / header)
+            shutil.copy2(ROOT / "include" / header, files[-1])
     kernels = package / "kernels"
     for stale in kernels.glob("*.fatbin"):
         if stale.stem.removeprefix("sm_") not in archs:

@@ -18,7 +18,7 @@ def _existing(path: Path, what: str) -> Path:
 
 
 def get_include() -> str:
-    """The folder that holds minitron_kernels.h, the C ABI (C99, no CUDA header)."""
+    """The folder of the C ABI's headers, minitron_kernels.h and minitron_kernels_fp8.h (C99)."""
     installed = _PACKAGE / "include"
     folder = installed if installed.is_dir() else _PACKAGE.parent / "include"
     return str(_existing(folder / "minitron_kernels.h", "the header").parent)

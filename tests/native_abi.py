@@ -1,4 +1,4 @@
-"""The C ABI for tests: structs read from include/minitron_kernels.h, functions called by ctypes."""
+"""The C ABI for tests: structs read from the headers in include/, functions called by ctypes."""
 
 from __future__ import annotations
 
@@ -23,8 +23,10 @@ _C_TYPES = {
 
 @functools.cache
 def header() -> str:
-    """The header without comments."""
-    text = (Path(native.get_include()) / "minitron_kernels.h").read_text()
+    """The headers without comments."""
+    folder = Path(native.get_include())
+    names = ("minitron_kernels.h", "minitron_kernels_fp8.h")
+    text = "".join((folder / name).read_text() for name in names)
     return re.sub(r"/\*.*?\*/", "", text, flags=re.DOTALL)
 
 
@@ -50,12 +52,12 @@ def structs() -> dict[str, type[ctypes.Structure]]:
 
 @functools.cache
 def constants() -> dict[str, int]:
-    """The enumerators of the header and MK_ABI_VERSION."""
+    """The enumerators of the headers, and what they define as a number."""
     return {name: int(value) for name, value in re.findall(r"(MK_\w+)(?: =)? (\d+)", header())}
 
 
 def functions() -> set[str]:
-    """Names of the functions that the header declares."""
+    """Names of the functions that the headers declare."""
     return set(re.findall(r"MK_API [\w* ]+?\b(mk_\w+)\(", header()))
 
 

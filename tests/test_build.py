@@ -291,6 +291,7 @@ def test_wheel_without_a_toolkit(checkout: Path, tmp_path: Path) -> None:
     for name in (
         "libminitron_kernels.so",
         "include/minitron_kernels.h",
+        "include/minitron_kernels_fp8.h",
         "kernels/build.json",
         *(f"kernels/sm_{arch}.fatbin" for arch in ("80", "89", "90a", "100a")),
     ):

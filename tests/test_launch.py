@@ -863,7 +863,8 @@ def test_a_fault_in_a_kernel_is_a_driver_error() -> None:
 
 
 def test_library_paths() -> None:
-    assert (Path(native.get_include()) / "minitron_kernels.h").is_file()
+    for header in ("minitron_kernels.h", "minitron_kernels_fp8.h"):
+        assert (Path(native.get_include()) / header).is_file()
     assert Path(native.get_library()).name == "libminitron_kernels.so"
 
 
