@@ -530,3 +530,13 @@ def test_instructions_of_sm_90(instruction: str) -> None:
 def test_no_such_wgmma(shape: str) -> None:
     with pytest.raises(EmulatorError, match="unknown instruction"):
         load(MMA.replace("m64n8k16.f32.bf16.bf16", shape))
+
+
+def test_wgmma_of_bytes_is_k_major() -> None:
+    """The transposing immediates are there for 16-bit types alone."""
+    right = MMA.replace("m64n8k16.f32.bf16.bf16", "m64n8k32.f32.e4m3.e4m3")
+    right = right.replace(", 1, 1, 1, 0, 0;", ", 1, 1, 1;")
+    load(right)
+    for more in (", 1, 1, 1, 0, 0;", ", 1, 1, 1, 1;"):
+        with pytest.raises(EmulatorError, match="number of operands"):
+            load(right.replace(", 1, 1, 1;", more))

@@ -654,6 +654,42 @@ def test_nvcc_fp8(samples: Module) -> None:
     assert torch.equal(back, torch.stack([want4.float(), want5.float()], 1))
 
 
+def test_conversions_to_and_from_fp8() -> None:
+    """Every f16 there and every e4m3 back; random fp32 patterns, halfway cases, NaN."""
+    patterns = np.random.default_rng(4).integers(0, 2**32, COUNT, dtype=np.uint32)
+    near = np.random.default_rng(5).standard_normal(COUNT).astype(np.float32) * 0.02
+    special = np.float32(
+        [np.nan, -np.nan, np.inf, -np.inf, 448, 464, 465, 2**-10, 3 * 2**-10, -0.0]
+    )
+    x = np.concatenate([patterns[: COUNT // 2].view(np.float32), near[: COUNT // 2 - 10], special])
+
+    def expected(values: np.ndarray) -> np.ndarray:
+        clamped = torch.from_numpy(values.astype(np.float32)).clamp(-448, 448)
+        bits = clamped.to(torch.float8_e4m3fn).view(torch.uint8).numpy().astype(np.uint64)
+        return np.where(np.isnan(values), np.uint64(0x7F), bits)
+
+    low = np.roll(x, 1)
+    pair = [v.view(np.uint32).astype(np.uint64) for v in (x, low)]
+    got = execute("cvt.rn.satfinite.e4m3x2.f32 %hd, %a, %b;", [*pair, pair[0]], "sm_89")
+    np.testing.assert_array_equal(got, expected(x) << np.uint64(8) | expected(low))
+    for start in range(0, 1 << 16, COUNT):
+        halves = np.arange(start, start + COUNT, dtype=np.uint16)
+        other = np.roll(halves, 1)
+        words = halves.astype(np.uint64) << np.uint64(16) | other
+        got = execute("cvt.rn.satfinite.e4m3x2.f16x2 %hd, %a;", [words] * 3, "sm_89")
+        want = [expected(h.view(np.float16)) for h in (halves, other)]
+        np.testing.assert_array_equal(got, want[0] << np.uint64(8) | want[1])
+    pairs = np.arange(1 << 16, dtype=np.uint64)
+    values = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).half()
+    halves = values.view(torch.int16).numpy().view(np.uint16).astype(np.uint64)
+    halves[[0x7F, 0xFF]] = 0x7FFF
+    for start in range(0, 1 << 16, COUNT):
+        some = pairs[start : start + COUNT]
+        got = execute("cvt.rn.f16x2.e4m3x2 %d, %ha;", [some] * 3, "sm_89")
+        want = halves[some >> np.uint64(8)] << np.uint64(16) | halves[some & np.uint64(255)]
+        np.testing.assert_array_equal(got, want)
+
+
 def test_nvcc_cooperative_groups(samples: Module) -> None:
     y = np.zeros(64, np.int32)
     for seed in range(4):

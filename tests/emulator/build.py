@@ -35,31 +35,10 @@ def build(jobs: int = 2) -> Path:
     The cache folder is MK_EMU_CACHE, else `minitron_kernels` in the user's cache folder. Raises
     subprocess.CalledProcessError with the compiler's output when compilation fails.
     """
-    compiler = os.environ.get("CXX", "g++")
-    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "minitron_kernels"
-    cache = Path(os.environ.get("MK_EMU_CACHE", default))
-    cache.mkdir(parents=True, exist_ok=True)
-    headers = b"".join(path.read_bytes() for path in sorted(SOURCES.glob("*.h")))
-
-    def flags_of(source: Path) -> list[str]:
-        # Sources with target_clones choose at run time (and g++ 12 fails on both together).
-        return FLAGS if "target_clones" in source.read_text() else FLAGS + host_flags()
-
-    def named(stem: str, suffix: str, *content: bytes) -> Path:
-        digest = hashlib.sha256(b"\0".join([compiler.encode(), *content])).hexdigest()[:20]
-        return cache / f"{stem}-{digest}{suffix}"
-
-    # The largest sources first, for an even load.
-    sources = sorted(SOURCES.glob("*.cpp"), key=lambda path: -path.stat().st_size)
-    objects = {
-        source: named(
-            source.stem, ".o", " ".join(flags_of(source)).encode(), headers, source.read_bytes()
-        )
-        for source in sources
-    }
-    library = named("libcuda_emulator", ".so", *sorted(o.name.encode() for o in objects.values()))
-    if library.exists():
+    objects, library = _outputs()
+    if library.exists() and all(path.exists() for path in objects.values()):
         return library
+    compiler, cache = _compiler(), library.parent
 
     # One build at a time; outputs are made aside and renamed, so that none is ever seen unfinished.
     with (cache / "lock").open("w") as lock, tempfile.TemporaryDirectory(dir=cache) as folder:
@@ -68,15 +47,54 @@ def build(jobs: int = 2) -> Path:
         def compile_one(source: Path) -> None:
             if not objects[source].exists():
                 output = Path(folder) / f"{source.stem}.o"
-                run([compiler, *flags_of(source), "-c", str(source), "-o", str(output)])
+                run([compiler, *_flags_of(source), "-c", str(source), "-o", str(output)])
                 output.replace(objects[source])
 
         with ThreadPoolExecutor(jobs) as pool:
-            list(pool.map(compile_one, sources))
+            list(pool.map(compile_one, objects))
         output = Path(folder) / library.name
         run([compiler, "-shared", "-pthread", "-o", str(output), *map(str, objects.values())])
         output.replace(library)
     return library
+
+
+def objects_of(*stems: str) -> list[Path]:
+    """The compiled sources of these names, for a library of a test's own."""
+    build()
+    return [path for source, path in _outputs()[0].items() if source.stem in stems]
+
+
+def _compiler() -> str:
+    return os.environ.get("CXX", "g++")
+
+
+def _flags_of(source: Path) -> list[str]:
+    # Sources with target_clones choose at run time (and g++ 12 fails on both together).
+    return FLAGS if "target_clones" in source.read_text() else FLAGS + host_flags()
+
+
+def _outputs() -> tuple[dict[Path, Path], Path]:
+    """Where each source's object is, and the library."""
+    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "minitron_kernels"
+    cache = Path(os.environ.get("MK_EMU_CACHE", default))
+    cache.mkdir(parents=True, exist_ok=True)
+    headers = b"".join(path.read_bytes() for path in sorted(SOURCES.glob("*.h")))
+
+    def named(stem: str, suffix: str, *content: bytes) -> Path:
+        digest = hashlib.sha256(b"\0".join([_compiler().encode(), *content])).hexdigest()[:20]
+        return cache / f"{stem}-{digest}{suffix}"
+
+    # The largest sources first, for an even load.
+    sources = sorted(SOURCES.glob("*.cpp"), key=lambda path: -path.stat().st_size)
+    objects = {
+        source: named(
+            source.stem, ".o", " ".join(_flags_of(source)).encode(), headers, source.read_bytes()
+        )
+        for source in sources
+    }
+    return objects, named(
+        "libcuda_emulator", ".so", *sorted(o.name.encode() for o in objects.values())
+    )
 
 
 def run(command: list[str]) -> None:

@@ -99,6 +99,18 @@ inline uint16_t f32_to_f16(float value) {
     return static_cast<uint16_t>(narrow_to_f16<uint32_t, float>(value));
 }
 
+// Round to nearest even; too large values and infinities give the largest finite one.
+inline uint32_t f32_to_e4m3_satfinite(float value) {
+    const uint32_t bits = std::bit_cast<uint32_t>(value), magnitude = bits & 0x7FFFFFFFu;
+    const uint32_t clamped = magnitude < 0x43E00000u ? magnitude : 0x43E00000u;  // 448
+    const uint32_t normal = (clamped + 0x7FFFFu + ((clamped >> 20) & 1u) - (120u << 23)) >> 20;
+    // One unit in the last place of 2^14 is the smallest e4m3: the addition rounds.
+    const uint32_t subnormal =
+        std::bit_cast<uint32_t>(std::bit_cast<float>(clamped) + 0x1p14f) - 0x46800000u;
+    const uint32_t number = (clamped < (121u << 23) ? subnormal : normal) | (bits >> 24 & 0x80u);
+    return magnitude > 0x7F800000u ? 0x7Fu : number;
+}
+
 // Round to nearest even, no saturation.
 inline uint16_t f32_to_bf16(float value) {
     const uint32_t bits = std::bit_cast<uint32_t>(value);

@@ -243,7 +243,25 @@ Handler fast_path(Type to, Type from, Round mode, uint8_t flags) {
                        f32_to_bf16(b < 0 ? 0.0f : b);
             });
     }
+    if (flags == kSatFinite && mode == Round::rn && to == Type::e4m3x2) {
+        if (from == Type::f32)
+            return lanes([](float a, float b) {
+                return static_cast<uint16_t>(f32_to_e4m3_satfinite(a) << 8 |
+                                             f32_to_e4m3_satfinite(b));
+            });
+        if (from == Type::f16x2)
+            return lanes([](uint32_t x) {
+                const auto low = static_cast<uint16_t>(x), high = static_cast<uint16_t>(x >> 16);
+                return static_cast<uint16_t>(f32_to_e4m3_satfinite(f16_to_f32(high)) << 8 |
+                                             f32_to_e4m3_satfinite(f16_to_f32(low)));
+            });
+    }
     if (flags) return nullptr;
+    if (to == Type::f16x2 && from == Type::e4m3x2)
+        return lanes([](uint16_t x) {
+            const auto low = static_cast<uint8_t>(x), high = static_cast<uint8_t>(x >> 8);
+            return uint32_t{f32_to_f16(e4m3_to_f32(high))} << 16 | f32_to_f16(e4m3_to_f32(low));
+        });
     if (to == Type::f32 && from == Type::f16)
         return lanes([](uint16_t x) { return canonical(f16_to_f32(x)); });
     if (to == Type::f32 && from == Type::bf16)

@@ -84,7 +84,7 @@ void decode_mma(Decode& d) {
     if (!traits || types[3] != types[0]) d.unknown("no such mma shape");
     if (d.device().capability < traits->min_sm)
         d.unknown("needs sm_" + std::to_string(traits->min_sm));
-    op.sum_bytes = mma_sum_bytes(d.device().capability);
+    op.capability = d.device().capability;
     const bool wide = op.a == MmaType::f64;
     const Type reg = wide ? Type::f64 : Type::b32;
     std::vector<uint32_t> rows;

@@ -6,6 +6,7 @@
 #include <cstring>
 #include <limits>
 
+#include "fp8_sums.h"
 #include "mma_lanes.h"
 
 namespace emu {
@@ -66,7 +67,7 @@ inline void multiply_add(const MmaOp& op, const Block* a, const Block* b, const 
     const int acc_regs = op.acc == MmaType::f16 ? 1 : 2;  // of eight rows
     Octet rows[kRows];
     for (int j = 0; j < kRowBlocks; ++j) unpack_acc(op.acc, c + acc_regs * j, rows + kGroups * j);
-    const int blocks = op.k / elements, blocks_at_once = op.sum_bytes / kBlockBytes;
+    const int blocks = op.k / elements, blocks_at_once = op.capability < 90 ? 1 : 2;
     for (int i = 0; i < blocks; ++i, a += kRowBlocks, ++b) {
         // Sixteen sums at once hide the latency of the additions; unrolled, they stay in registers.
         Octet sums[kRows];
@@ -85,6 +86,41 @@ inline void multiply_add(const MmaOp& op, const Block* a, const Block* b, const 
     for (int j = 0; j < kRowBlocks; ++j) pack_acc(op, rows + kGroups * j, d + acc_regs * j);
 }
 
+// fp8 on sm_89: 16 products at once, in few bits.
+inline void multiply_add_narrow(const MmaOp& op, const Block* a, const Block* b,
+                                const uint32_t (*c)[32], uint32_t (*d)[32]) {
+    const int acc_regs = op.acc == MmaType::f16 ? 1 : 2;
+    for (int half = 0; half < 2; ++half) {
+        Octet rows[kGroups];
+        unpack_acc(op.acc, c + acc_regs * half, rows);
+        for (int i = 0; i < op.k / kBlockBytes; ++i)
+            add_narrow(op, kBlockBytes, reinterpret_cast<const double*>(a[2 * i + half]), kGroups,
+                       reinterpret_cast<const double*>(b[i]), kGroups, rows);
+        pack_acc(op, rows, d + acc_regs * half);
+    }
+}
+
+// fp8 from sm_90 on: two f16 MMAs that start from zero, then C is added.
+inline void multiply_add_as_f16(const MmaOp& op, const Block* a, const Block* b,
+                                const uint32_t (*c)[32], uint32_t (*d)[32]) {
+    const int acc_regs = op.acc == MmaType::f16 ? 1 : 2, blocks = op.k / kBlockBytes;
+    for (int half = 0; half < 2; ++half) {
+        Octet rows[kGroups], sums[kGroups] = {};
+        for (int part = 0; part < 2; ++part) {
+            // `unpack` leaves bytes 0 and 1 of each word in the first four of eight elements.
+            for (int i = 0; i < blocks; ++i)
+                for (int e = 4 * part; e < kBlockBytes; e += e % 4 == 3 ? 5 : 1)
+                    for (int row = 0; row < kGroups; ++row)
+                        sums[row] += a[2 * i + half][e][row] * b[i][e];
+            for (Octet& sum : sums) sum = truncate_to_f32(sum);
+            if (op.acc == MmaType::f16) round_to_f16(sums);
+        }
+        unpack_acc(op.acc, c + acc_regs * half, rows);
+        for (int row = 0; row < kGroups; ++row) rows[row] += sums[row];
+        pack_acc(op, rows, d + acc_regs * half);
+    }
+}
+
 // All types but f64 and b1, through exact products in double.
 //
 // Compiled three times, so that a portable build still uses what the machine has. Results do not
@@ -101,6 +137,9 @@ mma_blocks(const MmaOp& op, const uint32_t (*a)[32], const uint32_t (*b)[32],
         unpack(is_a ? op.a : op.b, is_a ? a[i] : b[i - a_regs], blocks[i]);
     }
     const Block* b_blocks = blocks + a_regs;
+    if (op.a == MmaType::e4m3 || op.a == MmaType::e5m2)
+        return op.capability < 90 ? multiply_add_narrow(op, blocks, b_blocks, c, d)
+                                  : multiply_add_as_f16(op, blocks, b_blocks, c, d);
     op.m == 16 ? multiply_add<2>(op, blocks, b_blocks, c, d)
                : multiply_add<1>(op, blocks, b_blocks, c, d);
 }

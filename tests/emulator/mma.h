@@ -32,7 +32,7 @@ struct MmaOp {
     MmaType acc;             // type of C and D: f32, f16, s32 or f64
     bool satfinite = false;  // s32: clamp instead of wrapping around
     bool and_popc = false;   // b1: .and.popc instead of .xor.popc
-    int sum_bytes = 16;      // of k, summed at once: mma_sum_bytes
+    int capability = 80;     // of the device, whose sums it takes
 };
 
 struct MmaTraits {
@@ -40,22 +40,22 @@ struct MmaTraits {
     int min_sm;                  // lowest compute capability: 80, 89, 90
 };
 
-// 16 before sm_90, the whole k from it on.
-constexpr int mma_sum_bytes(int capability) { return capability < 90 ? 16 : 32; }
-
 // What the PTX ISA says of an instruction; nothing if there is no such one.
 std::optional<MmaTraits> mma_traits(const MmaOp& op);
 
 // D = A * B + C for an op that has traits; d may be c.
 //
 // Arithmetic, after measurements (A100: Fasi et al., "Numerical behavior of NVIDIA tensor cores",
-// 2021; A100 to B200: Xie et al., "MMA-Sim", arXiv:2511.10909): products are exact; those of
-// `sum_bytes` of k (8 f16, 4 tf32, 16 fp8 before sm_90, twice as many from it on, as wgmma sums
-// them) and the accumulator are summed at once, and the sum is *truncated* to fp32; the rest
-// follows in ascending k. f16 accumulators are rounded to nearest once, at the end. Hardware also
-// drops low bits of small addends while it aligns them to the largest one (2^-24 of it on the A100,
-// 2^-25 on the H100, 2^-13 for fp8 on Ada and in wgmma); that is not modelled: a sum is exact to
-// 2^-53. Integers are exact; f64 is a chain of fused multiply-adds in ascending k.
+// 2021; A100 to B200: Xie et al., "MMA-Sim", arXiv:2511.10909): products are exact; those of 16
+// bytes of k (8 f16, 4 tf32), of 32 from sm_90 on, and the accumulator are summed at once, and the
+// sum is *truncated* to fp32; the rest follows in ascending k. f16 accumulators are rounded to
+// nearest once, at the end. Hardware also drops low bits of small addends while it aligns them to
+// the largest one (2^-24 of it on the A100, 2^-25 on the H100); that is not modelled: a sum is
+// exact to 2^-53. Integers are exact; f64 is a chain of fused multiply-adds in ascending k.
+//
+// fp8 on sm_89 adds 16 products at once, in few bits (fp8_sums.h). From sm_90 on the tensor core
+// has no fp8 mma.sync: ptxas converts to f16 and emits two HMMAs that start from zero, the first
+// for k with k % 4 < 2, and an ordinary addition of C.
 //
 // m16n8k16 bf16 takes about 0.13 us with AVX-512, ten times as long without.
 void mma_sync(const MmaOp& op, const uint32_t (*a)[32], const uint32_t (*b)[32],

@@ -141,6 +141,15 @@ inline void pack_acc(const MmaOp& op, Octet* rows, uint32_t (*d)[32]) {
     }
 }
 
+// Values of fp32 to those of f16.
+inline void round_to_f16(Octet* rows) {
+    for (int g = 0; g < kGroups; g += 2) {
+        const auto values = __builtin_convertvector(load<Doubles>(&rows[g]), Floats);
+        const Words bits = narrow_to_f16<Words>(values);
+        store(&rows[g], __builtin_convertvector(element_values<MmaType::f16>(bits), Doubles));
+    }
+}
+
 // Drops the mantissa bits that fp32 does not have: rounding towards zero.
 inline Octet truncate_to_f32(Octet values) {
     constexpr int64_t kDropped = (int64_t{1} << (52 - 23)) - 1;

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from functools import cache, partial
 from typing import Any
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
@@ -27,6 +28,7 @@ from triton.compiler import ASTSource
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
+from ..fp8_sums import narrow_sum
 from . import gluon_kernels, library
 from . import triton_kernels as kernels
 
@@ -164,8 +166,13 @@ def _matmul(
             # The tensor core reads the upper 19 bits of each tf32 operand.
             baseline = _truncate_tf32(a) @ _truncate_tf32(b)
         elif dtype.itemsize == 1:
-            # PyTorch has no fp8 product on the CPU; values and products are exact in fp32.
-            baseline = (a.float() @ b.float()).to(out_dtype)
+            # As the tensor core adds them, in few bits.
+            name = {torch.float8_e4m3fn: "e4m3", torch.float8_e5m2: "e5m2"}[dtype]
+            total = np.zeros((m, n))
+            for ks in torch.arange(k).split(32):
+                parts = a[:, ks].double().numpy(), b[ks].double().numpy()
+                total = narrow_sum(*parts, total, name, name, "f32")
+            baseline = torch.from_numpy(total).to(out_dtype)
         elif kind.acc == tl.float16:
             baseline = torch.zeros(m, n, dtype=out_dtype)
             for start in range(0, k, 16):  # as the instruction has it

@@ -2,6 +2,7 @@
 
 #include "wgmma.h"
 
+#include "fp8_sums.h"
 #include "mma_lanes.h"
 
 namespace emu {
@@ -48,6 +49,7 @@ inline void multiply_block(const WgmmaOp& op, const double* a, const double* b, 
                            uint32_t* const* d) {
     const int k = op.k();
     const int regs = op.acc == MmaType::f16 ? 1 : 2;  // of eight rows and columns
+    const bool narrow = op.a == MmaType::e4m3 || op.a == MmaType::e5m2;
     const MmaOp as_mma{16, k, op.a, op.b, op.acc, op.satfinite};
     for (int half = 0; half < 2; ++half) {
         Octet sums[kBlocks][8];
@@ -62,7 +64,10 @@ inline void multiply_block(const WgmmaOp& op, const double* a, const double* b, 
             unpack_acc(op.acc, c, sums[j]);
         }
         const double* rows = a + 8 * half;
-        for (int i = 0; i < k; ++i) {
+        if (narrow)
+            for (int j = 0; j < kBlocks; ++j)
+                add_narrow(as_mma, k, rows, kWgmmaRows, b + 8 * j, op.n, sums[j]);
+        for (int i = 0; i < k && !narrow; ++i) {
             Octet columns[kBlocks];
 #pragma GCC unroll 2
             for (int j = 0; j < kBlocks; ++j)

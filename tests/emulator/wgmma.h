@@ -2,8 +2,8 @@
 //
 // A step of k takes 32 bytes of each row of A and column of B. Elements are unpacked to doubles, in
 // which products are exact; all products of a step and the accumulator are summed at once and the
-// sum is truncated to fp32 (H100 sums 16 products of 16 bits at once; fp8 sums of the hardware keep
-// fewer bits, which is not modelled). f16 accumulators are rounded once more, integers are exact.
+// sum is truncated to fp32 (H100 sums 16 products of 16 bits at once), or of fp8 added in fewer
+// bits (fp8_sums.h). f16 accumulators are rounded once more, integers are exact.
 #pragma once
 
 #include <cstdint>
