@@ -116,11 +116,12 @@ run_tests() { # NAME LIMIT ARGUMENTS OF PYTEST...
 # A few cases of every op (tests/test_on_gpu.py holds this list against the C ABI's).
 short_tests=(tests/test_cuda_ops.py tests/test_cuda_attention.py tests/test_kernels_memory.py
     tests/test_linear.py tests/test_quant_decode.py tests/test_quant_gemm.py
-    tests/test_quant_embedding.py)
+    tests/test_quant_embedding.py tests/test_linear_fp8.py)
 short_names="test_norms or test_rope_and_append or test_silu_and_embedding or test_swiglu_mlp
     or test_attention or test_argmax or test_sampling_equals or test_linear_of_any_strides
     or test_qkv_rope_append or test_qkv_of_three_types or test_rows_have_ggufs_bits
-    or test_large_tile or test_extreme_blocks or test_norm_residual_and_swiglu"
+    or test_large_tile or test_extreme_blocks or test_norm_residual_and_swiglu
+    or test_quantize_edges or test_writes_vectors"
 short_names=$(echo $short_names)  # on one line
 if [ -n "$dry" ]; then
     run_tests tests-short 100 -m "not slow" -k "test_norms and emu-sm_80" tests/test_cuda_ops.py

@@ -37,6 +37,10 @@ typedef struct mk_quantize_fp8_params {
     int32_t dtype;               /* MK_BF16, MK_F16: of x */
 } mk_quantize_fp8_params;
 
+MK_API mk_status mk_quantize_fp8(const mk_quantize_fp8_params* params, void* stream);
+MK_API mk_status mk_quantize_fp8_plan(const mk_quantize_fp8_params* params, const mk_device* device,
+                                      mk_plan* plan);
+
 /* ---- Linear -------------------------------------------------------------------------------------
  * y[m, n] = sum over k of x[m, k] x_scale[m, k / 128] * w[n, k] w_scale[n / 128, k / 128].
  * The products of 128 k are summed by four wgmma k32, whose sums keep about 14 bits, from 0; then
@@ -62,6 +66,13 @@ typedef struct mk_linear_fp8_params {
     int32_t k;         /* 1 ... 2^20 */
     int32_t out_dtype; /* MK_BF16, MK_F16: of residual, too; or MK_F32 (mk_linear_fp8 without it) */
 } mk_linear_fp8_params;
+
+MK_API mk_status mk_linear_fp8(const mk_linear_fp8_params* params, void* stream);
+MK_API mk_status mk_linear_fp8_plan(const mk_linear_fp8_params* params, const mk_device* device,
+                                    mk_plan* plan);
+MK_API mk_status mk_linear_fp8_swiglu(const mk_linear_fp8_params* params, void* stream);
+MK_API mk_status mk_linear_fp8_swiglu_plan(const mk_linear_fp8_params* params,
+                                           const mk_device* device, mk_plan* plan);
 
 #ifdef __cplusplus
 }

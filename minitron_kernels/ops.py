@@ -37,6 +37,12 @@ from minitron_kernels.checks import (
     on_host,
     shape_of,
 )
+from minitron_kernels.fp8 import (
+    linear_fp8,
+    linear_fp8_swiglu,
+    quantize_fp8,
+    quantize_fp8_weight,
+)
 from minitron_kernels.library import Norm, Rope, op
 from minitron_kernels.packing import (
     PackedGateUp,
@@ -63,9 +69,13 @@ __all__ = [
     "embedding",
     "is_quantized",
     "linear",
+    "linear_fp8",
+    "linear_fp8_swiglu",
     "pack_gate_up",
     "pack_qkv",
     "qkv_rope_append",
+    "quantize_fp8",
+    "quantize_fp8_weight",
     "rms_norm",
     "rope_append",
     "silu_and_mul",

@@ -63,6 +63,28 @@ def linear(x: Tensor, w: Tensor, residual: Tensor | None = None) -> Tensor:
     return y if residual is None else y + _wide(residual)
 
 
+def dequantize_fp8(x: Tensor, scale: Tensor) -> Tensor:
+    """What e4m3 x [R, K] stands for, in the dtype of scale, which is one element, [R, 1],
+    [R, ceil(K/128)] or, of 128 x 128 blocks, [ceil(R/128), ceil(K/128)]."""
+    wide = scale.reshape(1, 1) if scale.numel() == 1 else scale
+    if wide.shape[0] not in (1, x.shape[0]):
+        wide = wide.repeat_interleave(128, 0)[: x.shape[0]]
+    if wide.shape[1] != 1:
+        wide = wide.repeat_interleave(128, 1)[:, : x.shape[1]]
+    return x.to(scale.dtype) * wide
+
+
+def linear_fp8(
+    x: Tensor, w: Tensor, x_scale: Tensor, w_scale: Tensor, residual: Tensor | None = None
+) -> Tensor:
+    return linear(dequantize_fp8(x, x_scale), dequantize_fp8(w, w_scale), residual)
+
+
+def linear_fp8_swiglu(x: Tensor, w: Tensor, x_scale: Tensor, w_scale: Tensor) -> Tensor:
+    y = linear_fp8(x, w, x_scale, w_scale)
+    return silu_and_mul(torch.cat((y[:, ::2], y[:, 1::2]), dim=-1))
+
+
 def swiglu_mlp(
     x: Tensor,
     w_gate_up: Tensor | tuple[Tensor, Tensor],

@@ -29,7 +29,7 @@ BUILT = tuple(arch for arch in ARCHS if arch in native.build_info()["archs"])
 DEVICES = (*BUILT, *(("gpu",) if torch.cuda.is_available() else ()))
 
 DTYPES = {torch.bfloat16: "MK_BF16", torch.float16: "MK_F16", torch.float32: "MK_F32"}
-DTYPES |= {torch.int32: "MK_I32", torch.int64: "MK_I64"}
+DTYPES |= {torch.int32: "MK_I32", torch.int64: "MK_I64", torch.float8_e4m3fn: "MK_E4M3"}
 
 
 def dtype_id(tensor: torch.Tensor) -> int:

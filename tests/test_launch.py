@@ -125,9 +125,31 @@ VALID["embedding_quant"] = {
     "embedding": {**VALID["embedding"], "table": None, "table_stride": 0},
     "table": {**PACKED, "rows": 1000},
 }
+VALID["quantize_fp8"] = {
+    "x": POINTER, "out": POINTER, "scales": POINTER, "x_stride": 4096, "out_stride": 4096,
+    "scales_stride": 1, "scales_block_stride": 3, "rows": 3, "k": 4096, "block": 128,
+    "dtype": C["MK_BF16"],
+}  # fmt: skip
+VALID["linear_fp8"] = {
+    **dict.fromkeys(("x", "w", "x_scale", "w_scale", "residual", "out"), POINTER),
+    "x_stride": 4096, "w_stride": 4096, "residual_stride": 6144, "out_stride": 6144,
+    "x_scale_stride": 1, "x_scale_block_stride": 3, "w_scale_stride": 32,
+    "w_scale_block_stride": 1, "m": 3, "n": 6144, "k": 4096, "out_dtype": C["MK_BF16"],
+}  # fmt: skip
+VALID["linear_fp8_swiglu"] = {**VALID["linear_fp8"], "residual": None}
 # The op's struct within its struct, whose fields make_params takes by their bare names too.
 INNER = {"linear_quant": "linear", "linear_quant_swiglu": "linear", "qkv_rope_append_quant": "qkv",
          "embedding_quant": "embedding"}  # fmt: skip
+
+
+def ops_of(arch: str) -> list[str]:
+    """The ops that have kernels for an architecture."""
+    return [op for op in abi.OPS if arch == "90a" or op not in abi.FP8_OPS]
+
+
+def arch_of(op: str) -> str:
+    """The lowest architecture with kernels of an op."""
+    return "90a" if op in abi.FP8_OPS else "80"
 
 
 def fields_of(op: str) -> dict[str, Any]:
@@ -409,6 +431,50 @@ BAD: list[tuple[str, str, Any, str]] = [
     ("embedding_quant", "out_stride", 4095, "STRIDE"),
     ("embedding_quant", "ids_dtype", C["MK_BF16"], "DTYPE"),
     ("embedding_quant", "dtype", C["MK_F32"], "DTYPE"),
+    ("quantize_fp8", "x", None, "NULL"),
+    ("quantize_fp8", "out", None, "NULL"),
+    ("quantize_fp8", "scales", None, "NULL"),
+    ("quantize_fp8", "scales", POINTER + 2, "ALIGNMENT"),
+    ("quantize_fp8", "x_stride", 4095, "STRIDE"),
+    ("quantize_fp8", "out_stride", 4095, "STRIDE"),
+    ("quantize_fp8", "scales_stride", 0, "STRIDE"),
+    ("quantize_fp8", "scales_block_stride", 0, "STRIDE"),
+    ("quantize_fp8", "rows", -1, "SHAPE"),
+    ("quantize_fp8", "k", 0, "SHAPE"),
+    ("quantize_fp8", "block", 64, "VALUE"),
+    ("quantize_fp8", "dtype", C["MK_F32"], "DTYPE"),
+    *(
+        (op, *case)
+        for op in ("linear_fp8", "linear_fp8_swiglu")
+        for case in (
+            ("x", None, "NULL"),
+            ("x", POINTER + 8, "ALIGNMENT"),
+            ("w", None, "NULL"),
+            ("w", POINTER + 1, "ALIGNMENT"),
+            ("x_scale", None, "NULL"),
+            ("w_scale", None, "NULL"),
+            ("x_scale", POINTER + 2, "ALIGNMENT"),
+            ("out", None, "NULL"),
+            ("x_stride", 4095, "STRIDE"),
+            ("x_stride", 4104, "STRIDE"),
+            ("w_stride", 4104, "STRIDE"),
+            ("x_stride", 1 << 40, "STRIDE"),
+            ("x_scale_stride", -1, "STRIDE"),
+            ("w_scale_block_stride", -1, "STRIDE"),
+            ("m", -1, "SHAPE"),
+            ("n", 0, "SHAPE"),
+            ("k", 0, "SHAPE"),
+            ("k", (1 << 20) + 1, "SHAPE"),
+            ("out_dtype", 0, "DTYPE"),
+            ("out_dtype", C["MK_F32"], "DTYPE"),
+        )
+    ),
+    ("linear_fp8", "out_stride", 6143, "STRIDE"),
+    ("linear_fp8", "residual", POINTER + 1, "ALIGNMENT"),
+    ("linear_fp8", "residual_stride", 6143, "STRIDE"),
+    ("linear_fp8_swiglu", "out_stride", 3071, "STRIDE"),
+    ("linear_fp8_swiglu", "n", 6143, "SHAPE"),
+    ("linear_fp8_swiglu", "residual", POINTER, "VALUE"),
 ]
 
 
@@ -436,7 +502,8 @@ def test_theta_is_checked_without_tables() -> None:
 @pytest.mark.parametrize("op", abi.OPS)
 def test_null_arguments(op: str) -> None:
     launch, plan = (getattr(abi.library(), f"mk_{op}{suffix}") for suffix in ("", "_plan"))
-    params, device, result = make_params(op), abi.device("80"), abi.structs()["mk_plan"]()
+    params, result = make_params(op), abi.structs()["mk_plan"]()
+    device = abi.device(arch_of(op))
     arguments = [ctypes.byref(x) for x in (params, device, result)]
     assert launch(None, None) == C["MK_ERR_NULL"]
     for i in range(3):
@@ -529,6 +596,8 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     ],
     "attention": [{"head_dim": d, "rope.rotary_dim": 64} for d in (64, 128)],
     "embedding_quant": [{}],
+    "linear_fp8": [{}],
+    "linear_fp8_swiglu": [{}],
     "linear_quant": [{"m": 8}, {"m": 16}],
     "linear_quant_swiglu": [{"m": 8}, {"m": 16}],
     "qkv_rope_append_quant": [{"tokens": 8}, {"tokens": 16}],
@@ -539,6 +608,7 @@ PRODUCTS = {
     "linear_swiglu": ("m", "n", 1, "out_stride"),
     "qkv_rope_append": ("tokens", "num_q_heads", 128, "q_stride"),
 }
+PRODUCTS |= dict.fromkeys(("linear_fp8", "linear_fp8_swiglu"), PRODUCTS["linear"])
 PLANNED: dict[str, set[str]] = {arch: set() for arch in ARCHS}
 
 
@@ -565,22 +635,21 @@ def test_plan_and_entries_match(arch: str) -> None:
     if arch not in native.build_info()["archs"]:
         pytest.skip(f"sm_{arch} is not in this build")
     reached = set()
-    for op in abi.OPS:
+    for op in ops_of(arch):
         halves = [C["MK_BF16"], C["MK_F16"]]
         first = next(f for f in ("x", "q", "k", "gate_up", "table", "logits") if f in fields_of(op))
         unaligned = [{}, {first: POINTER + 4}]
         for dtype in [*halves, C["MK_F32"]] if op in ("argmax", "sample") else halves:
+            dtypes = {f: dtype for f in ("dtype", "out_dtype") if f in fields_of(op)}
             for change in VARIANTS.get(op, unaligned):
-                change = {"dtype": dtype, **change}
-                change |= {"out_dtype": dtype} if "out_dtype" in fields_of(op) else {}
+                change = {**dtypes, **change}
                 plan = check_plan(op, make_params(op, **change), arch)
                 reached.add(plan.entry.decode())
             if op in PRODUCTS:
                 rows, columns, width, stride = PRODUCTS[op]
                 for m, n in itertools.product((17, 65, 256, 8192), (256, 4096, 23040)):  # each tile
-                    change = {rows: m, columns: n // width, stride: n, "dtype": dtype}
+                    change = {rows: m, columns: n // width, stride: n, **dtypes}
                     change |= {f: None for f in ("norm_weight", "residual") if f in fields_of(op)}
-                    change |= {"out_dtype": dtype} if "out_dtype" in fields_of(op) else {}
                     reached.add(check_plan(op, make_params(op, **change), arch).entry.decode())
     for op in ("linear_quant", "linear_quant_swiglu", "qkv_rope_append_quant"):
         rows = "tokens" if op.startswith("qkv") else "m"
@@ -643,9 +712,11 @@ def test_empty_input_launches_nothing(op: str) -> None:
     rows = next(field for field in ("tokens", "m", "rows", "tokens_q") if field in fields_of(op))
     pointers = {f: None for f, v in fields_of(op).items() if v == POINTER}
     params = make_params(op, **{rows: 0}, **pointers)
-    assert abi.plan(op, params, "80").grid[0] == 0
-    make_current("80")
-    abi.check(getattr(emulated_library(), f"mk_{op}")(ctypes.byref(params), None))
+    arch = arch_of(op)
+    assert abi.plan(op, params, arch).grid[0] == 0
+    lib = emulated_library()  # which makes others current when it is loaded
+    make_current(arch)
+    abi.check(getattr(lib, f"mk_{op}")(ctypes.byref(params), None))
 
 
 def test_plan_format() -> None:

@@ -64,6 +64,8 @@ CLAIMS = {
             ("m64_n64", 144),
         )
     },
+    **{f"linear_fp8_m128_n{n}": (168, 0) for n in (192, 128, 64)},
+    "quantize_fp8": (64, 0),
     "quant_decode": (255, 0),
     "attention_decode_hd64_rows8": (168, 48 << 10),
     "attention_decode_hd64_rows32": (255, 36 << 10),
@@ -71,20 +73,21 @@ CLAIMS = {
     "attention_decode_hd128_rows32": (255, 40 << 10),
 }
 SHARED = ("quant_decode", "quant_gemm")  # kernels of all products with quantised weights
-LINEAR = ("linear", "linear_swiglu", "qkv_rope_append", *SHARED)
+LINEAR = ("linear", "linear_swiglu", "qkv_rope_append", "linear_fp8", *SHARED)
 # Widths of stores next to 16 bytes: a token, an index; a lane's four weights, or one where rows are
-# not aligned; attention's out (8 bytes a lane, a row a warp), statistics of partial results, lse
-# and the counter.
+# not aligned; 8 elements of fp8, and a scale; attention's out (8 bytes a lane, a row a warp),
+# statistics of partial results, lse and the counter.
 NARROW_STORES = {
     "embedding_quant": {".64", ""},
     "quant_prepare_x": {".64", ""},
+    "quantize_fp8": {".64", ""},
     "argmax": {".64"},
     "sample": {".64"},
     "attention_decode": {".64", ""},
     "attention": {""},
 }
 ENTRY_NAME = re.compile(
-    r"mk_(?P<op>[a-z_]+)_sm(?P<sm>80|89|90|100)_(?P<dtype>bf16|f16|f32|b16)"
+    r"mk_(?P<op>[a-z_0-9]+)_sm(?P<sm>80|89|90|100)_(?P<dtype>bf16|f16|f32|b16|e4m3)"
     r"(?P<keys>(_[a-z]+\d+)*)(?P<flags>(_[a-z]+)*)"
 )
 
@@ -151,6 +154,7 @@ OWN_INSTRUCTIONS = {
     r"mk_attention_sm90": {"HGMMA", "UTMALDG", "USETMAXREG"},
     r"mk_attention_decode_sm90": {"UTMALDG", "UTMAPF"},
     r"mk_(linear|linear_swiglu|qkv_rope_append)_sm90_\w+_m128_": {"HGMMA", "UTMALDG", "USETMAXREG"},
+    r"mk_linear_fp8_sm90": {"QGMMA", "UTMALDG", "USETMAXREG"},
     r"mk_(linear|linear_swiglu|qkv_rope_append)_sm90_\w+_m64_": {"HGMMA", "UTMALDG", "UTMAPF"},
 }
 
@@ -160,7 +164,7 @@ def test_sass_has_the_instructions_of_its_arch(arch: str) -> None:
     for name, text in sass(arch).items():
         own = [found for entry, found in OWN_INSTRUCTIONS.items() if re.match(entry, name)]
         expected = own[0] if own else set()
-        found = set(re.findall(r"\b(HGMMA|UTMALDG|UTMAPF|USETMAXREG)\b", text))
+        found = set(re.findall(r"\b(HGMMA|QGMMA|UTMALDG|UTMAPF|USETMAXREG)\b", text))
         assert found == expected, name
 
 
@@ -271,7 +275,7 @@ def test_readme_map_is_true() -> None:
     }
     assert marked == dict(ENTRY_FILES)
     assert set(marked) == {str(p.relative_to(CSRC)) for p in CSRC.rglob("entries/*.cu")}
-    named = re.findall(r"^\| ([a-z_, ]+) \| `", text, re.MULTILINE)
+    named = re.findall(r"^\| ([a-z_0-9, ]+) \| `", text, re.MULTILINE)
     assert {op for row in named for op in row.split(", ")} == set(abi.OPS)
 
 

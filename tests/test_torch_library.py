@@ -61,6 +61,9 @@ def arguments(t: int) -> dict[str, tuple[Any, ...]]:
         blocks(kind, rows * D, 256)
         for kind, rows in zip(kinds, (HEADS, KV_HEADS, KV_HEADS), strict=True)
     ]
+    fp8 = (
+        *(m.to(torch.float8_e4m3fn) for m in (wide, randn(40, 256))), randn(t, 2), randn(1, 2),
+    )  # fmt: skip
     packed_qkv = ops.pack_qkv(wq, wk, wv, D).weight
     packed_gate_up = ops.pack_gate_up(gate, up).weight
     return {
@@ -99,6 +102,10 @@ def arguments(t: int) -> dict[str, tuple[Any, ...]]:
         "embedding_quant": (
             torch.arange(t), blocks("Q6_K", 70, 256), "Q6_K", 70, 256, torch.bfloat16,
         ),
+        "quantize_fp8_blocks": (wide,),
+        "quantize_fp8": (wide, torch.tensor([0.01])),
+        "linear_fp8": (*fp8, randn(t, 40).bfloat16(), torch.bfloat16),
+        "linear_fp8_swiglu": (*fp8, torch.float16),
     }  # fmt: skip
 
 
@@ -117,7 +124,13 @@ def test_every_registered_op_is_tested() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_opcheck(name: str) -> None:
     op = getattr(torch.ops.minitron_kernels, name.partition(" ")[0]).default
-    torch.library.opcheck(op, arguments(9)[name])
+    args = arguments(9)[name]
+    checks: dict[str, Any] = {}
+    if any(isinstance(a, Tensor) and a.dtype == torch.float8_e4m3fn for a in args):
+        # Whether arguments are left as they were is asked by allclose, which has no float8.
+        every = torch.testing._internal.optests.generate_tests.DEFAULT_TEST_UTILS
+        checks["test_utils"] = [check for check in every if check != "test_schema"]
+    torch.library.opcheck(op, args, **checks)
 
 
 def public(name: str) -> Callable[..., Any]:
@@ -177,6 +190,8 @@ def public(name: str) -> Callable[..., Any]:
         "embedding_quant": lambda ids, table, kind, _, __, dtype: ops.embedding(
             ids, matrix(table, kind), dtype
         ),
+        "quantize_fp8_blocks": lambda x: ops.quantize_fp8(x, 128),
+        "quantize_fp8": lambda x, scale: ops.quantize_fp8(x, scale=scale),
     }
     return pack.get(name) or getattr(ops, name)
 

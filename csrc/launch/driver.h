@@ -33,6 +33,7 @@ constexpr int kCaptureModeRelaxed = 2;
 constexpr int kLaunchCluster = 4;
 constexpr int kLaunchProgrammaticStreamSerialization = 6;
 
+constexpr int kTensorMapUint8 = 0;
 constexpr int kTensorMapFloat16 = 6;
 constexpr int kTensorMapBfloat16 = 9;
 constexpr int kTensorMapSwizzle128B = 3;

@@ -3,6 +3,8 @@
 #include <cstdio>
 #include <cstring>
 
+#include "minitron_kernels_fp8.h"
+
 namespace mk {
 
 mk_status check_device(const mk_device* device) {
@@ -11,6 +13,13 @@ mk_status check_device(const mk_device* device) {
     MK_REQUIRE(sm == 80 || sm == 89 || sm == 90 || sm == 100, MK_ERR_UNSUPPORTED,
                "device.sm must be 80, 89, 90 or 100, got %d", sm);
     return check_size("device.num_sms", device->num_sms, 1, 1 << 16);
+}
+
+mk_status check_sm90a(const char* op, const mk_device& device) {
+    MK_REQUIRE(device.sm == 90, MK_ERR_UNSUPPORTED,
+               "mk_%s has kernels for sm_90a only, those of this device are sm_%d's", op,
+               device.sm);
+    return MK_OK;
 }
 
 const char* dtype_name(int32_t dtype) {
@@ -25,6 +34,8 @@ const char* dtype_name(int32_t dtype) {
             return "i32";
         case MK_I64:
             return "i64";
+        case MK_E4M3:
+            return "e4m3";
     }
     return "invalid";
 }
@@ -39,6 +50,8 @@ int32_t dtype_bytes(int32_t dtype) {
             return 4;
         case MK_I64:
             return 8;
+        case MK_E4M3:
+            return 1;
     }
     return 0;
 }

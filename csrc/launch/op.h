@@ -13,6 +13,8 @@
 namespace mk {
 
 mk_status check_device(const mk_device* device);
+// Of mk_<op>, which has kernels for sm_90a only.
+mk_status check_sm90a(const char* op, const mk_device& device);
 
 // "bf16" for MK_BF16 and so on, as entry names spell it.
 const char* dtype_name(int32_t dtype);
@@ -47,6 +49,18 @@ mk_status plan(const typename Op::Params* params, const mk_device* device, mk_pl
     MK_REQUIRE(plan, MK_ERR_NULL, "plan is NULL");
     MK_TRY(check_device(device));
     MK_TRY(Op::check(*params));
+    *plan = Op::plan(*params, *device);
+    return MK_OK;
+}
+
+// plan() of an op with kernels for sm_90a only: Op::kName is its name.
+template <class Op>
+mk_status plan_sm90a(const typename Op::Params* params, const mk_device* device, mk_plan* plan) {
+    MK_REQUIRE(params, MK_ERR_NULL, "params is NULL");
+    MK_REQUIRE(plan, MK_ERR_NULL, "plan is NULL");
+    MK_TRY(check_device(device));
+    MK_TRY(Op::check(*params));
+    MK_TRY(check_sm90a(Op::kName, *device));
     *plan = Op::plan(*params, *device);
     return MK_OK;
 }

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <string>
 
+#include "linear/linear_fp8_tiles.h"
+
 namespace mk {
 namespace {
 
@@ -17,8 +19,8 @@ int32_t clusters_at_once(int32_t size, int32_t num_sms) {
     return std::max((size > 2 && num_sms > 16 ? num_sms / 16 * 16 : num_sms) / size, 1);
 }
 
-// Clocks of all SMs and of L2 for a stage of every tile. L2 gives all SMs together 23 bytes per
-// clock and SM of an H100 (5.6 TB/s), and one SM 64.
+// Clocks of all SMs and of L2 for a stage of every tile, 64 k of 16 bits or 128 of 8. L2 gives all
+// SMs together 23 bytes per clock and SM of an H100 (5.6 TB/s), and one SM 64.
 int64_t stage_clocks(const GemmTileSm90& t, const GemmGridSm90& g, int32_t num_sms) {
     const int32_t size = g.cluster.m * g.cluster.n;
     const int64_t clusters = static_cast<int64_t>(g.clusters_m) * g.clusters_n;
@@ -30,10 +32,11 @@ int64_t stage_clocks(const GemmTileSm90& t, const GemmGridSm90& g, int32_t num_s
 }
 
 // The fewest clocks; of equals the larger tile, in smaller clusters.
-Choice choose(const Product& a, const mk_device& device) {
+template <size_t kTiles>
+Choice choose(const GemmTileSm90 (&tiles)[kTiles], const Product& a, const mk_device& device) {
     Choice best{};
     int64_t least = INT64_MAX;
-    for (const GemmTileSm90& t : kGemmTilesSm90) {
+    for (const GemmTileSm90& t : tiles) {
         for (const GemmCluster& c : kGemmClusters) {
             if (c.m * c.n > device.num_sms) continue;
             const GemmGridSm90 grid{c, ceil_div(a.m, t.m * c.m), ceil_div(a.n, t.n * c.n),
@@ -50,6 +53,10 @@ Choice choose(const Product& a, const mk_device& device) {
     return best;
 }
 
+Choice choose(const Product& a, int32_t dtype, const mk_device& device) {
+    return dtype == MK_E4M3 ? choose(kFp8Tiles, a, device) : choose(kGemmTilesSm90, a, device);
+}
+
 }  // namespace
 
 mk_status encode_rows(const void* rows, int32_t dtype, int64_t stride, int32_t count, int32_t k,
@@ -58,12 +65,17 @@ mk_status encode_rows(const void* rows, int32_t dtype, int64_t stride, int32_t c
     MK_TRY(cuda::get_driver(&driver));
     const uint64_t dims[] = {static_cast<uint64_t>(k), static_cast<uint64_t>(count)};
     // One row has no stride, but must be given one.
-    const uint64_t strides[] = {static_cast<uint64_t>(2 * (count > 1 ? stride : k))};
-    const uint32_t box[] = {kGemmStageK, static_cast<uint32_t>(box_rows)};
+    const int bytes = dtype_bytes(dtype);
+    const uint64_t strides[] = {
+        static_cast<uint64_t>(count > 1 ? bytes * stride : ceil_div(bytes * k, 16) * 16)};
+    const uint32_t box[] = {static_cast<uint32_t>(2 * kGemmStageK / bytes),
+                            static_cast<uint32_t>(box_rows)};
     const uint32_t ones[] = {1, 1};
     MK_CUDA(*driver, cuTensorMapEncodeTiled, map,
-            dtype == MK_BF16 ? cuda::kTensorMapBfloat16 : cuda::kTensorMapFloat16, 2,
-            const_cast<void*>(rows), dims, strides, box, ones, 0, cuda::kTensorMapSwizzle128B,
+            dtype == MK_E4M3   ? cuda::kTensorMapUint8
+            : dtype == MK_BF16 ? cuda::kTensorMapBfloat16
+                               : cuda::kTensorMapFloat16,
+            2, const_cast<void*>(rows), dims, strides, box, ones, 0, cuda::kTensorMapSwizzle128B,
             cuda::kTensorMapL2Promotion256B, 0);
     return MK_OK;
 }
@@ -71,7 +83,7 @@ mk_status encode_rows(const void* rows, int32_t dtype, int64_t stride, int32_t c
 bool is_gemm_sm90(const Product& a) { return a.m > MK_LINEAR_MAX_NORM_M && a.is_aligned; }
 
 mk_plan plan_gemm_sm90(const char* op, int32_t dtype, const Product& a, const mk_device& device) {
-    const Choice choice = choose(a, device);
+    const Choice choice = choose(a, dtype, device);
     const GemmTileSm90& tile = *choice.tile;
     mk_plan plan = make_plan(op, device,
                              std::string(dtype_name(dtype)) + "_m" + std::to_string(tile.m) + "_n" +
@@ -85,7 +97,7 @@ mk_plan plan_gemm_sm90(const char* op, int32_t dtype, const Product& a, const mk
 
 mk_status gemm_sm90_args(const Product& a, int32_t dtype, const mk_device& device,
                          GemmGridSm90* grid, TensorMap* x_map, TensorMap* w_map) {
-    const Choice choice = choose(a, device);
+    const Choice choice = choose(a, dtype, device);
     *grid = choice.grid;
     const int32_t box_x = choice.tile->m / grid->cluster.n,
                   box_w = choice.tile->n / grid->cluster.m;

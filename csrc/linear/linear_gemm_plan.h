@@ -1,4 +1,5 @@
-// The plan of linear_gemm_sm90.cuh, and the part of its argument that the product gives.
+// The plan of linear_gemm_sm90.cuh and linear_fp8_sm90.cuh, and the part of their argument that the
+// product gives. dtype: of x and w.
 #pragma once
 
 #include "launch/op.h"
@@ -6,7 +7,7 @@
 
 namespace mk {
 
-// A tensor map of `count` rows of k elements: boxes of 64 k (a stage's) and box_rows.
+// A tensor map of `count` rows of k elements: boxes of 128 bytes (a stage's k) and box_rows.
 mk_status encode_rows(const void* rows, int32_t dtype, int64_t stride, int32_t count, int32_t k,
                       int32_t box_rows, TensorMap* map);
 

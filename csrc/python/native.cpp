@@ -7,7 +7,7 @@
 #include <string>
 #include <utility>
 
-#include "minitron_kernels.h"
+#include "minitron_kernels_fp8.h"
 #include "python/cpu_linear.h"
 #include "python/cpu_linear_quant.h"
 #include "python/cpu_ops.h"
@@ -107,6 +107,7 @@ PYBIND11_MODULE(_native, m) {
                                       {"I64", MK_I64}}) {
         m.attr(name) = static_cast<int>(value);
     }
+    m.attr("E4M3") = MK_E4M3;
     m.def("load", [] { check(mk_load()); });
     m.def("current_device", [] {
         mk_device device;
@@ -263,6 +264,29 @@ PYBIND11_MODULE(_native, m) {
     def_op(m, "sample", &mk_sample, &mk_sample_plan, MK_FIELD(sample, logits),
            MK_FIELD(sample, sampling), MK_FIELD(sample, out), MK_FIELD(sample, logits_stride),
            MK_FIELD(sample, rows), MK_FIELD(sample, vocab), MK_FIELD(sample, dtype));
+    def_op(m, "quantize_fp8", &mk_quantize_fp8, &mk_quantize_fp8_plan, MK_FIELD(quantize_fp8, x),
+           MK_FIELD(quantize_fp8, out), MK_FIELD(quantize_fp8, scales),
+           MK_FIELD(quantize_fp8, x_stride), MK_FIELD(quantize_fp8, out_stride),
+           MK_FIELD(quantize_fp8, scales_stride), MK_FIELD(quantize_fp8, scales_block_stride),
+           MK_FIELD(quantize_fp8, rows), MK_FIELD(quantize_fp8, k), MK_FIELD(quantize_fp8, block),
+           MK_FIELD(quantize_fp8, dtype));
+    def_op(m, "linear_fp8", &mk_linear_fp8, &mk_linear_fp8_plan, MK_FIELD(linear_fp8, x),
+           MK_FIELD(linear_fp8, w), MK_FIELD(linear_fp8, x_scale), MK_FIELD(linear_fp8, w_scale),
+           MK_FIELD(linear_fp8, residual), MK_FIELD(linear_fp8, out),
+           MK_FIELD(linear_fp8, x_stride), MK_FIELD(linear_fp8, w_stride),
+           MK_FIELD(linear_fp8, residual_stride), MK_FIELD(linear_fp8, out_stride),
+           MK_FIELD(linear_fp8, x_scale_stride), MK_FIELD(linear_fp8, w_scale_stride),
+           MK_FIELD(linear_fp8, x_scale_block_stride), MK_FIELD(linear_fp8, w_scale_block_stride),
+           MK_FIELD(linear_fp8, m), MK_FIELD(linear_fp8, n), MK_FIELD(linear_fp8, k),
+           MK_FIELD(linear_fp8, out_dtype));
+    def_op(m, "linear_fp8_swiglu", &mk_linear_fp8_swiglu, &mk_linear_fp8_swiglu_plan,
+           MK_FIELD(linear_fp8, x), MK_FIELD(linear_fp8, w), MK_FIELD(linear_fp8, x_scale),
+           MK_FIELD(linear_fp8, w_scale), MK_FIELD(linear_fp8, out), MK_FIELD(linear_fp8, x_stride),
+           MK_FIELD(linear_fp8, w_stride), MK_FIELD(linear_fp8, out_stride),
+           MK_FIELD(linear_fp8, x_scale_stride), MK_FIELD(linear_fp8, w_scale_stride),
+           MK_FIELD(linear_fp8, x_scale_block_stride), MK_FIELD(linear_fp8, w_scale_block_stride),
+           MK_FIELD(linear_fp8, m), MK_FIELD(linear_fp8, n), MK_FIELD(linear_fp8, k),
+           MK_FIELD(linear_fp8, out_dtype));
 #undef MK_FIELD
 #define MK_FIELD(field) MK_MEMBER(linear_quant, #field, linear.field)
     def_op(m, "linear_quant", &mk_linear_quant, &mk_linear_quant_plan, MK_FIELD(x),

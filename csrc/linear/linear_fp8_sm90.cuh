@@ -1,0 +1,173 @@
+// y = x w^T of e4m3 on Hopper, any number of rows:  x [m, k] and w [n, k], both along k, y in fp32.
+//
+//   y[m, n] = sum over blocks b of 128 k:  x_scale[m, b] w_scale[n / 128, b] *
+//             (sum over the 128 k of b:  x[m, k] w[n, k])
+//
+// Blocks, clusters and the ring of stages are those of the 16-bit product (linear_block_sm90.cuh),
+// a stage being 128 k. Wgmma of 8 bits keeps 13 fractional bits of a sum, so that each stage starts
+// a new one, of four k32, and an FFMA adds that, scaled, to an fp32 sum: 192 registers of sums.
+//
+//   clocks of a stage, 128 x 192:    0        192       384       576       768
+//     tensor cores                   | 1: k0-63 | 64-127 | 2: k0-63 | 64-127 |
+//     warpgroup 1                       waits      waits   FFMAs      turn
+//     warpgroup 2                    FFMAs      turn        waits      waits
+//
+// The FFMAs of both warpgroups, 96 a thread, take 192 of the 768 clocks' issue slots (25 %; those
+// of 16-bit products have none), never of both at once: a warpgroup starts its stage when the other
+// is half through with its own. Without turns both would finish, and add, together, as one waits
+// for the same stage as the other: the tensor cores would stand still meanwhile. Half a stage (192
+// clocks) is more than the 96 FFMAs and the latencies before and after them.
+//
+// Shared memory: a stage is written (40 KB, 320 clocks of 128 bytes) and read by wgmma (64 KB, 512)
+// in 832 clocks if nothing overlaps: 1.08 of the tensor cores' time. In two chunks of 96 columns,
+// whose products would need no turns, x is read twice: 1.25.
+#pragma once
+
+#include "linear/linear_block_sm90.cuh"
+#include "linear/linear_fp8_tiles.h"
+#include "linear/linear_output_sm90.cuh"
+#include "ptx/sm90_wgmma_fp8.cuh"
+
+namespace mk {
+
+template <GemmTileSm90 T>
+struct LinearFp8Sm90 {
+    using Block = GemmBlockSm90<T, 1>;
+    static_assert(Block::kStageK == kFp8Block);
+    using Sums = float[T.n / 8][4];
+
+    static constexpr int kTurn = 1;  // named barriers: + 0, + 1 of the warpgroups
+
+    // Columns that have one scale of w: a tile begins anywhere on a multiple of T.n.
+    static constexpr int kScaleCols = T.n < kFp8Block ? T.n : T.n % kFp8Block ? 64 : kFp8Block;
+    static constexpr int kColScales = T.n / kScaleCols;
+    static_assert(kColScales == 1 || kColScales == 3);
+
+    // body(epilogue), of the product and the dtype at hand.
+    template <class Body>
+    static __device__ __forceinline__ void with_epilogue(const LinearFp8Args& args,
+                                                         const Body& body) {
+        const bool is_f16 = args.p.out_dtype == MK_F16;
+        if (args.is_swiglu) {
+            is_f16 ? body(SwigluEpilogue<F16>(args.p)) : body(SwigluEpilogue<Bf16>(args.p));
+        } else {
+            is_f16 ? body(PlainEpilogue<F16>(args.p)) : body(PlainEpilogue<Bf16>(args.p));
+        }
+    }
+
+    // The scales of a thread's two rows and of the tile's columns, block after block of k. Rows and
+    // columns that do not exist have those of the last that does.
+    struct Scales {
+        const float* x[2];
+        const float* w;
+        int64_t x_step, w_step;
+        int64_t last_w;       // from w's first block of columns to its last
+        bool is_middle_last;  // the middle 64 of 192 columns are of that
+
+        __device__ __forceinline__ Scales(const LinearFp8Args& args, int first_row, int n0)
+            : x_step(args.x_scale_block_stride), w_step(args.w_scale_block_stride) {
+            MK_UNROLL
+            for (int i = 0; i < 2; ++i) {
+                const int row = min(first_row + static_cast<int>(threadIdx.x) % 32 / 4 + 8 * i,
+                                    args.product.m - 1);
+                x[i] = args.x_scale + row * args.x_scale_stride;
+            }
+            const auto block = [&](int column) {
+                return args.w_scale +
+                       min(column, args.product.n - 1) / kFp8Block * args.w_scale_stride;
+            };
+            w = block(n0);
+            last_w = block(n0 + T.n - kScaleCols) - w;
+            is_middle_last = n0 % kFp8Block != 0;
+        }
+
+        struct Block {
+            float x[2], w, last_w;
+        };
+        __device__ __forceinline__ Block next() {
+            const Block block{{*x[0], *x[1]}, *w, kColScales == 1 ? 0.f : w[last_w]};
+            x[0] += x_step, x[1] += x_step, w += w_step;
+            return block;
+        }
+    };
+
+    // products = x w^T of a stage, from 0, in two groups.
+    static __device__ __forceinline__ void start(Sums& products, const typename Block::Ring& at) {
+        ptx::wgmma_fence();
+        static_for<4>([&](auto j) {
+            ptx::wgmma_e4m3<(j > 0)>(products, wgmma_advance(at.w - at.x_before_w, 32 * j),
+                                     wgmma_advance(at.w, 32 * j));
+            if (j % 2) ptx::wgmma_commit_group();
+        });
+    }
+
+    // sums += products, scaled.
+    static __device__ __forceinline__ void add(Sums& sums, const Sums& products,
+                                               const typename Scales::Block& of,
+                                               bool is_middle_last) {
+        float scale[2][kColScales];
+        MK_UNROLL
+        for (int i = 0; i < 2; ++i) {
+            scale[i][0] = of.x[i] * of.w;
+            if constexpr (kColScales == 3) {
+                scale[i][2] = of.x[i] * of.last_w;
+                scale[i][1] = is_middle_last ? scale[i][2] : scale[i][0];
+            }
+        }
+        MK_UNROLL
+        for (int j = 0; j < T.n / 8; ++j) {
+            MK_UNROLL
+            for (int i = 0; i < 4; ++i) {
+                sums[j][i] = fmaf(products[j][i], scale[i / 2][j * 8 / kScaleCols], sums[j][i]);
+            }
+        }
+    }
+
+    static __device__ __forceinline__ void multiply(const LinearFp8Args& args, const Block& block,
+                                                    int group, uint8_t* smem_warp) {
+        auto at = block.ring(group);
+        if (group == 1) ptx::bar_arrive(kTurn, 256);
+        block.each_tile([&](const typename Block::Tile& to) {
+            const int first_row = to.m0 + group * Block::kGroupRows + threadIdx.x / 32 % 4 * 16;
+            const int num_rows = min(args.product.m - first_row, 16);
+            with_epilogue(args, [&]<class D, template <class> class E>(const E<D>& epilogue) {
+                GemmOutputSm90<D, T, E<D>>::look_up(epilogue, first_row, num_rows, to.n0,
+                                                    smem_warp + kGemmStagedBytes);
+            });
+            Scales scales(args, first_row, to.n0);
+            auto scale = scales.next();
+            Sums sums{}, products;
+            MK_NO_UNROLL
+            for (int s = 0; s < block.num_stages; ++s) {
+                at.wait();
+                ptx::bar_sync(kTurn + group, 256);
+                start(products, at);
+                // A stage ahead: nobody waits for them.
+                const auto next = s + 1 < block.num_stages ? scales.next() : scale;
+                ptx::wgmma_wait_group<1>();
+                ptx::bar_arrive(kTurn + 1 - group, 256);
+                ptx::wgmma_wait_group<0>();
+                ptx::pin(products);
+                at.release(at.full);
+                at.advance();
+                add(sums, products, scale, scales.is_middle_last);
+                scale = next;
+            }
+            with_epilogue(args, [&]<class D, template <class> class E>(const E<D>& epilogue) {
+                GemmOutputSm90<D, T, E<D>>::write(epilogue, first_row, num_rows, to.n0, sums,
+                                                  smem_warp);
+            });
+        });
+        if (group == 0) ptx::bar_sync(kTurn, 256);  // as many as arrivals
+    }
+};
+
+template <GemmTileSm90 T>
+__device__ __forceinline__ void linear_fp8_sm90(const LinearFp8Args& args) {
+    using Gemm = LinearFp8Sm90<T>;
+    Gemm::Block::run(args, [&](const auto& block, int group, uint8_t* smem_warp) {
+        Gemm::multiply(args, block, group, smem_warp);
+    });
+}
+
+}  // namespace mk
