@@ -841,6 +841,29 @@ def test_no_current_context() -> None:
     assert "no CUDA context is current" in in_new_process(NATIVE_CALL).stdout
 
 
+def test_a_thread_without_a_context_gets_the_runtimes() -> None:
+    """As one that makes no call of the CUDA runtime before its first launch: device 0's primary
+    context, if it is in use; a context that is current stays."""
+    code = f"""{PRELUDE}
+import threading
+from minitron_kernels import _native
+make_current("80")  # device 0's, in this thread only
+found = []
+def work():
+    launch(abi.library())
+    found.append(_native.current_device()["sm"])
+thread = threading.Thread(target=work)
+thread.start()
+thread.join()
+make_current("89")
+launch(abi.library())
+print(found, _native.current_device()["sm"])
+"""
+    done = in_new_process(code)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["[80]", "89"], done.stdout + done.stderr
+
+
 def test_native_module_on_every_architecture() -> None:
     """From Python to the kernel and back, with one process using all devices in turn."""
     code = """

@@ -73,6 +73,26 @@ mk_status query(const cuda::Driver& driver, cuda::CUdevice ordinal, Device* devi
     return MK_OK;
 }
 
+// The device of this thread's context. A thread in which the CUDA runtime has done nothing yet has
+// none, though other threads use the device: it gets what the runtime would give it, the primary
+// context of device 0, if somebody has made that.
+mk_status current_ordinal(const cuda::Driver& driver, cuda::CUdevice* ordinal) {
+    const cuda::CUresult result = driver.cuCtxGetDevice(ordinal);
+    if (result == cuda::kSuccess) return MK_OK;
+    if (result != cuda::kInvalidContext) {
+        return cuda::fail_driver(driver, "cuCtxGetDevice", result);
+    }
+    unsigned flags = 0;
+    int is_active = 0;
+    cuda::CUcontext context = nullptr;
+    MK_CUDA(driver, cuDeviceGet, ordinal, 0);
+    MK_CUDA(driver, cuDevicePrimaryCtxGetState, *ordinal, &flags, &is_active);
+    MK_REQUIRE(is_active, MK_ERR_DRIVER, "no CUDA context is current on this thread");
+    MK_CUDA(driver, cuDevicePrimaryCtxRetain, &context, *ordinal);
+    MK_CUDA(driver, cuCtxSetCurrent, context);
+    return MK_OK;
+}
+
 }  // namespace
 
 std::string kernel_file(const char* arch) {
@@ -89,10 +109,7 @@ mk_status current_device(const Device** device) {
     const cuda::Driver* driver = nullptr;
     MK_TRY(cuda::get_driver(&driver));
     cuda::CUdevice ordinal = 0;
-    const cuda::CUresult result = driver->cuCtxGetDevice(&ordinal);
-    MK_REQUIRE(result != cuda::kInvalidContext, MK_ERR_DRIVER,
-               "no CUDA context is current on this thread");
-    if (result != cuda::kSuccess) return cuda::fail_driver(*driver, "cuCtxGetDevice", result);
+    MK_TRY(current_ordinal(*driver, &ordinal));
 
     static std::mutex mutex;
     static std::map<cuda::CUdevice, Device> devices;  // nodes stay where they are

@@ -36,7 +36,11 @@ Loaded load() {
     find(d.cuGetErrorString, "cuGetErrorString");
     find(d.cuDeviceGetAttribute, "cuDeviceGetAttribute");
     find(d.cuDeviceGetName, "cuDeviceGetName");
+    find(d.cuDeviceGet, "cuDeviceGet");
+    find(d.cuDevicePrimaryCtxGetState, "cuDevicePrimaryCtxGetState");
+    find(d.cuDevicePrimaryCtxRetain, "cuDevicePrimaryCtxRetain");
     find(d.cuCtxGetDevice, "cuCtxGetDevice");
+    find(d.cuCtxSetCurrent, "cuCtxSetCurrent");
     find(d.cuLibraryLoadData, "cuLibraryLoadData");
     find(d.cuLibraryGetKernel, "cuLibraryGetKernel");
     find(d.cuKernelSetAttribute, "cuKernelSetAttribute");

@@ -13,6 +13,7 @@ namespace mk::cuda {
 
 using CUresult = int;
 using CUdevice = int;
+using CUcontext = struct CUctx_st*;
 using CUlibrary = struct CUlib_st*;
 using CUkernel = struct CUkern_st*;
 using CUstream = void*;
@@ -65,7 +66,11 @@ struct Driver {
     CUresult (*cuGetErrorString)(CUresult, const char**);
     CUresult (*cuDeviceGetAttribute)(int*, int attribute, CUdevice);
     CUresult (*cuDeviceGetName)(char*, int size, CUdevice);
+    CUresult (*cuDeviceGet)(CUdevice*, int ordinal);
+    CUresult (*cuDevicePrimaryCtxGetState)(CUdevice, unsigned* flags, int* active);
+    CUresult (*cuDevicePrimaryCtxRetain)(CUcontext*, CUdevice);
     CUresult (*cuCtxGetDevice)(CUdevice*);
+    CUresult (*cuCtxSetCurrent)(CUcontext);
     CUresult (*cuLibraryLoadData)(CUlibrary*, const void* code, int*, void**, unsigned, int*,
                                   void**, unsigned);
     CUresult (*cuLibraryGetKernel)(CUkernel*, CUlibrary, const char* name);

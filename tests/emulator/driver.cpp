@@ -53,6 +53,7 @@ std::vector<Context>& primary_contexts() {
     return list;
 }
 
+std::atomic<bool> primary_is_active[8];  // of each device: it was retained
 std::atomic<bool> initialised = false;
 thread_local std::vector<Context*> context_stack;
 
@@ -470,6 +471,7 @@ int cuDeviceGetAttribute(int* value, int attribute, int device) {
 int cuDevicePrimaryCtxRetain(void** context, int device) {
     if (!initialised) return kNotInitialized;
     if (bad_ordinal(device)) return kInvalidDevice;
+    primary_is_active[device] = true;
     return *context = &primary_contexts()[static_cast<size_t>(device)], kSuccess;
 }
 int cuDevicePrimaryCtxRelease_v2(int device) {
@@ -480,7 +482,7 @@ int cuDevicePrimaryCtxReset_v2(int device) {
 }
 int cuDevicePrimaryCtxGetState(int device, unsigned* flags, int* active) {
     if (bad_ordinal(device)) return kInvalidDevice;
-    return *flags = 0, *active = 1, kSuccess;
+    return *flags = 0, *active = primary_is_active[device], kSuccess;
 }
 int cuCtxCreate_v2(void** context, unsigned, int device) {
     if (bad_ordinal(device)) return kInvalidDevice;
