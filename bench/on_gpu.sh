@@ -45,7 +45,8 @@ step() {
     tail -c 200000 "$log" >"$log.end" && mv "$log.end" "$log"
     case $rc in
         0) say "$name: done. $(last_line "$log")" ;;
-        124 | 130 | 137) say "$name: cut off after ${limit}s. $(last_line "$log")" ;;
+        124 | 130 | 137)
+            say "$name: cut off after ${limit}s. $(grep -oE '^[^ ]+\.py::[^ ]+' "$log" | tail -n 1) $(last_line "$log")" ;;
         *) say "$name: FAILED ($rc). $(last_line "$log")" ;;
     esac
     return $rc
@@ -104,7 +105,9 @@ fi
 
 # ---- correctness
 
-pytest() { "$python" -m pytest -p no:cacheprovider -q --color=no --tb=short --continue-on-collection-errors "$@"; }
+# -v: if a kernel hangs, the log ends with the name of the test that ran it, and its stack.
+pytest() { "$python" -m pytest -p no:cacheprovider -v --color=no --tb=short --continue-on-collection-errors \
+    -o faulthandler_timeout=15 "$@"; }
 export -f pytest
 export python
 run_tests() { # NAME LIMIT ARGUMENTS OF PYTEST...
@@ -113,10 +116,13 @@ run_tests() { # NAME LIMIT ARGUMENTS OF PYTEST...
     has pytest || { say "$name: pytest is not installed"; return 1; }
     step "$name" "$limit" bash -c 'pytest "$@"' _ --junitxml="$out/$name.xml" "$@"
 }
-# A few cases of every op (tests/test_on_gpu.py holds this list against the C ABI's).
-short_tests=(tests/test_cuda_ops.py tests/test_cuda_attention.py tests/test_kernels_memory.py
-    tests/test_linear.py tests/test_quant_decode.py tests/test_quant_gemm.py
-    tests/test_quant_embedding.py tests/test_linear_fp8.py)
+# A few cases of every op (tests/test_on_gpu.py holds this list against the C ABI's). A process for each group:
+# a kernel that hangs, or touches what it may not, ends all that follows it in its own.
+short_groups=(rows attention linear fp8 quant)
+short_tests=("tests/test_cuda_ops.py tests/test_kernels_memory.py"
+    "tests/test_cuda_attention.py"
+    "tests/test_linear.py" "tests/test_linear_fp8.py"
+    "tests/test_quant_decode.py tests/test_quant_gemm.py tests/test_quant_embedding.py")
 short_names="test_norms or test_rope_and_append or test_silu_and_embedding or test_swiglu_mlp
     or test_attention or test_argmax or test_sampling_equals or test_linear_of_any_strides
     or test_qkv_rope_append or test_qkv_of_three_types or test_rows_have_ggufs_bits
@@ -126,7 +132,10 @@ short_names=$(echo $short_names)  # on one line
 if [ -n "$dry" ]; then
     run_tests tests-short 100 -m "not slow" -k "test_norms and emu-sm_80" tests/test_cuda_ops.py
 else
-    run_tests tests-short 60 -m "gpu and not slow" -k "$short_names" "${short_tests[@]}"
+    for i in "${!short_groups[@]}"; do
+        # shellcheck disable=SC2086  # several files
+        run_tests "tests-${short_groups[i]}" 30 -m "gpu and not slow" -k "$short_names" ${short_tests[i]}
+    done
     run_tests tests-rest 90 -m "gpu and not slow" tests
     if command -v compute-sanitizer >/dev/null; then
         for tool in memcheck racecheck; do

@@ -115,15 +115,17 @@ def test_the_short_list_has_every_op(tmp_path: Path) -> None:
     """As pytest collects it where torch finds a device."""
     text = SCRIPT.read_text()
     files = re.search(r"^short_tests=\(([^)]*)\)", text, re.MULTILINE)
+    groups = re.search(r"^short_groups=\(([^)]*)\)", text, re.MULTILINE)
     names = re.search(r"^short_names=\"([^\"]*)\"", text, re.MULTILINE)
-    assert files and names
+    assert files and groups and names
+    assert len(groups[1].split()) == len(re.findall(r'"[^"]+"', files[1]))
     plugin = tmp_path / "pretended_gpu.py"
     plugin.write_text("import torch\ntorch.cuda.is_available = lambda: True\n")
     command = [sys.executable, "-m", "pytest", "-p", "pretended_gpu", "-p", "no:cacheprovider"]
     command += ["-q", "--collect-only", "-m", "gpu and not slow", "-k", " ".join(names[1].split())]
     env = os.environ | {"PYTHONPATH": str(tmp_path)}
     done = subprocess.run(
-        [*command, *files[1].split()], cwd=ROOT, env=env, capture_output=True, text=True
+        [*command, *files[1].replace('"', "").split()], cwd=ROOT, env=env, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout[-2000:]
     found = Counter(re.findall(r"::(\w+)\[.*\bgpu\b", done.stdout))
