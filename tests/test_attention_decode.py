@@ -695,6 +695,8 @@ FAULTS_SM90 = {
     "fewer bytes": (r"(expect_tx[^;]*), %r\d+;", r"\1, 64;"),
     "no barrier": (r"bar(rier)?\.sync[^;]*;", ""),
     "no fence": (r"fence\.proxy\.async[^;]*;", ""),
+    "no wait for the launch before": (r"griddepcontrol\.wait;", ""),
+    "hints from L1": (r"ld\.global\.cg\.b32", "ld.global.b32"),  # what is read again may be stale
     "edges are not waited for": (r"cp\.async\.mbarrier\.arrive[^;]*;", ""),
 }
 

@@ -125,7 +125,11 @@ def test_the_short_list_has_every_op(tmp_path: Path) -> None:
     command += ["-q", "--collect-only", "-m", "gpu and not slow", "-k", " ".join(names[1].split())]
     env = os.environ | {"PYTHONPATH": str(tmp_path)}
     done = subprocess.run(
-        [*command, *files[1].replace('"', "").split()], cwd=ROOT, env=env, capture_output=True, text=True
+        [*command, *files[1].replace('"', "").split()],
+        cwd=ROOT,
+        env=env,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stdout[-2000:]
     found = Counter(re.findall(r"::(\w+)\[.*\bgpu\b", done.stdout))

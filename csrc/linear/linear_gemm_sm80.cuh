@@ -157,15 +157,10 @@ __device__ __forceinline__ void gemm_sums(const Product& a, int m0, int n0, uint
 
     GemmCopy<T> copy(a, m0, n0, smem_ring);
     constexpr int kPasses = S::kPassesX + S::kPassesW;
-    constexpr bool kWeightsFirst = MK_SM >= 90;  // they do not depend on the kernel before
-    if (kWeightsFirst) {
-        MK_UNROLL
-        for (int t = 0; t < T.stages - 1; ++t) copy.copy(S::kPassesX, kPasses, t, t);
-    }
-    ptx::griddepcontrol_wait();
+    ptx::griddepcontrol_wait();  // the kernel before may have written w, too
     MK_UNROLL
     for (int t = 0; t < T.stages - 1; ++t) {
-        copy.copy(0, kWeightsFirst ? S::kPassesX : kPasses, t, t);
+        copy.copy(0, kPasses, t, t);
         ptx::cp_async_commit_group();
     }
 

@@ -147,15 +147,12 @@ __device__ __forceinline__ void quant_gemm_sums(const QuantGemmBlock& block, uin
     const auto quarters_of = [&](int group) { return min(num_quarters - 4 * group, 4); };
 
     QuantGemmCopy<kType, T> copy(block, static_cast<uint32_t>(__cvta_generic_to_shared(smem)));
-    // Weights do not depend on the kernel before.
+    ptx::griddepcontrol_wait();  // a kernel before may have written the weights, too
     MK_UNROLL
     for (int j = 0; j < T.groups - 1; ++j) {
-        if (4 * j < num_quarters) copy.copy_w(j, quarters_of(j));
-    }
-    ptx::griddepcontrol_wait();
-    MK_UNROLL
-    for (int j = 0; j < T.groups - 1; ++j) {
-        if (4 * j < num_quarters) copy.copy_sums(j, j);
+        if (4 * j >= num_quarters) break;
+        copy.copy_w(j, quarters_of(j));
+        copy.copy_sums(j, j);
     }
     MK_UNROLL
     for (int i = 0; i < T.stages - 1; ++i) {

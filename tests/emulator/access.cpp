@@ -76,9 +76,18 @@ void check_valid(const Region& r, uint64_t address, uint32_t bytes, bool write, 
 
 }  // namespace
 
+void check_waited(Warp& w, Mask m, uint64_t address, bool write) {
+    if (const Mask early = w.early & m) [[unlikely]]
+        fault("access before griddepcontrol.wait",
+              std::string(write ? "write to " : "read of ") + hex(address) +
+                  ", while kernels before this one may still run",
+              std::countr_zero(early));
+}
+
 void check_global(Warp& w, const LaneAddresses& a, uint32_t bytes, bool write,
-                  const uint32_t* sizes) {
+                  const uint32_t* sizes, bool is_hint) {
     check_alignment(a, bytes);
+    if (!is_hint) check_waited(w, a.mask, a.at[a.first()], write);
     Launch& launch = *w.launch;
     uint64_t low = ~0ull, high = 0;
     for (int l = 0; l < kLanes; ++l) low = std::min(low, a.at[l]), high = std::max(high, a.at[l]);
@@ -118,6 +127,7 @@ void check_global(Warp& w, const LaneAddresses& a, uint32_t bytes, bool write,
 }
 
 void check_global_range(Warp& w, uint64_t address, uint32_t bytes, bool write, int lane) {
+    check_waited(w, 1u << lane, address, write);
     Region* r = w.launch->find(address, bytes, w.region_hint);
     if (!r) w.launch->out_of_bounds(address, bytes, write ? "write" : "read", lane);
     if (write && !r->writable)

@@ -18,9 +18,10 @@ struct LaneAddresses {
 LaneAddresses lane_addresses(Warp& w, uint32_t row, bool wide, int64_t offset, Mask m);
 
 void check_alignment(const LaneAddresses& a, uint32_t bytes);
-// `sizes`, if given: how many of the `bytes` each lane really touches.
+// `sizes`, if given: how many of the `bytes` each lane really touches. `is_hint`: a load whose
+// value may be one of before griddepcontrol.wait.
 void check_global(Warp& w, const LaneAddresses& a, uint32_t bytes, bool write,
-                  const uint32_t* sizes = nullptr);
+                  const uint32_t* sizes = nullptr, bool is_hint = false);
 // Alignment, bounds and bank conflicts of a shared-memory request, and the race detector's part.
 // Bounds, initialisation and sectors of one lane's contiguous access of any length. What it writes
 // counts as initialised when it lands, which the caller sees to.

@@ -241,6 +241,7 @@ int launch_kernel(void* function, emu::LaunchConfig config, void* stream, void**
                     pointers.push_back(bytes->data() + slot.offset);
                 emu::LaunchConfig c = config;
                 c.seed = launch_seed;
+                c.is_dependent = is_dependent;
                 if (const char* limit = std::getenv("MK_EMU_MAX_INSTRUCTIONS"))
                     c.max_instructions = std::strtoull(limit, nullptr, 10);
                 const emu::Counters counters = emu::launch(*kernel, c, pointers.data(), {});

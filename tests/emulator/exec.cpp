@@ -463,6 +463,7 @@ void Cta::start(Launch& l, Cluster& c, uint32_t cta_rank, Dim3 cta_id, Counters&
         fill_specials(w, l, *this);
         const uint32_t here = std::min<uint32_t>(kLanes, threads - i * kLanes);
         w.live = here == kLanes ? kAllLanes : (1u << here) - 1;
+        w.early = config.is_dependent ? w.live : 0;
         w.frames.assign(1, Frame{});
         w.groups.assign(1, Group{});
         w.groups[0].lanes = w.live;

@@ -10,7 +10,7 @@ namespace {
 
 using Access = SharedMemory::Access;
 
-enum Flags : uint8_t { kWide = 1, kStrong = 2, kCluster = 4 };
+enum Flags : uint8_t { kWide = 1, kStrong = 2, kCluster = 4, kHint = 8 };
 
 uint8_t* host_address(Warp& w, Cta& cta, Space space, uint64_t address, int lane) {
     if (space == Space::shared) return cta.shared.data() + address;
@@ -28,11 +28,12 @@ void by_place(Warp& w, const Instr& in, const LaneAddresses& all, F f) {
 }
 
 // Shared memory is done by the caller.
-void check(Warp& w, Space space, const LaneAddresses& a, uint32_t bytes, bool write) {
+void check(Warp& w, Space space, const LaneAddresses& a, uint32_t bytes, bool write,
+           bool is_hint = false) {
     if (space == Space::local)
         check_local(w, a, bytes);
     else
-        check_global(w, a, bytes, write);
+        check_global(w, a, bytes, write, nullptr, is_hint);
 }
 
 // op[0]: address; list: in.b rows of elements of type T.
@@ -45,7 +46,7 @@ void load(Warp& w, const Instr& in, Mask m) {
         if (space == Space::shared)
             check_shared(w, cta, a, bytes, in.a & kStrong ? Access::strong_read : Access::read);
         else
-            check(w, space, a, bytes, false);
+            check(w, space, a, bytes, false, in.a & kHint);
         const uint8_t* from[kLanes];
         for (int l = 0; l < kLanes; ++l) from[l] = host_address(w, cta, space, a.at[l], l);
         for (uint32_t e = 0; e < in.b; ++e) {
@@ -111,6 +112,7 @@ struct Qualifiers {
     Space space = Space::generic;
     bool strong = false;
     bool cluster = false;  // may name another CTA's shared memory
+    bool hint = false;     // a load past L1: one may come before griddepcontrol.wait, as a hint
 };
 
 Qualifiers take_qualifiers(Decode& d) {
@@ -132,7 +134,7 @@ Qualifiers take_qualifiers(Decode& d) {
     else if (d.take("param") || d.take("param::entry") || d.take("param::func"))
         q.space = Space::param;
     // Caching changes speed only.
-    d.take_one({"ca", "cg", "cs", "lu", "cv", "wb", "wt"}, -1);
+    q.hint = d.take_one({"ca", "cg", "cs", "lu", "cv", "wb", "wt"}, -1) == 1;
     d.take("nc");
     d.take("unified");
     d.take_prefix("L1::");
@@ -164,7 +166,7 @@ void finish(Instr& in, const Address& a, Space space, const Qualifiers& q, int c
     in.imm = a.offset;
     const bool cluster = q.cluster || q.space == Space::generic;
     in.a = static_cast<uint8_t>((a.wide ? kWide : 0) | (q.strong ? kStrong : 0) |
-                                (cluster ? kCluster : 0));
+                                (cluster ? kCluster : 0) | (q.hint ? kHint : 0));
     in.b = static_cast<uint8_t>(count);
     in.c = static_cast<uint8_t>(space == Space::constant ? Space::global : space);
 }

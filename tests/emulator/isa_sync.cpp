@@ -120,6 +120,8 @@ void fence(Warp&, const Instr&, Mask) { std::atomic_thread_fence(std::memory_ord
 // fence.proxy.async: what this warp knows to have been written is there for TMA and wgmma, too.
 void fence_async(Warp& w, const Instr&, Mask) { w.cta->cluster->clocks.fence_proxy(w.agent); }
 
+void wait_for_earlier_kernels(Warp& w, const Instr&, Mask m) { w.early &= ~m; }
+
 void decode_fence(Decode& d) {
     d.consumes();
     const bool proxy = d.take("proxy");
@@ -146,11 +148,12 @@ const Isa& isa_sync() {
         {"barrier", decode_bar},
         {"membar", decode_fence},
         {"fence", decode_fence},
-        // Programmatic dependent launch: kernels of a stream run one after the other here.
+        // Programmatic dependent launch: kernels of a stream run one after the other here, but
+        // global memory may not be touched before the wait.
         {"griddepcontrol",
          [](Decode& d) {
-             d.take_one({"wait", "launch_dependents"}, 0);
-             d.emit(fence, Class::sync);
+             const bool waits = d.take_one({"wait", "launch_dependents"}, 0) == 0;
+             d.emit(waits ? wait_for_earlier_kernels : fence, Class::sync);
          }},
     };
     return isa;

@@ -330,6 +330,7 @@ struct Warp {
 
     Mask live = 0;   // lanes that have not exited
     Mask carry = 0;  // condition code of add.cc and its kin
+    Mask early = 0;  // lanes that have not waited for earlier kernels (griddepcontrol)
     int index = 0;
     int agent = 0;  // in the clocks of the cluster
     size_t current = 0;
@@ -478,6 +479,7 @@ struct Cluster {
 struct LaunchConfig {
     Dim3 grid, block, cluster;
     uint32_t dynamic_smem = 0;
+    bool is_dependent = false;  // programmatic stream serialization: earlier kernels may still run
     uint64_t seed = 0;
     int threads = 0;  // host threads, 0: all
     SharedMemory::Options shared;
