@@ -62,9 +62,21 @@ struct GemmBlockSm90 {
         for (int i = blockIdx.x / size; i < end; i += gridDim.x / size) body(tile(i));
     }
 
+    // A box of rows from `row` on, for all `blocks` of a mask, or for this one: multicast to itself
+    // is not asked of a launch that has no clusters.
+    static __device__ __forceinline__ void copy(uint32_t smem, const TensorMap& map, int k, int row,
+                                                uint32_t full, uint16_t blocks, bool is_shared) {
+        if (is_shared) {
+            ptx::cp_async_bulk_tensor_2d_multicast(smem, &map, k, row, full, blocks);
+        } else {
+            ptx::cp_async_bulk_tensor_2d(smem, &map, k, row, full);
+        }
+    }
+
     // By the thread that fetches.
     __device__ __forceinline__ void fetch() const {
         // The blocks that share this one's rows of x (its row of the cluster), and of w.
+        const bool shares_x = grid.cluster.n > 1, shares_w = grid.cluster.m > 1;
         uint16_t row = 0, column = 0;
         for (int i = 0; i < grid.cluster.n; ++i) row |= 1 << rank(rank_m, i);
         for (int i = 0; i < grid.cluster.m; ++i) column |= 1 << rank(i, rank_n);
@@ -80,10 +92,10 @@ struct GemmBlockSm90 {
                 while (!ptx::mbarrier_try_wait_parity_cluster(smem_empty + 8 * stage, parity)) {
                 }
                 ptx::mbarrier_arrive_expect_tx(full, kStageBytes);
-                ptx::cp_async_bulk_tensor_2d_multicast(smem_x + stage * kStageBytes, &x_map,
-                                                       s * kStageK, to.m0 + first_x, full, row);
-                ptx::cp_async_bulk_tensor_2d_multicast(smem_w + stage * kStageBytes, &w_map,
-                                                       s * kStageK, to.n0 + first_w, full, column);
+                copy(smem_x + stage * kStageBytes, x_map, s * kStageK, to.m0 + first_x, full, row,
+                     shares_x);
+                copy(smem_w + stage * kStageBytes, w_map, s * kStageK, to.n0 + first_w, full,
+                     column, shares_w);
                 if (++stage == T.stages) stage = 0, parity ^= 1;
             }
         });
@@ -139,7 +151,6 @@ struct GemmBlockSm90 {
     static __device__ __forceinline__ void run(const Args& args, const Multiply& multiply) {
         extern __shared__ uint8_t smem_unaligned[];
         ptx::griddepcontrol_launch_dependents();
-        ptx::griddepcontrol_wait();
         const uint32_t unaligned = static_cast<uint32_t>(__cvta_generic_to_shared(smem_unaligned));
         const uint32_t smem_stages = (unaligned + 1023) & ~1023u;
         const uint32_t smem_full =
@@ -166,6 +177,7 @@ struct GemmBlockSm90 {
         __syncthreads();
         ptx::barrier_cluster_arrive();
         ptx::barrier_cluster_wait();
+        ptx::griddepcontrol_wait();
         // The same in all lanes, and known to be: descriptors then take uniform registers.
         const int group = __shfl_sync(0xFFFFFFFFu, threadIdx.x / 128, 0) - 1;
         if (group < 0) {
