@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from tests.fp8_sums import hard_values, narrow_sum
+from tests.fp8_sums import cut, hard_values, narrow_sum
 from tests.hopper_snippets import launch, load, swizzled
 
 BF16, E4M3, E5M2 = ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2
@@ -229,6 +229,19 @@ def test_types_and_widths(name: str, n: int) -> None:
         assert np.array_equal(d, expected)
     else:
         check(d, expected, magnitude)
+
+
+@pytest.mark.parametrize("name", ["bf16", "f16", "tf32"])
+@pytest.mark.parametrize("options", [{}, {"transpose_b": True}, {"a_in_registers": True}], ids=str)
+def test_sums_are_truncated_once(name: str, options: dict[str, bool]) -> None:
+    """To the bit: the products of a step and the accumulator, added exactly, cut to fp32."""
+    if name == "tf32" and "transpose_b" in options:
+        pytest.skip("tf32 is k-major")
+    d, expected, magnitude = multiply(name, 40, steps=1, **options)
+    assert magnitude.all()
+    rounded = expected.astype(np.float32)
+    assert (d != rounded).any()
+    np.testing.assert_array_equal(d, cut(expected))  # float64 has the bits of all these sums
 
 
 @pytest.mark.parametrize("n", [24, 40, 136, 248])

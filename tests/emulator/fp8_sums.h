@@ -13,9 +13,6 @@
 
 namespace emu {
 
-using HalfFloats = float __attribute__((vector_size(32)));
-using HalfInts = int32_t __attribute__((vector_size(32)));
-
 constexpr int kNarrowBits = 13;      // of a sum, below the largest exponent
 constexpr int kZeroExponent = -512;  // of a zero factor
 constexpr int kMaxNarrowK = 32;

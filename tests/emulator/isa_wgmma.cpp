@@ -77,38 +77,45 @@ WgmmaDescriptor descriptor_of(uint64_t bits) {
     return d;
 }
 
-const uint8_t* operand(const Reading& r, uint32_t address) {
-    SharedMemory& shared = r.w.cta->shared;
-    if (address + 16 > shared.size())
-        fault("out of bounds", "matrix at shared address " + hex(address) + "; the CTA has " +
-                                   std::to_string(shared.size()));
-    shared.check_async_read(r.w.agent, -1, address, 16);
-    if (r.marks) shared.mark_read(r.reader, r.number, address, 16);
-    return shared.data() + address;
+// Pages of shared memory, each once.
+void add_pages(std::vector<uint32_t>& pages, uint32_t first, uint32_t last) {
+    for (uint32_t p = SharedMemory::page(first); p <= SharedMemory::page(last); ++p)
+        if (std::find(pages.begin(), pages.end(), p) == pages.end()) pages.push_back(p);
 }
 
-// `rows` rows from `first` on of a matrix in shared memory, as doubles [k][rows]; null: only
-// checks.
+// Rows 8 * first ... 8 * end - 1 of a matrix in shared memory, as numbers [k][rows]; null: only
+// checks. `pages`: gets those that it lies in.
 void read_matrix(const Reading& r, const WgmmaDescriptor& d, MmaType type, bool transpose,
-                 uint32_t first, int rows, double* out) {
+                 uint32_t first, uint32_t end, double* out, std::vector<uint32_t>* pages) {
+    SharedMemory& shared = r.w.cta->shared;
     alignas(64) uint32_t words[256 * kWgmmaBytes / 4];
     auto* bytes = reinterpret_cast<uint8_t*>(words);
-    if (!transpose) {
-        for (int row = 0; row < rows; ++row)
-            for (uint32_t c = 0; c < 2; ++c) {
-                const uint8_t* from = operand(r, d.k_major(first + static_cast<uint32_t>(row), c));
-                if (out) std::memcpy(bytes + row * kWgmmaBytes + c * 16, from, 16);
-            }
-        if (out) wgmma_unpack(type, words, rows, out);
-        return;
+    uint32_t* marks = r.marks ? shared.marks_of(r.reader) : nullptr;
+    const uint32_t groups = end - first;
+    if (pages) pages->clear();
+    for (uint32_t g = 0; g < groups; ++g) {
+        uint32_t at[16];
+        transpose ? d.mn_major(first + g, at) : d.k_major(first + g, at);
+        const uint32_t low = *std::min_element(at, at + 16);
+        const uint32_t high = *std::max_element(at, at + 16) + 15;
+        if (high >= shared.size())
+            fault("out of bounds", "matrix at shared address " + hex(high - 15) + "; the CTA has " +
+                                       std::to_string(shared.size()));
+        if (pages) add_pages(*pages, low, high);
+        if (!shared.is_checked(r.w.agent, low, high))
+            for (uint32_t address : at) shared.check_async_read(r.w.agent, -1, address, 16);
+        if (marks)
+            for (uint32_t address : at) marks[address >> 4] = r.number;
+        if (!out) continue;
+        // Row by row; mn-major: k by k, of all groups.
+        uint8_t* to = bytes + g * (transpose ? 16 : 16 * 16);
+        const uint32_t step = transpose ? groups * 16 : 16;
+        for (uint32_t i = 0; i < 16; ++i) std::memcpy(to + i * step, shared.data() + at[i], 16);
     }
-    for (uint32_t k = 0; k < 16; ++k)
-        for (int chunk = 0; chunk < rows / 8; ++chunk) {
-            const uint32_t mn_chunk = first / 8 + static_cast<uint32_t>(chunk);
-            const uint8_t* from = operand(r, d.mn_major(mn_chunk, k));
-            if (out) std::memcpy(bytes + (static_cast<int>(k) * rows + chunk * 8) * 2, from, 16);
-        }
-    if (out) wgmma_unpack_transposed(type, reinterpret_cast<const uint16_t*>(words), rows, out);
+    if (!out) return;
+    const auto rows = static_cast<int>(groups * 8);
+    transpose ? wgmma_unpack_transposed(type, reinterpret_cast<const uint16_t*>(words), rows, out)
+              : wgmma_unpack(type, words, rows, out);
 }
 
 // op: descriptors of A (if it is in shared memory) and B, scale-d; list: registers of D, then of A
@@ -142,8 +149,12 @@ void mma_async(Warp& w, const Instr& in, Mask m) {
     const auto k = static_cast<size_t>(op.k());
     const bool unpacked = b.number == number;
     if (!unpacked) b.values.resize(k * static_cast<size_t>(op.n));
-    read_matrix(reading, descriptor_of(b_bits), op.b, code.transpose_b, 0, op.n,
-                unpacked ? nullptr : b.values.data());
+    // The others check it again, each for itself, quickly where that goes by pages.
+    const auto is_checked = [&](uint32_t page) { return w.cta->shared.is_checked(w.agent, page); };
+    if (!unpacked || !std::all_of(b.pages.begin(), b.pages.end(), is_checked))
+        read_matrix(reading, descriptor_of(b_bits), op.b, code.transpose_b, 0,
+                    static_cast<uint32_t>(op.n / 8), unpacked ? nullptr : b.values.data(),
+                    &b.pages);
     b.number = number, b.a_bits = a_bits, b.b_bits = b_bits;
 
     alignas(64) double a[32 * kWgmmaRows];
@@ -151,14 +162,15 @@ void mma_async(Warp& w, const Instr& in, Mask m) {
         uint32_t words[kWgmmaRows * kWgmmaBytes / 4];  // row, then the 8 words of its 32 bytes
         for (int r = 0; r < 4; ++r) {
             const auto* lanes = w.row<uint32_t>(in.list[code.d_regs + static_cast<uint32_t>(r)]);
-            for (int l = 0; l < kLanes; ++l)
-                words[(l / 4 + r % 2 * 8) * 8 + r / 2 * 4 + l % 4] = lanes[l];
+            for (int row = 0; row < 8; ++row)
+                std::memcpy(words + (row + r % 2 * 8) * 8 + r / 2 * 4, lanes + 4 * row, 16);
         }
         wgmma_unpack(op.a, words, kWgmmaRows, a);
     } else {
         reading.marks = true;
-        read_matrix(reading, descriptor_of(a_bits), op.a, code.transpose_a,
-                    static_cast<uint32_t>(w.index % kWarps * kWgmmaRows), kWgmmaRows, a);
+        const auto group = static_cast<uint32_t>(w.index % kWarps * kWgmmaRows / 8);
+        read_matrix(reading, descriptor_of(a_bits), op.a, code.transpose_a, group, group + 2, a,
+                    nullptr);
     }
     if (op.negate)
         for (size_t i = 0; i < k * kWgmmaRows; ++i) a[i] = -a[i];

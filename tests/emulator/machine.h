@@ -407,6 +407,7 @@ struct WgmmaOperand {
     uint32_t number = 0;
     uint64_t a_bits = 0, b_bits = 0;  // descriptors
     std::vector<double> values;
+    std::vector<uint32_t> pages;  // of shared memory, that it lies in
 };
 constexpr size_t kWgmmaSlots = 8;  // how far apart the warps may be and still share it
 

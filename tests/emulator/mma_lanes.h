@@ -24,7 +24,11 @@ using Doubles = double __attribute__((vector_size(128)));
 using Floats = float __attribute__((vector_size(64)));
 using Words = uint32_t __attribute__((vector_size(64)));
 using Ints = int32_t __attribute__((vector_size(64)));
+// Eight of them.
+using HalfFloats = float __attribute__((vector_size(32)));
 using HalfWords = uint32_t __attribute__((vector_size(32)));
+using HalfInts = int32_t __attribute__((vector_size(32)));
+using Halves = uint16_t __attribute__((vector_size(32)));
 
 template <class To>
 inline To load(const void* from) {
@@ -67,20 +71,20 @@ constexpr int element_bits(MmaType type) {
 constexpr int block_elements(MmaType type) { return 8 * kBlockBytes / element_bits(type); }
 
 // Values of the elements in the low bits of each word.
-template <MmaType type>
-inline Floats element_values(Words words) {
+template <MmaType type, class W = Words, class F = Floats, class I = Ints>
+inline F element_values(W words) {
     using enum MmaType;
-    if constexpr (type == f16) return widen<5, 10, Words, Floats>(words, kF16.max_finite + 1);
-    if constexpr (type == e4m3) return widen<4, 3, Words, Floats>(words, kE4M3.max_finite + 1);
-    if constexpr (type == e5m2) return widen<5, 2, Words, Floats>(words, kE5M2.max_finite + 1);
-    if constexpr (type == bf16) return std::bit_cast<Floats>(words << 16);
+    if constexpr (type == f16) return widen<5, 10, W, F>(words, kF16.max_finite + 1);
+    if constexpr (type == e4m3) return widen<4, 3, W, F>(words, kE4M3.max_finite + 1);
+    if constexpr (type == e5m2) return widen<5, 2, W, F>(words, kE5M2.max_finite + 1);
+    if constexpr (type == bf16) return std::bit_cast<F>(words << 16);
     // The tensor core does not read the lower 13 bits of a tf32 operand.
-    if constexpr (type == tf32) return std::bit_cast<Floats>(words & ~0x1FFFu);
+    if constexpr (type == tf32) return std::bit_cast<F>(words & ~0x1FFFu);
     // Integers: to the top of the word, then down again with the sign or without.
     constexpr int kUnused = 32 - element_bits(type);
     if constexpr (type == s8 || type == s4)
-        return __builtin_convertvector(std::bit_cast<Ints>(words << kUnused) >> kUnused, Floats);
-    return __builtin_convertvector(words << kUnused >> kUnused, Floats);
+        return __builtin_convertvector(std::bit_cast<I>(words << kUnused) >> kUnused, F);
+    return __builtin_convertvector(words << kUnused >> kUnused, F);
 }
 
 // Eight rows of C. Eight lanes hold the even columns of two rows in the first register (or in the

@@ -96,7 +96,9 @@ void SharedMemory::reset(uint32_t bytes, int granule_shift, Clocks& clocks, int 
         data_.assign((bytes + 15) & ~15u, 0);
         write_time_.assign(granules_, 0);
         writer_.assign(granules_, 0);
-        read_time_.assign(static_cast<size_t>(granules_ + 4) * static_cast<size_t>(warps_), 0);
+        const size_t times = static_cast<size_t>(granules_ + 4) * static_cast<size_t>(warps_);
+        read_time_.reset(static_cast<uint32_t*>(std::calloc(times, sizeof(uint32_t))));
+        if (!read_time_) throw std::bad_alloc();
         async_reads_.assign(
             clocks.async() ? static_cast<size_t>(clocks.readers_per_cta()) : size_t{0}, {});
         pages_ = (data_.size() >> kPageShift) + 1;
@@ -370,15 +372,15 @@ void SharedMemory::slow_async_read(int warp, int lane, uint32_t address, uint32_
     }
 }
 
-void SharedMemory::mark_read(int reader, uint32_t number, uint32_t address, uint32_t bytes) {
+uint32_t* SharedMemory::marks_of(int reader) {
     auto& marks = async_reads_[static_cast<size_t>(reader)];
     if (marks.empty()) marks.assign(data_.size() / 16, 0);
-    if (bytes == 16 && address % 16 == 0) {
-        marks[address >> 4] = number;
-        return;
-    }
-    std::fill(marks.begin() + (address >> 4), marks.begin() + ((address + bytes + 15) >> 4),
-              number);
+    return marks.data();
+}
+
+void SharedMemory::mark_read(int reader, uint32_t number, uint32_t address, uint32_t bytes) {
+    uint32_t* marks = marks_of(reader);
+    std::fill(marks + (address >> 4), marks + ((address + bytes + 15) >> 4), number);
 }
 
 void SharedMemory::bulk_write(int warp, int lane, int engine, uint32_t address, uint32_t bytes,

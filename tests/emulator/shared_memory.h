@@ -2,6 +2,8 @@
 #pragma once
 
 #include <cstdint>
+#include <cstdlib>
+#include <memory>
 #include <string>
 #include <unordered_map>
 #include <vector>
@@ -69,6 +71,10 @@ class Clocks {
     std::vector<uint32_t> issued_;  // by agent, of readers
 };
 
+struct FreeMemory {
+    void operator()(void* memory) const { std::free(memory); }
+};
+
 // For each granule: who wrote and who read it last, and when.
 class SharedMemory {
   public:
@@ -106,12 +112,22 @@ class SharedMemory {
     // The two halves of it. The check is quick where the warp has found all of the page (1 KB) in
     // order, and nobody has written to it since.
     void check_async_read(int warp, int lane, uint32_t address, uint32_t bytes) {
-        const uint32_t page = address >> kPageShift;
-        if ((address + bytes - 1) >> kPageShift != page ||
-            checked_[static_cast<size_t>(warp) * pages_ + page] != version_[page] << 1)
+        if (page(address + bytes - 1) != page(address) || !is_checked(warp, page(address)))
             slow_async_read(warp, lane, address, bytes);
     }
+    // Whether that is known of a page; of those of the bytes `first` ... `last`.
+    bool is_checked(int warp, uint32_t page) const {
+        return checked_[static_cast<size_t>(warp) * pages_ + page] == version_[page] << 1;
+    }
+    bool is_checked(int warp, uint32_t first, uint32_t last) const {
+        for (uint32_t p = page(first); p <= page(last); ++p)
+            if (!is_checked(warp, p)) return false;
+        return true;
+    }
+    static uint32_t page(uint32_t address) { return address >> kPageShift; }
     void mark_read(int reader, uint32_t number, uint32_t address, uint32_t bytes);
+    // By 16 bytes: where mark_read leaves the number.
+    uint32_t* marks_of(int reader);
     void make_barrier(int warp, int lane, uint32_t address);
     void end_barrier(int warp, int lane, uint32_t address);
 
@@ -159,8 +175,9 @@ class SharedMemory {
     uint32_t epoch_ = 0;
     Options options_;
     std::vector<uint32_t> write_time_;
-    std::vector<uint16_t> writer_;     // agent << 5 | lane
-    std::vector<uint32_t> read_time_;  // see reads_of
+    std::vector<uint16_t> writer_;  // agent << 5 | lane
+    // See reads_of: much, and most of it never used, so of pages that the system clears on demand.
+    std::unique_ptr<uint32_t[], FreeMemory> read_time_;
     // By reader of this CTA and 16 bytes: the number of the operation that read them last.
     std::vector<std::vector<uint32_t>> async_reads_;
     // By page: how often it was written. By warp and page: twice the count at which the warp found

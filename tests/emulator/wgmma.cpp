@@ -8,38 +8,46 @@
 namespace emu {
 namespace {
 
-constexpr int kVector = 16;
-
-// 16 rows of 32 bytes at a time.
-template <MmaType type>
-inline void unpack_words(const uint32_t* words, int rows, double* out) {
-    constexpr int kBits = element_bits(type), kPerWord = 32 / kBits;
-    for (int row = 0; row < rows; row += kVector) {
-        const int count = rows - row < kVector ? rows - row : kVector;
-        for (int j = 0; j < kWgmmaBytes / 4; ++j) {
-            uint32_t column[kVector] = {};
-            for (int i = 0; i < count; ++i) column[i] = words[(row + i) * (kWgmmaBytes / 4) + j];
-            const auto packed = load<Words>(column);
-            for (int e = 0; e < kPerWord; ++e) {
-                const Floats values = element_values<type>(packed >> (e * kBits));
-                const auto doubles = __builtin_convertvector(values, Doubles);
-                double* to = out + static_cast<long>(j * kPerWord + e) * rows + row;
-                std::memcpy(to, &doubles, static_cast<size_t>(count) * sizeof(double));
-            }
+// Eight rows of eight words. Interleaving rows i and i + 4 rotates the bits of a word's index (row,
+// column) by one; three times swaps the three bits of the row with those of the column.
+inline void transpose(HalfWords* m) {
+#pragma GCC unroll 3
+    for (int step = 0; step < 3; ++step) {
+        HalfWords next[8];
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) {
+            next[2 * i] = __builtin_shufflevector(m[i], m[i + 4], 0, 8, 1, 9, 2, 10, 3, 11);
+            next[2 * i + 1] = __builtin_shufflevector(m[i], m[i + 4], 4, 12, 5, 13, 6, 14, 7, 15);
         }
+        std::memcpy(m, next, sizeof next);
     }
 }
 
+// Eight rows of 32 bytes at a time.
+template <MmaType type>
+inline void unpack_words(const uint32_t* words, int rows, double* out) {
+    constexpr int kBits = element_bits(type), kPerWord = 32 / kBits, kWords = kWgmmaBytes / 4;
+    for (int row = 0; row < rows; row += 8) {
+        HalfWords m[8];
+        for (int i = 0; i < 8; ++i) m[i] = load<HalfWords>(words + (row + i) * kWords);
+        transpose(m);
+#pragma GCC unroll 8
+        for (int j = 0; j < kWords; ++j)
+            for (int e = 0; e < kPerWord; ++e) {
+                const auto values =
+                    element_values<type, HalfWords, HalfFloats, HalfInts>(m[j] >> (e * kBits));
+                store(out + static_cast<long>(j * kPerWord + e) * rows + row,
+                      __builtin_convertvector(values, Octet));
+            }
+    }
+}
+
+// As many halves as rows of 16 k have: a multiple of 16.
 template <MmaType type>
 inline void unpack_halves(const uint16_t* halves, int rows, double* out) {
-    const int total = rows * (kWgmmaBytes / 2);
-    for (int at = 0; at < total; at += kVector) {
-        const int count = total - at < kVector ? total - at : kVector;
-        uint32_t words[kVector] = {};
-        for (int i = 0; i < count; ++i) words[i] = halves[at + i];
-        const Floats values = element_values<type>(load<Words>(words));
-        const auto doubles = __builtin_convertvector(values, Doubles);
-        std::memcpy(out + at, &doubles, static_cast<size_t>(count) * sizeof(double));
+    for (int at = 0; at < rows * (kWgmmaBytes / 2); at += 16) {
+        const auto words = __builtin_convertvector(load<Halves>(halves + at), Words);
+        store(out + at, __builtin_convertvector(element_values<type>(words), Doubles));
     }
 }
 
@@ -126,7 +134,8 @@ void wgmma_unpack(MmaType type, const uint32_t* words, int rows, double* out) {
     unpack(type, words, rows, out);
 }
 
-void wgmma_unpack_transposed(MmaType type, const uint16_t* halves, int rows, double* out) {
+__attribute__((flatten, target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default"))) void
+wgmma_unpack_transposed(MmaType type, const uint16_t* halves, int rows, double* out) {
     if (type == MmaType::f16)
         unpack_halves<MmaType::f16>(halves, rows, out);
     else
@@ -146,22 +155,5 @@ WgmmaDescriptor::WgmmaDescriptor(uint64_t bits)
       stride((bits >> 32 & 0x3fff) << 4),
       base_offset(bits >> 49 & 7),
       mode(static_cast<uint32_t>(bits >> 62)) {}
-
-// The XOR takes absolute address bits: the pattern lies in memory, not in the tile.
-uint32_t WgmmaDescriptor::swizzle(uint32_t address) const {
-    return mode ? address ^ (address >> 7 & ((8u >> (mode - 1)) - 1)) << 4 : address;
-}
-
-uint32_t WgmmaDescriptor::k_major(uint32_t row, uint32_t k_chunk) const {
-    const uint32_t rows = start + row % 8 * span() + row / 8 * stride;
-    return swizzle(rows + k_chunk * (mode ? 16 : leading));
-}
-
-uint32_t WgmmaDescriptor::mn_major(uint32_t mn_chunk, uint32_t k) const {
-    if (!mode) return start + k % 8 * 16 + mn_chunk * stride + k / 8 * leading;
-    const uint32_t atom = span() / 16;  // chunks
-    return swizzle(start + mn_chunk % atom * 16 + mn_chunk / atom * leading + k % 8 * span() +
-                   k / 8 * stride);
-}
 
 }  // namespace emu
