@@ -11,6 +11,7 @@ import itertools
 import numpy as np
 import pytest
 
+from tests.emulator import EmulatorError
 from tests.hopper_snippets import SEEDS, encode_map, launch, load, run, swizzled, wait
 
 INIT = "@%first mbarrier.init.shared.b64 [%bar], {count}; fence.mbarrier_init.release.cluster; "
@@ -145,6 +146,11 @@ $consumer: setmaxnreg.inc.sync.aligned.u32 240;
 $done: st.global.u32 [%yt], 1;"""
     for seed in SEEDS:
         assert (run(body, seed=seed, threads=384) == 1).all()
+    # 48 + 2 * 232 would be all of the SM's, but the launch has 168 * 384 of them.
+    more = body.replace("u32 24;", "u32 48;").replace("u32 240;", "u32 232;")
+    with pytest.raises(EmulatorError, match="deadlock"):
+        run(more, threads=384)
+    assert (run(more.replace("u32 48;", "u32 40;"), threads=384) == 1).all()
 
 
 # --------------------------------------------------------------------------------------------------

@@ -180,7 +180,8 @@ void set_max_registers(Warp& w, const Instr& in, Mask) {
         const uint32_t held = other.max_registers ? other.max_registers : launched;
         sum += kLanes * (&other == &w ? wanted : held);
     }
-    if (sum > kRegisters && in.a) return w.block(Wait::registers, 0, true);
+    // Not from what the SM has left: the launch's registers are whole eights of each thread.
+    if (sum > launched * threads && in.a) return w.block(Wait::registers, 0, true);
     w.max_registers = wanted;
     if (!in.a) w.cta->cluster->wake(Wait::registers, w.cta, kNone);
 }

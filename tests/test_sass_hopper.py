@@ -1,0 +1,93 @@
+"""What only a card would notice, read from SASS: memory touched before griddepcontrol.wait, and
+registers that setmaxnreg waits for in vain."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from bench import sass
+from minitron_kernels import native
+from tests.native_emulator import BUILT, kernel_file, ptx_of
+
+WITH_PDL = [arch for arch in ("90a", "100a") if arch in BUILT]
+pytestmark = pytest.mark.skipif(not WITH_PDL, reason="built without sm_90a and sm_100a")
+
+# Instructions that access global memory; CCTL asks for it in L2 or empties L1, UTMAPF asks.
+GLOBAL = {
+    "LD",
+    "LDG",
+    "ST",
+    "STG",
+    "LDGSTS",
+    "ATOM",
+    "ATOMG",
+    "RED",
+    "UBLKCP",
+    "UTMALDG",
+    "UTMASTG",
+}
+# By the start of an entry's name, what it may do before: read hints past L1 (attn_decode_sm90.cuh).
+BEFORE_WAIT = {r"mk_attention_decode_sm90_": {"LDG.E.STRONG.GPU"}}
+
+
+def functions(arch: str) -> dict[str, list[sass.Instruction]]:
+    try:
+        return sass.functions(kernel_file(arch))
+    except FileNotFoundError as e:
+        pytest.skip(str(e))
+
+
+def before_wait(code: list[sass.Instruction]) -> set[str]:
+    """Accesses of global memory that stand before the first griddepcontrol.wait."""
+    waits = [n for n, i in enumerate(code) if i.name == "ACQBULK"]
+    return {i.opcode for i in code[: waits[0] if waits else None] if i.name in GLOBAL}
+
+
+@pytest.mark.parametrize("arch", WITH_PDL)
+def test_memory_is_left_alone_before_griddepcontrol_wait(arch: str) -> None:
+    """A launch that runs early would read what the one before it has not written yet. What the
+    compiler moves is seen here, too."""
+    for name, code in functions(arch).items():
+        allowed = [found for entry, found in BEFORE_WAIT.items() if re.match(entry, name)]
+        assert before_wait(code) <= (allowed[0] if allowed else set()), name
+
+
+@pytest.mark.skipif("90a" not in BUILT, reason="built without sm_90a")
+def test_setmaxnreg_asks_for_what_the_launch_has() -> None:
+    """setmaxnreg.inc waits until the block's registers suffice: with what the other warpgroups gave
+    up, and no more than the launch allocated, they must. What a warpgroup keeps, its code needs."""
+    threads = {
+        name: int(bound)
+        for text in ptx_of("90a")
+        for name, bound in re.findall(r"\.entry (\w+)\([^)]*\)\s*\.maxntid (\d+)", text)
+    }
+    entries, seen = native.build_info()["entries"]["90a"], 0
+    for name, code in functions("90a").items():
+        asked = {
+            kind: [int(i.operands.split(",")[-1], 16) for i in code if i.opcode.startswith(kind)]
+            for kind in ("USETMAXREG.DEALLOC", "USETMAXREG.TRY_ALLOC")
+        }
+        (less, more) = asked.values()
+        if not less and not more:
+            continue
+        assert len(less) == len(more) == 1 and less[0] % 8 == more[0] % 8 == 0, (name, asked)
+        had = entries[name]["registers"] // 8 * 8
+        groups = threads[name] // 128 - 1
+        assert less[0] + groups * more[0] <= had * (groups + 1), (name, less, more, had)
+        assert less[0] <= had <= more[0], (name, less, more, had)
+        assert highest_register(code) < more[0], name
+        seen += 1
+    assert seen >= 20
+
+
+def highest_register(code: list[sass.Instruction]) -> int:
+    return max(int(r) for i in code for r in re.findall(r"\bR(\d+)\b", i.operands))
+
+
+def test_the_tests_can_fail() -> None:
+    early = sass.parse("/*0000*/ LDG.E R0, [R2] ;\n/*0010*/ ACQBULK ;\n/*0020*/ STG.E [R2], R0 ;")
+    assert before_wait(early) == {"LDG.E"} and before_wait(early[1:]) == set()
+    mma = sass.parse("/*0000*/ HGMMA.64x48x16.F32.BF16 R24, gdesc[UR128], R24 ;")
+    assert highest_register(mma) == 24
