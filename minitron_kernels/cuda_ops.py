@@ -248,16 +248,18 @@ def rope_append(
     )
 
 
-_zero_positions: dict[torch.device, list[Tensor]] = {}
+_zero_positions: dict[tuple[torch.device, int], list[Tensor]] = {}
 
 
 def _zeros(count: int, device: torch.device) -> Tensor:
-    """Positions 0, int32 [count]: one tensor for all calls, replaced by a larger one on demand.
+    """Positions 0, int32 [count]: one tensor for all calls on a stream, as another would have to
+    wait for it; replaced by a larger one on demand.
 
     Those that were replaced are kept: a captured graph may have their address. What a graph's own
     capture would make holds zeros only once that graph runs, and is not kept for others.
     """
-    made = _zero_positions.setdefault(device, [])
+    stream = torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else 0
+    made = _zero_positions.setdefault((device, stream), [])
     if made and made[-1].shape[0] >= count:
         return made[-1][:count]
     zeros = torch.zeros(max(count, 1 << 16), dtype=torch.int32, device=device)
