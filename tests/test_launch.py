@@ -816,6 +816,16 @@ def test_damaged_kernel_file(tmp_path: Path, damage: str) -> None:
     assert "sm_80.fatbin is damaged at byte" in done.stderr
 
 
+def test_kernels_that_the_driver_does_not_take(tmp_path: Path) -> None:
+    path = copy_of_library(tmp_path / "package", ["80"])
+    file = path.parent / "kernels" / "sm_80.fatbin"
+    header = file.read_bytes()[:8] + (64).to_bytes(8, "little")
+    file.unlink()
+    file.write_bytes(header + bytes(64))
+    done = in_new_process(f"{PRELUDE}\nmake_current('80')\nlaunch(abi.load({str(path)!r}))")
+    assert re.search(r"sm_80.fatbin: cuLibraryLoadData: CUDA_\w+ .*CUDA up to 13\.0;", done.stderr)
+
+
 # -------------------------------------------------------------------------- driver and launches
 
 NATIVE_CALL = """

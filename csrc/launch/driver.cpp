@@ -32,6 +32,7 @@ Loaded load() {
     };
     Driver& d = loaded.driver;
     find(d.cuInit, "cuInit");
+    find(d.cuDriverGetVersion, "cuDriverGetVersion");
     find(d.cuGetErrorName, "cuGetErrorName");
     find(d.cuGetErrorString, "cuGetErrorString");
     find(d.cuDeviceGetAttribute, "cuDeviceGetAttribute");

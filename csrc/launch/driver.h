@@ -62,6 +62,7 @@ static_assert(sizeof(CUlaunchConfig) == 56);
 
 struct Driver {
     CUresult (*cuInit)(unsigned flags);
+    CUresult (*cuDriverGetVersion)(int*);
     CUresult (*cuGetErrorName)(CUresult, const char**);
     CUresult (*cuGetErrorString)(CUresult, const char**);
     CUresult (*cuDeviceGetAttribute)(int*, int attribute, CUdevice);

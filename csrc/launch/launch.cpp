@@ -61,8 +61,18 @@ mk_status load_libraries(const cuda::Driver& driver, const char* arch, Kernels* 
             return copy;
         }();
         cuda::CUlibrary library = nullptr;
-        MK_CUDA(driver, cuLibraryLoadData, &library, aligned.data(), nullptr, nullptr, 0, nullptr,
-                nullptr, 0);
+        const cuda::CUresult result = driver.cuLibraryLoadData(&library, aligned.data(), nullptr,
+                                                               nullptr, 0, nullptr, nullptr, 0);
+        if (result != cuda::kSuccess) {
+            int version = 0;
+            driver.cuDriverGetVersion(&version);
+            cuda::fail_driver(driver, "cuLibraryLoadData", result);
+            return fail(MK_ERR_DRIVER,
+                        "%s: %s. This driver is for CUDA up to %d.%d; kernels that a later one has "
+                        "compiled need a later driver",
+                        file.c_str(), std::string(mk_last_error()).c_str(), version / 1000,
+                        version % 1000 / 10);
+        }
         kernels->libraries.push_back(library);
         offset += size;
     }
