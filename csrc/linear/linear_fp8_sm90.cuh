@@ -12,11 +12,12 @@
 //     warpgroup 1                       waits      waits   FFMAs      turn
 //     warpgroup 2                    FFMAs      turn        waits      waits
 //
-// The FFMAs of both warpgroups, 96 a thread, take 192 of the 768 clocks' issue slots (25 %; those
-// of 16-bit products have none), never of both at once: a warpgroup starts its stage when the other
-// is half through with its own. Without turns both would finish, and add, together, as one waits
-// for the same stage as the other: the tensor cores would stand still meanwhile. Half a stage (192
-// clocks) is more than the 96 FFMAs and the latencies before and after them.
+// The FFMAs of both warpgroups, 96 a thread, take 192 of the 768 clocks' issue slots (25 %, and all
+// that is issued 39 %; products of 16 bits add nothing), never of both at once: a warpgroup starts
+// its stage when the other is half through with its own. Without turns both would finish, and add,
+// together, as one waits for the same stage as the other: the tensor cores would stand still
+// meanwhile. Half a stage (192 clocks) is more than the 96 FFMAs and the latencies before and after
+// them.
 //
 // Shared memory: a stage is written (40 KB, 320 clocks of 128 bytes) and read by wgmma (64 KB, 512)
 // in 832 clocks if nothing overlaps: 1.08 of the tensor cores' time. In two chunks of 96 columns,
@@ -55,39 +56,50 @@ struct LinearFp8Sm90 {
         }
     }
 
-    // The scales of a thread's two rows and of the tile's columns, block after block of k. Rows and
-    // columns that do not exist have those of the last that does.
+    // The scales of a warp's 16 rows and of the tile's columns, block after block of k: lane l has
+    // those of row l % 16 and of the first columns, or, from 16 on, the last. Rows and columns that
+    // do not exist have those of the last that does.
     struct Scales {
-        const float* x[2];
-        const float* w;
+        const float *x, *w;
         int64_t x_step, w_step;
-        int64_t last_w;       // from w's first block of columns to its last
-        bool is_middle_last;  // the middle 64 of 192 columns are of that
+        // The lanes with the scales of the thread's rows lane / 4 and that + 8; of a tile with
+        // three of w the middle one is its first or its last. Kept in registers.
+        uint32_t from[2][kColScales];
+
+        struct Pair {
+            float x, w;
+        };
 
         __device__ __forceinline__ Scales(const LinearFp8Args& args, int first_row, int n0)
             : x_step(args.x_scale_block_stride), w_step(args.w_scale_block_stride) {
+            const int lane = threadIdx.x % 32;
+            const int column = n0 + lane / 16 * (T.n - kScaleCols);
+            x = args.x_scale + min(first_row + lane % 16, args.product.m - 1) * args.x_scale_stride;
+            w = args.w_scale + min(column, args.product.n - 1) / kFp8Block * args.w_scale_stride;
             MK_UNROLL
-            for (int i = 0; i < 2; ++i) {
-                const int row = min(first_row + static_cast<int>(threadIdx.x) % 32 / 4 + 8 * i,
-                                    args.product.m - 1);
-                x[i] = args.x_scale + row * args.x_scale_stride;
+            for (int i = 0; i < 2 * kColScales; ++i) {
+                const int c = i % kColScales;
+                const bool is_last = c == 2 || (c == 1 && n0 % kFp8Block);
+                from[i / kColScales][c] =
+                    ptx::mov_b32(lane / 4 + 8 * (i / kColScales) + (is_last ? 16 : 0));
             }
-            const auto block = [&](int column) {
-                return args.w_scale +
-                       min(column, args.product.n - 1) / kFp8Block * args.w_scale_stride;
-            };
-            w = block(n0);
-            last_w = block(n0 + T.n - kScaleCols) - w;
-            is_middle_last = n0 % kFp8Block != 0;
         }
 
-        struct Block {
-            float x[2], w, last_w;
-        };
-        __device__ __forceinline__ Block next() {
-            const Block block{{*x[0], *x[1]}, *w, kColScales == 1 ? 0.f : w[last_w]};
-            x[0] += x_step, x[1] += x_step, w += w_step;
-            return block;
+        // Of the next block.
+        __device__ __forceinline__ Pair load() {
+            const Pair pair{*x, *w};
+            x += x_step, w += w_step;
+            return pair;
+        }
+
+        // What the thread's products are multiplied with.
+        __device__ __forceinline__ void of(const Pair& pair, float (&scale)[2][kColScales]) const {
+            const float product = pair.x * pair.w;
+            MK_UNROLL
+            for (int i = 0; i < 2 * kColScales; ++i) {
+                float& to = scale[i / kColScales][i % kColScales];
+                to = __shfl_sync(0xFFFFFFFFu, product, from[i / kColScales][i % kColScales]);
+            }
         }
     };
 
@@ -103,17 +115,7 @@ struct LinearFp8Sm90 {
 
     // sums += products, scaled.
     static __device__ __forceinline__ void add(Sums& sums, const Sums& products,
-                                               const typename Scales::Block& of,
-                                               bool is_middle_last) {
-        float scale[2][kColScales];
-        MK_UNROLL
-        for (int i = 0; i < 2; ++i) {
-            scale[i][0] = of.x[i] * of.w;
-            if constexpr (kColScales == 3) {
-                scale[i][2] = of.x[i] * of.last_w;
-                scale[i][1] = is_middle_last ? scale[i][2] : scale[i][0];
-            }
-        }
+                                               const float (&scale)[2][kColScales]) {
         MK_UNROLL
         for (int j = 0; j < T.n / 8; ++j) {
             MK_UNROLL
@@ -126,6 +128,7 @@ struct LinearFp8Sm90 {
     static __device__ __forceinline__ void multiply(const LinearFp8Args& args, const Block& block,
                                                     int group, uint8_t* smem_warp) {
         auto at = block.ring(group);
+        const int mine = ptx::mov_b32(kTurn + group), others = ptx::mov_b32(kTurn + 1 - group);
         if (group == 1) ptx::bar_arrive(kTurn, 256);
         block.each_tile([&](const typename Block::Tile& to) {
             const int first_row = to.m0 + group * Block::kGroupRows + threadIdx.x / 32 % 4 * 16;
@@ -135,23 +138,23 @@ struct LinearFp8Sm90 {
                                                     smem_warp + kGemmStagedBytes);
             });
             Scales scales(args, first_row, to.n0);
-            auto scale = scales.next();
+            auto pair = scales.load();
             Sums sums{}, products;
             MK_NO_UNROLL
-            for (int s = 0; s < block.num_stages; ++s) {
+            for (int left = block.num_stages; left > 0; --left) {
                 at.wait();
-                ptx::bar_sync(kTurn + group, 256);
+                ptx::bar_sync(mine, 256);
                 start(products, at);
-                // A stage ahead: nobody waits for them.
-                const auto next = s + 1 < block.num_stages ? scales.next() : scale;
+                float scale[2][kColScales];
+                scales.of(pair, scale);
+                if (left > 1) pair = scales.load();  // a stage ahead: nobody waits for them
                 ptx::wgmma_wait_group<1>();
-                ptx::bar_arrive(kTurn + 1 - group, 256);
+                ptx::bar_arrive(others, 256);
                 ptx::wgmma_wait_group<0>();
                 ptx::pin(products);
                 at.release(at.full);
                 at.advance();
-                add(sums, products, scale, scales.is_middle_last);
-                scale = next;
+                add(sums, products, scale);
             }
             with_epilogue(args, [&]<class D, template <class> class E>(const E<D>& epilogue) {
                 GemmOutputSm90<D, T, E<D>>::write(epilogue, first_row, num_rows, to.n0, sums,
