@@ -8,6 +8,7 @@ namespace {
 // 16 x 32 bits: two registers, of rows 0-7 and 8-15.
 struct Ints {
     static constexpr int kTileM = 2, kTileN = 1;  // 4 of sums, 4 of accumulators, 2 + 1 of factors
+    static constexpr bool kDirect = false;
 
     __m256i lo, hi;
 
@@ -43,6 +44,12 @@ struct Ints {
     }
     friend Ints operator>>(Ints a, int n) {
         return {_mm256_srli_epi32(a.lo, n), _mm256_srli_epi32(a.hi, n)};
+    }
+    Ints divide(int n) const { return {_mm256_srai_epi32(lo, n), _mm256_srai_epi32(hi, n)}; }
+    static MK_INLINE Ints spread_bits(Ints a) {
+        a = a & 15;
+        const Ints two = a | a << 14;  // bits 0, 1, and at 16, 17 bits 2, 3
+        return (two << 4 | two << 11) & 0x10101010;
     }
     static Ints and_or(Ints a, uint32_t mask, Ints b) { return (a & mask) | b; }
 

@@ -8,6 +8,7 @@ namespace {
 // 16 x 32 bits: one register.
 struct Ints {
     static constexpr int kTileM = 6, kTileN = 2;  // 12 sums, 12 accumulators, 2 + 1 factors of 32
+    static constexpr bool kDirect = true;
 
     __m512i v;
 
@@ -26,6 +27,16 @@ struct Ints {
     }
     friend Ints operator>>(Ints a, int n) {
         return {_mm512_srli_epi32(a.v, static_cast<unsigned>(n))};
+    }
+    Ints divide(int n) const { return {_mm512_srai_epi32(v, static_cast<unsigned>(n))}; }
+    static Ints spread_bits(Ints a) {
+        const auto bytes = [](int i) {
+            return (i & 1) << 4 | (i & 2) << 11 | (i & 4) << 18 | (i & 8) << 25;
+        };
+        const __m512i table = _mm512_setr_epi32(
+            bytes(0), bytes(1), bytes(2), bytes(3), bytes(4), bytes(5), bytes(6), bytes(7),
+            bytes(8), bytes(9), bytes(10), bytes(11), bytes(12), bytes(13), bytes(14), bytes(15));
+        return {_mm512_permutexvar_epi32(a.v, table)};  // looks at bits 0 ... 3 of a
     }
     static Ints and_or(Ints a, uint32_t mask, Ints b) {
         return {_mm512_ternarylogic_epi32(a.v, all(mask), b.v, 0xea)};
@@ -66,9 +77,10 @@ struct Ints {
         };
         __m512i four[4];
         for (int p = 0; p < 4; ++p) {
-            four[p] = _mm512_inserti32x4(_mm512_castsi128_si512(at(p)), at(4 + p), 1);
-            four[p] = _mm512_inserti32x4(four[p], at(8 + p), 2);
-            four[p] = _mm512_inserti32x4(four[p], at(12 + p), 3);
+            const auto two = [&](int r) {
+                return _mm256_inserti128_si256(_mm256_castsi128_si256(at(r)), at(r + 4), 1);
+            };
+            four[p] = _mm512_inserti64x4(_mm512_castsi256_si512(two(p)), two(8 + p), 1);
         }
         __m512i words[4];
         transpose(four, words);

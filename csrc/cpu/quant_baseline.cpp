@@ -7,6 +7,7 @@ namespace {
 // 16 x 32 bits: four of the 16-byte vectors that GCC and Clang have for every processor.
 struct Ints {
     static constexpr int kTileM = 2, kTileN = 1;
+    static constexpr bool kDirect = false;
 
     typedef uint32_t Unsigned __attribute__((vector_size(16)));
     typedef int32_t Signed __attribute__((vector_size(16)));
@@ -50,6 +51,15 @@ struct Ints {
     }
     friend MK_INLINE Ints operator>>(const Ints& a, int n) {
         return each([&](int i) { return a.v[i] >> n; });
+    }
+    MK_INLINE Ints divide(int n) const {
+        return each(
+            [&](int i) { return reinterpret_cast<Unsigned>(reinterpret_cast<Signed>(v[i]) >> n); });
+    }
+    static MK_INLINE Ints spread_bits(Ints a) {
+        a = a & 15;
+        const Ints two = a | a << 14;  // bits 0, 1, and at 16, 17 bits 2, 3
+        return (two << 4 | two << 11) & 0x10101010;
     }
     static MK_INLINE Ints and_or(const Ints& a, uint32_t mask, const Ints& b) {
         return (a & mask) | b;

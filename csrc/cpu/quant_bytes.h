@@ -28,6 +28,29 @@ struct Order {
         return panel.q[i / 4][row] >> (8 * (i & 3)) & 0xff;
     }
 
+    // Words of x for `columns`; sums[0 ... 1] += four columns, the kFour-th of a block, times those
+    // of x; what both add up to.
+    template <bool kXBytes>
+    static constexpr int x_words(int columns) {
+        return kXBytes ? columns / 4 : columns / 2;
+    }
+    template <bool kXBytes, int kFour>
+    static MK_INLINE void add(Ints (&sums)[2], Ints four, const uint32_t* x) {
+        const auto at = [&](int i)
+                            MK_INLINE_LAMBDA { return Ints::set(static_cast<int32_t>(x[i])); };
+        if constexpr (kXBytes) {
+            sums[0] = Ints::dot(sums[0], four, at(kFour));
+        } else {
+            constexpr int kHigh = kFour / 4 * 8 + kFour % 4;
+            sums[0] = Ints::dot(sums[0], four, at(kHigh));
+            sums[1] = Ints::dot(sums[1], four, at(kHigh + 4));
+        }
+    }
+    template <bool kXBytes>
+    static MK_INLINE Ints total(const Ints (&sums)[2]) {
+        return kXBytes ? sums[0] : (sums[0] << 8) + sums[1];
+    }
+
     template <int kBlock, int kM, int kN>
     static MK_INLINE void block_sums(const uint32_t* x, const uint32_t* w, Ints (&p)[kM][kN]) {
         const auto add = [&](auto half, auto u, Ints(&to)[kM][kN]) MK_INLINE_LAMBDA {

@@ -48,25 +48,23 @@ MK_INLINE Vec last_half_at(Rows rows, int64_t offset) {
     return (Ints::gather(rows, offset - 2) >> 16).half();
 }
 
-// Where the unpacked numbers of 16 rows go.
-struct Target {
+// Where the unpacked numbers of 16 rows go: here, a panel.
+template <int kBlock>
+struct ToPanel {
     QuantPanel& panel;
     int first;  // row
 
-    // Four columns from `column` of these rows, a byte each.
-    MK_INLINE void put(int column, Ints four) const {
-        Order::put(panel.q[column / 4 * Order::kWords] + first, four);
-    }
-    // The same, of bytes that have a field at `shift`.
-    template <uint32_t kMask>
-    MK_INLINE void put_fields(int column, Ints bytes, int shift) const {
-        put(column, (bytes >> shift) & (kMask * 0x01010101));
-    }
-    MK_INLINE void put_scale(int block, Vec scale) const {
-        scale.store(panel.scale[block] + first);
-    }
-    MK_INLINE void put_minimum(int block, Vec minimum) const {
+    MK_INLINE void scale(int block, Vec scale) const { scale.store(panel.scale[block] + first); }
+    MK_INLINE void minimum(int block, Vec minimum) const {
         minimum.store(panel.minimum[block] + first);
+    }
+    template <int kFirst, int kSecond, class F>
+    MK_INLINE void block(int b, const F& f) const {
+        uint32_t* const q = panel.q[b * (kBlock / 4) * Order::kWords] + first;
+        unroll<kBlock / 4>([&](auto j) MK_INLINE_LAMBDA {
+            constexpr int kShift = j.value < 4 ? kFirst : kSecond;
+            Order::put(q + j.value * Order::kWords * kTileRows, f(j) >> kShift);
+        });
     }
 };
 
@@ -79,35 +77,24 @@ struct Simple {
     static constexpr int kHeader = kHasMin ? 4 : 2, kLow = kHeader + (kHasFifth ? 4 : 0);
     static constexpr int kBytes = kLow + 16;
 
-    static MK_NOINLINE void unpack(Rows rows, int columns, const Target& to) {
+    template <class To>
+    static MK_INLINE void unpack(Rows rows, int columns, To& to) {
         for (int b = 0; b < columns / 32; ++b) {
             const int at = b * kBytes;
             const Ints header = Ints::gather(rows, at);
-            to.put_scale(b, header.half());
-            if constexpr (kHasMin) to.put_minimum(b, (header >> 16).half());
+            to.scale(b, header.half());
+            if constexpr (kHasMin) to.minimum(b, (header >> 16).half());
             const Words low = words_at(rows, at + kLow);
-            const int q = 32 * b;
-            if constexpr (!kHasFifth) {
-                unroll<4>([&](auto j) {
-                    to.template put_fields<15>(q + 4 * j.value, low.word[j.value], 0);
-                    to.template put_fields<15>(q + 16 + 4 * j.value, low.word[j.value], 4);
-                });
-            } else {
-                const Ints fifth = Ints::gather(rows, at + kHeader);
-                unroll<4>([&](auto j) {
-                    const Ints w = low.word[j.value], bits = fifth >> (4 * j.value);
-                    to.put(q + 4 * j.value, with_fifth(w, bits & 15));
-                    to.put(q + 16 + 4 * j.value, with_fifth(w >> 4, (bits >> 16) & 15));
-                });
-            }
+            Ints fifth;
+            if constexpr (kHasFifth) fifth = Ints::gather(rows, at + kHeader);
+            to.template block<0, kHasFifth ? 0 : 4>(b, [&](auto j) MK_INLINE_LAMBDA {
+                constexpr int i = j.value % 4, kHigh = j.value / 4;
+                const Ints w = low.word[i];
+                if constexpr (!kHasFifth) return w & (kHigh ? 0xf0f0f0f0 : 0x0f0f0f0f);
+                const Ints four = Ints::spread_bits(fifth >> (16 * kHigh + 4 * i));
+                return Ints::and_or(w >> (4 * kHigh), 0x0f0f0f0f, four);
+            });
         }
-    }
-
-    // Bits 0 ... 3 of `fifth` are those of 4 columns.
-    static MK_INLINE Ints with_fifth(Ints low, Ints fifth) {
-        const Ints two = fifth | fifth << 14;  // bits 0, 1, and at 16, 17 bits 2, 3
-        const Ints four = two << 4 | two << 11;
-        return Ints::and_or(four, 0x10101010, low & 0x0f0f0f0f);
     }
 };
 
@@ -120,13 +107,14 @@ struct Q8_0 {
     static constexpr int kBlock = 32, kColumns = 32, kBytes = 34, kBias = 7;
     static constexpr bool kHasMin = false;
 
-    static MK_NOINLINE void unpack(Rows rows, int columns, const Target& to) {
+    template <class To>
+    static MK_INLINE void unpack(Rows rows, int columns, To& to) {
         for (int b = 0; b < columns / 32; ++b) {
             const int at = b * kBytes;
-            to.put_scale(b, half_at(rows, at));
+            to.scale(b, half_at(rows, at));
             const MoreWords all = more_words_at(rows, at + 2);
-            unroll<8>(
-                [&](auto j) { to.put(32 * b + 4 * j.value, all.word[j.value] ^ 0x80808080); });
+            to.template block<0, 0>(
+                b, [&](auto j) MK_INLINE_LAMBDA { return all.word[j.value] ^ 0x80808080; });
         }
     }
 };
@@ -142,20 +130,21 @@ struct Q2_K : KType {
     static constexpr int kBlock = 16, kBytes = 84, kBias = 0;
     static constexpr bool kHasMin = true;
 
-    static MK_NOINLINE void unpack(Rows rows, int, const Target& to) {
+    template <class To>
+    static MK_INLINE void unpack(Rows rows, int, To& to) {
         const Vec d = half_at(rows, 80), minus_dmin = last_half_at(rows, 82) * Vec::set(-1.f);
         const Words both = words_at(rows, 0);
-        unroll<16>([&](auto b) {
+        unroll<16>([&](auto b) MK_INLINE_LAMBDA {
             const Ints word = both.word[b.value / 4] >> (8 * (b.value % 4));
-            to.put_scale(b.value, d * (word & 15).to_float());
-            to.put_minimum(b.value, minus_dmin * ((word >> 4) & 15).to_float());
+            to.scale(b.value, d * (word & 15).to_float());
+            to.minimum(b.value, minus_dmin * ((word >> 4) & 15).to_float());
         });
         for (int half = 0; half < 2; ++half) {
             const MoreWords all = more_words_at(rows, 16 + 32 * half);
-            unroll<8>([&](auto j) {
-                unroll<4>([&](auto f) {
-                    const int column = 128 * half + 32 * f.value + 4 * j.value;
-                    to.template put_fields<3>(column, all.word[j.value], 2 * f.value);
+            unroll<8>([&](auto b) MK_INLINE_LAMBDA {
+                constexpr int kShift = b.value / 2 * 2;
+                to.template block<kShift, kShift>(8 * half + b.value, [&](auto j) MK_INLINE_LAMBDA {
+                    return all.word[b.value % 2 * 4 + j.value] & (0x03030303u << kShift);
                 });
             });
         }
@@ -167,26 +156,27 @@ struct Q3_K : KType {
     static constexpr int kBlock = 16, kBytes = 110, kBias = 2;
     static constexpr bool kHasMin = false;
 
-    static MK_NOINLINE void unpack(Rows rows, int, const Target& to) {
+    template <class To>
+    static MK_INLINE void unpack(Rows rows, int, To& to) {
         const Vec d = last_half_at(rows, 108), bias = Vec::set(32.f);
         const Ints low[2] = {Ints::gather(rows, 96), Ints::gather(rows, 100)};
         const Ints high = Ints::gather(rows, 104);
-        unroll<16>([&](auto b) {
+        unroll<16>([&](auto b) MK_INLINE_LAMBDA {
             constexpr int kByte = 8 * (b.value % 4);
             const Ints four = (low[b.value / 4 % 2] >> (kByte + 4 * (b.value / 8))) & 15;
             const Ints two = (high >> (kByte + 2 * (b.value / 4))) & 3;
-            to.put_scale(b.value, d * ((four | two << 4).to_float() - bias));
+            to.scale(b.value, d * ((four | two << 4).to_float() - bias));
         });
         const MoreWords third = more_words_at(rows, 0);
-        unroll<2>([&](auto half) {
+        unroll<2>([&](auto half) MK_INLINE_LAMBDA {
             const MoreWords all = more_words_at(rows, 32 + 32 * half.value);
-            unroll<8>([&](auto j) {
-                const Ints w = all.word[j.value], t = third.word[j.value];
-                unroll<4>([&](auto f) {
-                    constexpr int kBit = 4 * half.value + f.value;  // of the third bits
+            unroll<8>([&](auto b) MK_INLINE_LAMBDA {
+                constexpr int kField = b.value / 2, kBit = 4 * half.value + kField;
+                to.template block<0, 0>(8 * half.value + b.value, [&](auto j) MK_INLINE_LAMBDA {
+                    constexpr int kWord = b.value % 2 * 4 + j.value;
+                    const Ints w = all.word[kWord], t = third.word[kWord];
                     const Ints high = kBit < 2 ? t << (2 - kBit) : t >> (kBit - 2);
-                    to.put(128 * half.value + 32 * f.value + 4 * j.value,
-                           Ints::and_or(high, 0x04040404, (w >> (2 * f.value)) & 0x03030303));
+                    return Ints::and_or(high, 0x04040404, (w >> (2 * kField)) & 0x03030303);
                 });
             });
         });
@@ -195,20 +185,21 @@ struct Q3_K : KType {
 
 // Bytes 4-15: 8 scales and minima. Words: (2 bits of scale 4-7, scale 0-3), (2 bits of minimum 4-7,
 // minimum 0-3), (low bits of minimum 4-7, low bits of scale 4-7), the first field the higher bits.
-MK_INLINE void put_scales_and_minima(Rows rows, const Target& to) {
+template <class To>
+MK_INLINE void put_scales_and_minima(Rows rows, To& to) {
     const Words header = words_at(rows, 0);
     const Vec d = header.word[0].half(),
               minus_dmin = (header.word[0] >> 16).half() * Vec::set(-1.f);
     const Ints scales = header.word[1], minima = header.word[2], low = header.word[3];
-    unroll<4>([&](auto b) {
+    unroll<4>([&](auto b) MK_INLINE_LAMBDA {
         constexpr int kByte = 8 * b.value;
-        to.put_scale(b.value, d * ((scales >> kByte) & 63).to_float());
-        to.put_minimum(b.value, minus_dmin * ((minima >> kByte) & 63).to_float());
+        to.scale(b.value, d * ((scales >> kByte) & 63).to_float());
+        to.minimum(b.value, minus_dmin * ((minima >> kByte) & 63).to_float());
         const Ints low_s = (low >> kByte) & 15, low_m = (low >> (kByte + 4)) & 15;
         const Ints scale = Ints::and_or(scales >> (kByte + 2), 48, low_s);
         const Ints minimum = Ints::and_or(minima >> (kByte + 2), 48, low_m);
-        to.put_scale(b.value + 4, d * scale.to_float());
-        to.put_minimum(b.value + 4, minus_dmin * minimum.to_float());
+        to.scale(b.value + 4, d * scale.to_float());
+        to.minimum(b.value + 4, minus_dmin * minimum.to_float());
     });
 }
 
@@ -217,16 +208,18 @@ struct Q4_K : KType {
     static constexpr int kBlock = 32, kBytes = 144, kBias = 0;
     static constexpr bool kHasMin = true;
 
-    static MK_NOINLINE void unpack(Rows rows, int, const Target& to) {
+    template <class To>
+    static MK_INLINE void unpack(Rows rows, int, To& to) {
         put_scales_and_minima(rows, to);
-        unroll<4>([&](auto i) {
-            const MoreWords all = more_words_at(rows, 16 + 32 * i.value);
-            constexpr int q = 64 * i.value;
-            unroll<8>([&](auto j) {
-                to.template put_fields<15>(q + 4 * j.value, all.word[j.value], 0);
-                to.template put_fields<15>(q + 32 + 4 * j.value, all.word[j.value], 4);
+        for (int i = 0; i < 4; ++i) {
+            const MoreWords all = more_words_at(rows, 16 + 32 * i);
+            unroll<2>([&](auto high) MK_INLINE_LAMBDA {
+                constexpr int kShift = 4 * high.value;
+                to.template block<kShift, kShift>(2 * i + high.value, [&](auto j) MK_INLINE_LAMBDA {
+                    return all.word[j.value] & (0x0f0f0f0fu << kShift);
+                });
             });
-        });
+        }
     }
 };
 
@@ -235,25 +228,21 @@ struct Q5_K : KType {
     static constexpr int kBlock = 32, kBytes = 176, kBias = 0;
     static constexpr bool kHasMin = true;
 
-    static MK_NOINLINE void unpack(Rows rows, int, const Target& to) {
+    template <class To>
+    static MK_INLINE void unpack(Rows rows, int, To& to) {
         put_scales_and_minima(rows, to);
         const MoreWords fifth = more_words_at(rows, 16);
-        unroll<4>([&](auto i) {
+        unroll<4>([&](auto i) MK_INLINE_LAMBDA {
             const MoreWords all = more_words_at(rows, 48 + 32 * i.value);
-            constexpr int q = 64 * i.value;
-            unroll<8>([&](auto j) {
-                const Ints w = all.word[j.value], bits = fifth.word[j.value];
-                to.put(q + 4 * j.value, with_fifth<2 * i.value>(w, bits));
-                to.put(q + 32 + 4 * j.value, with_fifth<2 * i.value + 1>(w >> 4, bits));
+            unroll<2>([&](auto high) MK_INLINE_LAMBDA {
+                constexpr int b = 2 * i.value + high.value;
+                to.template block<0, 0>(b, [&](auto j) MK_INLINE_LAMBDA {
+                    const Ints low = (all.word[j.value] >> (4 * high.value)) & 0x0f0f0f0f;
+                    const Ints t = fifth.word[j.value];
+                    return Ints::and_or(b < 4 ? t << (4 - b) : t >> (b - 4), 0x10101010, low);
+                });
             });
         });
-    }
-
-    // The fifth bits are bit kBit of the bytes of `fifth`.
-    template <int kBit>
-    static MK_INLINE Ints with_fifth(Ints low, Ints fifth) {
-        const Ints high = kBit < 4 ? fifth << (4 - kBit) : fifth >> (kBit - 4);
-        return Ints::and_or(high, 0x10101010, low & 0x0f0f0f0f);
     }
 };
 
@@ -263,35 +252,38 @@ struct Q6_K : KType {
     static constexpr int kBlock = 16, kBytes = 210, kBias = 5;
     static constexpr bool kHasMin = false;
 
-    static MK_NOINLINE void unpack(Rows rows, int, const Target& to) {
+    template <class To>
+    static MK_INLINE void unpack(Rows rows, int, To& to) {
         const Vec d = last_half_at(rows, 208), bias = Vec::set(128.f);
         const Words scales = words_at(rows, 192);
-        unroll<16>([&](auto b) {
+        unroll<16>([&](auto b) MK_INLINE_LAMBDA {
             const Ints biased = scales.word[b.value / 4] ^ 0x80808080;
-            to.put_scale(b.value, d * (((biased >> (8 * (b.value % 4))) & 255).to_float() - bias));
+            to.scale(b.value, d * (((biased >> (8 * (b.value % 4))) & 255).to_float() - bias));
         });
         for (int half = 0; half < 2; ++half) {
-            const MoreWords first = more_words_at(rows, 64 * half);
-            const MoreWords second = more_words_at(rows, 64 * half + 32);
+            const MoreWords low[2] = {more_words_at(rows, 64 * half),
+                                      more_words_at(rows, 64 * half + 32)};
             const MoreWords high = more_words_at(rows, 128 + 32 * half);
-            const int q = 128 * half;
-            unroll<8>([&](auto j) {
-                const Ints a = first.word[j.value], b = second.word[j.value];
-                const Ints h = high.word[j.value];
-                to.put(q + 4 * j.value, with_high(a, h << 4));
-                to.put(q + 32 + 4 * j.value, with_high(b, h << 2));
-                to.put(q + 64 + 4 * j.value, with_high(a >> 4, h));
-                to.put(q + 96 + 4 * j.value, with_high(b >> 4, h >> 2));
+            unroll<8>([&](auto b) MK_INLINE_LAMBDA {
+                constexpr int kField = b.value / 2;
+                to.template block<0, 0>(8 * half + b.value, [&](auto j) MK_INLINE_LAMBDA {
+                    constexpr int kWord = b.value % 2 * 4 + j.value;
+                    const Ints w = low[kField % 2].word[kWord], h = high.word[kWord];
+                    // Bits that a shift brought from the next byte are masked.
+                    return Ints::and_or(kField < 2 ? h << (4 - 2 * kField) : h >> (2 * kField - 4),
+                                        0x30303030, (w >> (kField / 2 * 4)) & 0x0f0f0f0f);
+                });
             });
         }
     }
-
-    // The high bits are bits 4 and 5 of the bytes of `high`; bits that a shift brought from the
-    // next byte are masked.
-    static MK_INLINE Ints with_high(Ints low, Ints high) {
-        return Ints::and_or(high, 0x30303030, low & 0x0f0f0f0f);
-    }
 };
+
+// One copy for products and for decoding.
+template <class Type>
+MK_NOINLINE void unpack_to_panel(Rows rows, int columns, QuantPanel& panel, int first) {
+    ToPanel<Type::kBlock> to{panel, first};
+    Type::unpack(rows, columns, to);
+}
 
 // f(the type's struct)
 template <class F>

@@ -30,6 +30,24 @@ struct Order {
         return panel.q[i / 4 * 2 + (i & 1)][row] >> (8 * (i & 2)) & 0xffff;
     }
 
+    // Words of x for `columns`; sums[0 ... 1] += four columns, the kFour-th of a block, times those
+    // of x; what both add up to.
+    template <bool kXBytes>
+    static constexpr int x_words(int columns) {
+        return columns / 2;
+    }
+    template <bool kXBytes, int kFour>
+    static MK_INLINE void add(Ints (&sums)[2], Ints four, const uint32_t* x) {
+        const auto at = [&](int i)
+                            MK_INLINE_LAMBDA { return Ints::set(static_cast<int32_t>(x[i])); };
+        sums[0] = Ints::dot(sums[0], four & 0x00ff00ff, at(2 * kFour));
+        sums[1] = Ints::dot(sums[1], (four >> 8) & 0x00ff00ff, at(2 * kFour + 1));
+    }
+    template <bool kXBytes>
+    static MK_INLINE Ints total(const Ints (&sums)[2]) {
+        return sums[0] + sums[1];
+    }
+
     // p[i][j] = sum over the kBlock columns from `x` and `w` of row i of x times rows j of w.
     template <int kBlock, int kM, int kN>
     static MK_INLINE void block_sums(const uint32_t* x, const uint32_t* w, Ints (&p)[kM][kN]) {

@@ -30,11 +30,14 @@
 //   gather(rows, offset)         the word at rows[0 ... 15] + offset
 //   dot(acc, w, x)               acc + the two products of signed 16-bit halves of w and x, or
 //                                (quant_bytes.h) the four of unsigned bytes of w and signed of x
+//   divide(n)                    / 2^n, of signed lanes that are multiples of it
+//   spread_bits(a)               0x10 in byte i of each lane if bit i of it, of 0 ... 3, is set
 //   columns(rows, offset, out)   out[j] = words j of the 16 or 32 bytes at rows[0 ... 15] + offset
 #pragma once
 
 #include "cpu/epilogue.h"
 #include "cpu/quant.h"
+#include "cpu/quant_direct.h"
 #include "cpu/quant_formats.h"
 #include "cpu/tile.h"
 
@@ -283,8 +286,19 @@ void tile_sums(const QuantTask& task, const void* w, int64_t row_bytes, int64_t 
     for (int r = 0; r < kTileRows; ++r) {
         w_rows[r] = row<uint8_t>(w, row_bytes, n + r < n_end ? n + r : n_end - 1);
     }
-    for (int64_t i = 0; i < rows * kTileRows; ++i) sums[i] = 0;
     const XGroup* x = task.x + m * task.limbs;
+    if constexpr (Ints::kDirect) {
+        if (rows == 1) {
+            const auto direct =
+                task.p.x_bits == 8 ? direct_sums<Type, true, 1> : direct_sums<Type, false, 1>;
+            for (int r = 0; r < kTileRows && n + r < n_end; r += kLanes) {
+                direct(x, task.x_rows, w_rows + r, k, row<uint8_t>(w, row_bytes, n + r + kLanes),
+                       sums + r);
+            }
+            return;
+        }
+    }
+    for (int64_t i = 0; i < rows * kTileRows; ++i) sums[i] = 0;
     for (int64_t at = 0, column = 0; column < k; column += kGroup, x += task.x_rows) {
         const int columns = static_cast<int>(k - column < kGroup ? k - column : kGroup);
         const int bytes = columns / Type::kColumns * Type::kBytes;
@@ -296,7 +310,7 @@ void tile_sums(const QuantTask& task, const void* w, int64_t row_bytes, int64_t 
             for (int b = r * bytes; b < (r + kLanes) * bytes; b += 64) {
                 __builtin_prefetch(next + b, 0, 2);  // may lie outside w
             }
-            Type::unpack(group_rows + r, columns, Target{scratch.panel, r});
+            unpack_to_panel<Type>(group_rows + r, columns, scratch.panel, r);
         }
         multiply_rows<Type::kBlock, Type::kHasMin>(x, task.p.x_bits == 8, rows, scratch.panel,
                                                    columns / Type::kBlock, Type::kBias, sums);
@@ -358,7 +372,7 @@ template <class Type>
 void decode_group(const uint8_t* const* rows, int columns, QuantPanel& panel,
                   float (&values)[kLanes][kGroup]) {
     constexpr int kBias = Type::kHasMin ? 0 : 1 << Type::kBias;
-    Type::unpack(rows, columns, Target{panel, 0});
+    unpack_to_panel<Type>(rows, columns, panel, 0);
     for (int r = 0; r < kLanes; ++r) {
         for (int i = 0; i < columns; ++i) {
             values[r][i] = static_cast<float>(Order::column(panel, i, r) - kBias);

@@ -1,0 +1,96 @@
+// Products of one or two rows of integers of x without a panel: a quantised matrix is read once for
+// a few sums, and storing it unpacked would take as long as multiplying it.
+//
+// Vectors are as in the panel, a lane a row of w. 16 rows go from the first column to the last with
+// their sums in registers; meanwhile the next 16, which lie behind them in one piece, are fetched
+// into L2 in the order in which they lie (the processor's own prefetchers see 16 short streams).
+#pragma once
+
+#include "cpu/quant_formats.h"
+
+namespace mk::cpu {
+namespace {
+
+// Where the numbers of 16 rows go: into sums with kM rows of integers of x.
+template <class Type, bool kXBytes, int kM>
+struct ToSums {
+    static constexpr int kBlock = Type::kBlock;
+
+    const XGroup* x;      // kM of them
+    const uint8_t* next;  // to be fetched
+    Vec s[kM], total[kM];
+    Vec scales[kGroup / kBlock], minima[kGroup / kBlock];
+
+    MK_INLINE void scale(int b, Vec scale) { scales[b] = scale; }
+    MK_INLINE void minimum(int b, Vec minimum) { minima[b] = minimum; }
+
+    template <int kFirst, int kSecond, class F>
+    MK_INLINE void block(int b, const F& f) {
+        constexpr bool kApart = kFirst != kSecond;
+        if (kBlock == 32 || b % 2 == 0) fetch();
+        Ints acc[kM][2][2];  // chains of sums
+        each<kM, 4>([&](auto i, auto t) MK_INLINE_LAMBDA {
+            acc[i.value][t.value / 2][t.value % 2] = Ints::set(0);
+        });
+        unroll<kBlock / 4>([&](auto j) MK_INLINE_LAMBDA {
+            constexpr int kChain = kApart ? j.value / 4 : kXBytes ? j.value % 2 : 0;
+            const Ints w = f(j);
+            unroll<kM>([&](auto i) MK_INLINE_LAMBDA {
+                const uint32_t* words =
+                    x[i.value].words + b * Order::template x_words<kXBytes>(kBlock);
+                Order::template add<kXBytes, j.value>(acc[i.value][kChain], w, words);
+            });
+        });
+        unroll<kM>([&](auto i) MK_INLINE_LAMBDA {
+            const XGroup& group = x[i.value];
+            Vec& a = s[i.value];
+            const auto& chains = acc[i.value];
+            const Ints first = Order::template total<kXBytes>(chains[0]);
+            const Ints second = Order::template total<kXBytes>(chains[1]);
+            Ints p = kApart    ? first.divide(kFirst) + second.divide(kSecond)
+                     : kXBytes ? (first + second).divide(kFirst)
+                               : first.divide(kFirst);
+            const Ints x_sum = Ints::set(kBlock == 16 ? group.sums16[b] : group.sums32[b]);
+            if constexpr (!Type::kHasMin) p = p - (x_sum << Type::kBias);
+            const bool begins = kXBytes && (kBlock == 32 || b % 2 == 0);
+            a = begins ? p.to_float() * scales[b] : Vec::fma(p.to_float(), scales[b], a);
+            if constexpr (Type::kHasMin) a = Vec::fma(x_sum.to_float(), minima[b], a);
+            if (kXBytes && (kBlock == 32 || b % 2 == 1)) add_unit(i.value, b * kBlock / 32);
+        });
+    }
+
+    MK_INLINE void add_unit(int i, int b) {
+        total[i] = Vec::fma(s[i], Vec::set(x[i].units[b]), total[i]);
+    }
+    // What 32 columns of 16 rows take; the addresses may lie outside w.
+    MK_INLINE void fetch() {
+        constexpr int kFetch = 16 * 32 * Type::kBytes / Type::kColumns;
+        unroll<(kFetch + 63) / 64>(
+            [&](auto i) MK_INLINE_LAMBDA { __builtin_prefetch(next + 64 * i.value, 0, 2); });
+        next += kFetch;
+    }
+};
+
+// sums[i] = those of row i of kM rows of integers and of the 16 rows of w; `next` are the 16 rows
+// that come after these.
+template <class Type, bool kXBytes, int kM>
+MK_NOINLINE void direct_sums(const XGroup* x, int64_t x_rows, Rows rows, int64_t k,
+                             const uint8_t* next, float* sums) {
+    ToSums<Type, kXBytes, kM> to;
+    to.next = next;
+    unroll<kM>([&](auto i) { to.total[i.value] = Vec::set(0.f); });
+    const uint8_t* at[kLanes];
+    for (int r = 0; r < kLanes; ++r) at[r] = rows[r];
+    for (int64_t column = 0; column < k; column += kGroup, x += x_rows) {
+        const int columns = static_cast<int>(k - column < kGroup ? k - column : kGroup);
+        to.x = x;
+        unroll<kM>([&](auto i) { to.s[i.value] = Vec::set(0.f); });
+        Type::unpack(at, columns, to);
+        if (!kXBytes) unroll<kM>([&](auto i) { to.add_unit(i.value, 0); });
+        for (int r = 0; r < kLanes; ++r) at[r] += columns / Type::kColumns * Type::kBytes;
+    }
+    unroll<kM>([&](auto i) { to.total[i.value].store(sums + i.value * kTileRows); });
+}
+
+}  // namespace
+}  // namespace mk::cpu
