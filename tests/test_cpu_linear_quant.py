@@ -481,6 +481,26 @@ def test_cpu_linear_quant_batch_invariance(
     assert_same_bits(part, whole[rows, columns])
 
 
+@each_isa
+@each_type
+def test_cpu_linear_quant_few_rows(isa: str, kind: str) -> None:
+    """One and two rows of x, which have a kernel of their own, have the contract's bits and those
+    that they have among five: all dtypes, a short last group, rows of w past the last 16, scales
+    at the ends of their range."""
+    level = require(isa)
+    w = matrix(kind, 45, width(kind, 3), extreme=0.2)
+    for dtype in DTYPES:
+        x = random(5, w.shape[1], dtype=dtype)
+        for x_bits in (0, 8):
+            options: dict[str, Any] = {"isa": level, "x_bits": x_bits, "out_dtype": torch.float32}
+            whole = linear(x, w, **options)
+            assert_same_bits(whole, contract(x, w, x_bits))
+            for rows in (slice(0, 1), slice(3, 4), slice(2, 4), slice(3, 5)):
+                for count in (45, 33, 16, 5):
+                    part = linear(x[rows], w[:count], **options)
+                    assert_same_bits(part, whole[rows, :count])
+
+
 @each_x_bits
 @each_dtype
 @pytest.mark.parametrize("m", [1, 5, 230])

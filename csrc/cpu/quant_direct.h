@@ -71,25 +71,36 @@ struct ToSums {
     }
 };
 
-// sums[i] = those of row i of kM rows of integers and of the 16 rows of w; `next` are the 16 rows
-// that come after these.
 template <class Type, bool kXBytes, int kM>
-MK_NOINLINE void direct_sums(const XGroup* x, int64_t x_rows, Rows rows, int64_t k,
-                             const uint8_t* next, float* sums) {
+MK_NOINLINE void direct_sums_of(const QuantTask& task, const XGroup* x, Rows rows,
+                                const uint8_t* next, float* sums) {
     ToSums<Type, kXBytes, kM> to;
     to.next = next;
     unroll<kM>([&](auto i) { to.total[i.value] = Vec::set(0.f); });
     const uint8_t* at[kLanes];
     for (int r = 0; r < kLanes; ++r) at[r] = rows[r];
-    for (int64_t column = 0; column < k; column += kGroup, x += x_rows) {
+    const int64_t k = task.p.k;
+    for (int64_t column = 0; column < k; column += kGroup, x += task.x_rows) {
         const int columns = static_cast<int>(k - column < kGroup ? k - column : kGroup);
         to.x = x;
         unroll<kM>([&](auto i) { to.s[i.value] = Vec::set(0.f); });
         Type::unpack(at, columns, to);
-        if (!kXBytes) unroll<kM>([&](auto i) { to.add_unit(i.value, 0); });
-        for (int r = 0; r < kLanes; ++r) at[r] += columns / Type::kColumns * Type::kBytes;
+        if constexpr (!kXBytes) unroll<kM>([&](auto i) { to.add_unit(i.value, 0); });
+        for (const uint8_t*& each : at) each += columns / Type::kColumns * Type::kBytes;
     }
     unroll<kM>([&](auto i) { to.total[i.value].store(sums + i.value * kTileRows); });
+}
+
+// sums[i][r] = those of row i of one or two rows of integers and of rows[r] of 16; `next` are the
+// 16 rows that lie behind.
+template <class Type>
+MK_INLINE void direct_sums(const QuantTask& task, const XGroup* x, int64_t x_rows, Rows rows,
+                           const uint8_t* next, float* sums) {
+    const bool bytes = task.p.x_bits == 8;
+    const auto sums_of =
+        x_rows == 1 ? (bytes ? direct_sums_of<Type, true, 1> : direct_sums_of<Type, false, 1>)
+                    : (bytes ? direct_sums_of<Type, true, 2> : direct_sums_of<Type, false, 2>);
+    sums_of(task, x, rows, next, sums);
 }
 
 }  // namespace

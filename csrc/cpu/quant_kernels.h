@@ -6,21 +6,21 @@
 //   multiply  for each 16 rows of w and each row of integers of x, one vector of sums; x is
 //             broadcast, two or four columns at a time, and no sum crosses lanes
 //
-// One row of x or two hundred, the same code. As sums of integers are exact, any order of them
-// within a block gives the same bits; the fp32 sums over blocks and groups are in the order that
-// the header tells.
+// One row of x or two hundred, the same code, but for one or two rows of integers with AVX-512:
+// these are multiplied while unpacking, without the panel (quant_direct.h). As sums of integers are
+// exact, any order of them within a block gives the same bits; the fp32 sums over blocks and groups
+// are in the order that the header tells.
 //
 // On a Sapphire Rapids core an instruction of 32 16-bit products takes half a clock, one of 32
 // bf16 products 2 clocks, one of 16 fp32 products half a clock: hence integers. A Zen 4 core (3.6
 // GHz) takes a clock for 32 products with 16 bits of x, by halves, bytes or bf16: 117 thousand
 // million a second, of which products of six rows reach 90 with Q4_K. Its stores are 32 bytes a
-// clock, so that bytes pay off where x has few rows: 28 weights a nanosecond at one, halves 20.
+// clock, so that bytes pay off where x has few rows.
 //
-// Tried and lost: one or two rows multiplied while unpacking, without the panel (0 to 10 % at one
-// row, -10 % at two; as much code again); loops of four or of one instead of eight steps (up to
-// 10 %); halves and words of 16 rows inserted one by one instead of gathered (20 to 40 % for the
-// types of 32 columns, there; on Zen 4 broadcasts under masks are 5 to 15 % faster than gathering);
-// each row fetched 512 bytes ahead (0 to 10 %).
+// Tried and lost: loops of four or of one instead of eight steps (up to 10 %); halves and words of
+// 16 rows inserted one by one instead of gathered (20 to 40 % for the types of 32 columns, there;
+// on Zen 4 broadcasts under masks are 5 to 15 % faster than gathering); each row fetched 512 bytes
+// ahead (0 to 10 %).
 //
 // Ints: load, store, set, +, -, &, |, ^, <<, >>, and_or(a, mask, b) = (a & mask) | b, to_float,
 //   round(vec)                   to the nearest integers, |vec| < 2^22
@@ -32,6 +32,7 @@
 //                                (quant_bytes.h) the four of unsigned bytes of w and signed of x
 //   divide(n)                    / 2^n, of signed lanes that are multiples of it
 //   spread_bits(a)               0x10 in byte i of each lane if bit i of it, of 0 ... 3, is set
+//   kDirect                      whether quant_direct.h is faster than the panel
 //   columns(rows, offset, out)   out[j] = words j of the 16 or 32 bytes at rows[0 ... 15] + offset
 #pragma once
 
@@ -278,43 +279,52 @@ void multiply_rows(const XGroup* x, bool x_bytes, int64_t rows, const QuantPanel
     }
 }
 
+// sums[i][r] = those of row i of `rows` rows of integers and row r of a tile, by way of the panel.
+// `next` is the tile that lies behind.
 template <class Type>
-void tile_sums(const QuantTask& task, const void* w, int64_t row_bytes, int64_t m, int64_t m_end,
-               int64_t n, int64_t n_end, QuantScratch& scratch, float* sums) {
-    const int64_t k = task.p.k, rows = (m_end - m) * task.limbs;
-    const uint8_t* w_rows[kTileRows];  // past the end the last one again, whose sums nobody reads
-    for (int r = 0; r < kTileRows; ++r) {
-        w_rows[r] = row<uint8_t>(w, row_bytes, n + r < n_end ? n + r : n_end - 1);
-    }
-    const XGroup* x = task.x + m * task.limbs;
-    if constexpr (Ints::kDirect) {
-        if (rows == 1) {
-            const auto direct =
-                task.p.x_bits == 8 ? direct_sums<Type, true, 1> : direct_sums<Type, false, 1>;
-            for (int r = 0; r < kTileRows && n + r < n_end; r += kLanes) {
-                direct(x, task.x_rows, w_rows + r, k, row<uint8_t>(w, row_bytes, n + r + kLanes),
-                       sums + r);
-            }
-            return;
-        }
-    }
+void panel_sums(const QuantTask& task, const XGroup* x, int64_t rows, Rows w_rows,
+                const uint8_t* next, QuantPanel& panel, float* sums) {
+    const int64_t k = task.p.k;
     for (int64_t i = 0; i < rows * kTileRows; ++i) sums[i] = 0;
     for (int64_t at = 0, column = 0; column < k; column += kGroup, x += task.x_rows) {
         const int columns = static_cast<int>(k - column < kGroup ? k - column : kGroup);
         const int bytes = columns / Type::kColumns * Type::kBytes;
-        const uint8_t* next = row<uint8_t>(w, row_bytes, n + kTileRows) + kTileRows * at;
         const uint8_t* group_rows[kTileRows];
         for (int r = 0; r < kTileRows; ++r) group_rows[r] = w_rows[r] + at;
         for (int r = 0; r < kTileRows; r += kLanes) {
             // Meanwhile the next tile is fetched into L2, in the order in which it lies.
-            for (int b = r * bytes; b < (r + kLanes) * bytes; b += 64) {
+            for (int b = 0; b < kLanes * bytes; b += 64) {
                 __builtin_prefetch(next + b, 0, 2);  // may lie outside w
             }
-            unpack_to_panel<Type>(group_rows + r, columns, scratch.panel, r);
+            next += kLanes * bytes;
+            unpack_to_panel<Type>(group_rows + r, columns, panel, r);
         }
-        multiply_rows<Type::kBlock, Type::kHasMin>(x, task.p.x_bits == 8, rows, scratch.panel,
+        multiply_rows<Type::kBlock, Type::kHasMin>(x, task.p.x_bits == 8, rows, panel,
                                                    columns / Type::kBlock, Type::kBias, sums);
         at += bytes;
+    }
+}
+
+template <class Type>
+void tile_sums(const QuantTask& task, const void* w, int64_t row_bytes, int64_t m, int64_t m_end,
+               int64_t n, int64_t n_end, QuantScratch& scratch, float* sums) {
+    const int64_t rows = (m_end - m) * task.limbs;
+    const XGroup* x = task.x + m * task.limbs;
+    const uint8_t* w_rows[kTileRows];  // past the end the last one again, whose sums nobody reads
+    for (int r = 0; r < kTileRows; ++r) {
+        w_rows[r] = row<uint8_t>(w, row_bytes, n + r < n_end ? n + r : n_end - 1);
+    }
+    bool done = false;
+    if constexpr (Ints::kDirect) {
+        done = rows <= 2;
+        for (int r = 0; done && r < kTileRows && n + r < n_end; r += kLanes) {
+            direct_sums<Type>(task, x, rows, w_rows + r, row<uint8_t>(w, row_bytes, n + r + kLanes),
+                              sums + r);
+        }
+    }
+    if (!done) {
+        panel_sums<Type>(task, x, rows, w_rows, row<uint8_t>(w, row_bytes, n + kTileRows),
+                         scratch.panel, sums);
     }
     if (task.limbs == 2) {
         for (int64_t i = 0; i < m_end - m; ++i) {
