@@ -5,10 +5,17 @@
 // A type has kBlock, the columns that share a scale; kHasMin; kBias, where it has none,
 // log2 of what its integers are biased by; kColumns and kBytes of a stored block; and unpack(rows,
 // columns, to), which unpacks `columns` columns, up to a group, from where rows[0 ... 15] point to.
+// It hands over, for block b of the group and for its 16 rows:
+//
+//   to.scale(b, vec), to.minimum(b, vec)     before the block
+//   to.block<kFirst, kSecond>(b, f)          ascending; f(Int<j>{}) are columns 4 j ... 4 j + 3 of
+//   the
+//                                            block, a byte each, << kFirst, from column 16 on <<
+//                                            kSecond
 //
 // A field of the four bytes of a word belongs to four columns that follow each other. So 16 or 32
 // bytes of each of the 16 rows become 4 or 8 vectors, word j of every row in vector j, and a field
-// is shifted to bit 0 of all four bytes, which Order::put stores as its products want them.
+// needs a mask, and where its bits must begin at bit 0, or others be added, a shift.
 #pragma once
 
 #include "cpu/quant.h"
