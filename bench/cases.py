@@ -305,7 +305,7 @@ def gemm_work(rows: int, columns: int) -> Callable[[Plan], list[float]]:
 
 
 # sm_90: of a stage of 128 x 256 a block gets 48 KB, for which L2 gives 32 in clusters of 2, 24 of
-# 4; and of 64 rows of x and 32 columns of w, few rows, 12 KB for 8.
+# 4 (of narrower tiles a little more); and of 64 rows of x and 32 columns of w, few rows, 12 KB for 8.
 _GEMM_COPIES = {1: 1.0, 2: 1.5, 4: 2.0}
 
 
@@ -351,6 +351,7 @@ def linear(name: str, n: int, k: int, m: int) -> Case:
     bars = [Bar("dram", 1.10)]
     if not few:
         bars = [Bar("issue", 0.28, "80", "_m128_n256"), Bar("issue", 0.15, "90a", "_m128_n256")]
+        bars.append(Bar("issue", 0.15, "90a", "_m128_n192"))
     archs: tuple[str, ...] = ("90a",) if 16 < m <= 64 else ("80", "89", "90a")
     if name == "lm_head" and not few:
         archs = ("80", "89")

@@ -30,7 +30,7 @@
 extern "C" {
 #endif
 
-#define MK_ABI_VERSION 4
+#define MK_ABI_VERSION 5
 
 typedef enum mk_status {
     MK_OK = 0,
@@ -63,6 +63,7 @@ typedef struct mk_device {
     int32_t sm;             /* kernel family: 80, 89, 90 or 100 */
     int32_t num_sms;        /* streaming multiprocessors */
     int32_t smem_per_block; /* bytes of shared memory that a block may have (opt-in limit) */
+    int32_t clusters_of_4;  /* of blocks with an SM each, that run at once; 0: not known */
 } mk_device;
 
 /* One launch. A grid of 0 blocks (empty input) launches nothing. */

@@ -59,6 +59,7 @@ CLAIMS = {
         for op in ("linear", "linear_swiglu", "qkv_rope_append")
         for tile, registers in (
             ("m128_n256", 255),
+            ("m128_n192", 168),
             ("m128_n128", 255),
             ("m128_n64", 168),
             ("m64_n64", 144),

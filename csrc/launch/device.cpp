@@ -118,6 +118,7 @@ mk_status current_device(const Device** device) {
     if (found == devices.end()) {
         Device queried{};
         MK_TRY(query(*driver, ordinal, &queried));
+        queried.info.clusters_of_4 = clusters_of_4(*driver, queried);
         found = devices.emplace(ordinal, queried).first;
     }
     *device = &found->second;

@@ -14,6 +14,11 @@ struct Device {
 // The device of the current context; looked up once per device ordinal.
 mk_status current_device(const Device** device);
 
+// Clusters of 4 blocks, each with an SM to itself, that the current device runs at once. Its GPCs
+// have different numbers of SMs. 0: an architecture without clusters, or its kernels cannot be
+// loaded.
+int32_t clusters_of_4(const cuda::Driver& driver, const Device& device);
+
 // The fatbin file of an architecture, next to this library.
 std::string kernel_file(const char* arch);
 

@@ -47,6 +47,7 @@ Loaded load() {
     find(d.cuKernelSetAttribute, "cuKernelSetAttribute");
     find(d.cuThreadExchangeStreamCaptureMode, "cuThreadExchangeStreamCaptureMode");
     find(d.cuTensorMapEncodeTiled, "cuTensorMapEncodeTiled");
+    find(d.cuOccupancyMaxActiveClusters, "cuOccupancyMaxActiveClusters");
     find(d.cuLaunchKernelEx, "cuLaunchKernelEx");
     if (missing) {
         return give_up(file + " has no " + missing + ": a driver for CUDA 12 or later is needed");

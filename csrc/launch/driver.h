@@ -81,6 +81,7 @@ struct Driver {
                                        const uint64_t* dims, const uint64_t* strides,
                                        const uint32_t* box, const uint32_t* element_strides,
                                        int interleave, int swizzle, int l2_promotion, int oob_fill);
+    CUresult (*cuOccupancyMaxActiveClusters)(int*, CUkernel, const CUlaunchConfig*);
     CUresult (*cuLaunchKernelEx)(const CUlaunchConfig*, CUkernel, void** params, void** extra);
 };
 

@@ -145,33 +145,8 @@ mk_status find_kernel(const cuda::Driver& driver, const Device& device, const mk
     return MK_OK;
 }
 
-void print_once(const mk_plan& plan, const std::string& shape) {
-    static std::mutex mutex;
-    static std::set<std::string> printed;
-    char text[256];
-    mk_plan_format(&plan, text, sizeof text);
-    const std::string line = shape + " -> " + text;
-    const std::lock_guard lock(mutex);
-    if (printed.insert(line).second) std::fprintf(stderr, "%s\n", line.c_str());
-}
-
-}  // namespace
-
-mk_status launch(const mk_plan& plan, const Device& device, const void* args, void* stream,
-                 std::string (*shape)(const void* params), const void* params) {
-    static const bool print_plans = [] {
-        const char* value = std::getenv("MK_PRINT_PLAN");
-        return value && std::strcmp(value, "1") == 0;
-    }();
-    if (print_plans) print_once(plan, shape(params));
-    if (plan.grid[0] == 0 || plan.grid[1] == 0 || plan.grid[2] == 0) return MK_OK;
-
-    const cuda::Driver* driver = nullptr;
-    MK_TRY(cuda::get_driver(&driver));
-    cuda::CUkernel kernel = nullptr;
-    MK_TRY(find_kernel(*driver, device, &plan, &kernel));
-
-    cuda::CUlaunchAttribute attributes[2] = {};
+cuda::CUlaunchConfig launch_config(const mk_plan& plan, void* stream,
+                                   cuda::CUlaunchAttribute (&attributes)[2]) {
     unsigned num_attributes = 0;
     if (plan.pdl) {
         cuda::CUlaunchAttribute& pdl = attributes[num_attributes++];
@@ -194,6 +169,54 @@ mk_status launch(const mk_plan& plan, const Device& device, const void* args, vo
     config.stream = stream;
     config.attributes = attributes;
     config.num_attributes = num_attributes;
+    return config;
+}
+
+void print_once(const mk_plan& plan, const std::string& shape) {
+    static std::mutex mutex;
+    static std::set<std::string> printed;
+    char text[256];
+    mk_plan_format(&plan, text, sizeof text);
+    const std::string line = shape + " -> " + text;
+    const std::lock_guard lock(mutex);
+    if (printed.insert(line).second) std::fprintf(stderr, "%s\n", line.c_str());
+}
+
+}  // namespace
+
+int32_t clusters_of_4(const cuda::Driver& driver, const Device& device) {
+    if (device.info.sm != 90) return 0;
+    // Any kernel will do that leaves no room for a second block.
+    mk_plan plan = make_plan("linear", device.info, "bf16_m128_n256");
+    plan.block[0] = 384;
+    plan.grid[0] = plan.cluster[0] = 4;
+    plan.smem_bytes = 128 << 10;
+    cuda::CUkernel kernel = nullptr;
+    if (find_kernel(driver, device, &plan, &kernel) != MK_OK) return 0;
+    cuda::CUlaunchAttribute attributes[2] = {};
+    const cuda::CUlaunchConfig config = launch_config(plan, nullptr, attributes);
+    int clusters = 0;
+    return driver.cuOccupancyMaxActiveClusters(&clusters, kernel, &config) == cuda::kSuccess
+               ? clusters
+               : 0;
+}
+
+mk_status launch(const mk_plan& plan, const Device& device, const void* args, void* stream,
+                 std::string (*shape)(const void* params), const void* params) {
+    static const bool print_plans = [] {
+        const char* value = std::getenv("MK_PRINT_PLAN");
+        return value && std::strcmp(value, "1") == 0;
+    }();
+    if (print_plans) print_once(plan, shape(params));
+    if (plan.grid[0] == 0 || plan.grid[1] == 0 || plan.grid[2] == 0) return MK_OK;
+
+    const cuda::Driver* driver = nullptr;
+    MK_TRY(cuda::get_driver(&driver));
+    cuda::CUkernel kernel = nullptr;
+    MK_TRY(find_kernel(*driver, device, &plan, &kernel));
+
+    cuda::CUlaunchAttribute attributes[2] = {};
+    const cuda::CUlaunchConfig config = launch_config(plan, stream, attributes);
     void* kernel_params[] = {const_cast<void*>(args)};
     MK_CUDA(*driver, cuLaunchKernelEx, &config, kernel, kernel_params, nullptr);
     return MK_OK;

@@ -89,7 +89,7 @@ struct GemmBlockSm90 {
             MK_NO_UNROLL
             for (int s = 0; s < num_stages; ++s) {
                 const uint32_t full = smem_full + 8 * stage;
-                while (!ptx::mbarrier_try_wait_parity_cluster(smem_empty + 8 * stage, parity)) {
+                while (!ptx::mbarrier_try_wait_parity(smem_empty + 8 * stage, parity)) {
                 }
                 ptx::mbarrier_arrive_expect_tx(full, kStageBytes);
                 copy(smem_x + stage * kStageBytes, x_map, s * kStageK, to.m0 + first_x, full, row,

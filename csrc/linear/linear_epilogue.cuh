@@ -13,6 +13,7 @@
 //   store(row, column, y0, y1) writes the outputs of columns c and c + 1, rounded; as one access
 //                              where they are aligned; columns from n on are skipped
 //   store_rows(column, ...)    if it has a shorter way than store() for each row of a column
+//   store_quad(row, c, y)      if it has it, and in_quads: columns c ... c + 3, a multiple of 4
 //   kOutputsOfPair             of a pair of columns, if the outputs are a matrix of their own; then
 //   in_vectors                 whether its rows, of num_outputs(), are written 16 bytes at a time
 #pragma once
@@ -50,6 +51,7 @@ struct PlainEpilogue {
     static constexpr int kOutputsOfPair = 2;
     bool is_f32;
     bool in_pairs;    // a pair of outputs is one access, and so is one of the residual
+    bool in_quads;    // so are 4
     bool in_vectors;  // so are 8 outputs of 2 bytes, and of the residual
 
     __device__ __forceinline__ explicit PlainEpilogue(const Params& params)
@@ -57,6 +59,8 @@ struct PlainEpilogue {
         const int bytes = is_f32 ? 4 : 2;
         in_pairs = is_multiple(p.out, p.out_stride * bytes, 2 * bytes) &&
                    is_multiple(p.residual, p.residual_stride * 2, 4);
+        in_quads = p.n % 4 == 0 && is_multiple(p.out, p.out_stride * bytes, 4 * bytes) &&
+                   is_multiple(p.residual, p.residual_stride * 2, 8);
         in_vectors = !is_f32 && p.n % kVec == 0 && is_multiple(p.out, p.out_stride * 2, 16) &&
                      is_multiple(p.residual, p.residual_stride * 2, 16);
     }
@@ -92,6 +96,21 @@ struct PlainEpilogue {
         }
         store_one(row, c, y0);
         store_one(row, c + 1, y1);
+    }
+
+    __device__ __forceinline__ void store_quad(const Row& row, int c, float4 y) const {
+        if (c >= p.n) return;
+        if (is_f32) {
+            *reinterpret_cast<float4*>(static_cast<float*>(row.out) + c) = y;
+            return;
+        }
+        if (p.residual) {
+            const uint2 pairs = *reinterpret_cast<const uint2*>(row.residual + c);
+            const float2 first = Dtype::unpack(pairs.x), second = Dtype::unpack(pairs.y);
+            y = {y.x + first.x, y.y + first.y, y.z + second.x, y.w + second.y};
+        }
+        *reinterpret_cast<uint2*>(static_cast<uint16_t*>(row.out) + c) = {Dtype::pack(y.x, y.y),
+                                                                          Dtype::pack(y.z, y.w)};
     }
 
     __device__ __forceinline__ void store_one(const Row& row, int c, float y) const {

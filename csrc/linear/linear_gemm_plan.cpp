@@ -14,21 +14,29 @@ struct Choice {
     int32_t blocks;
 };
 
-// Clusters that run at once, a block per SM. A GPC has 16 or 18 SMs.
-int32_t clusters_at_once(int32_t size, int32_t num_sms) {
-    return std::max((size > 2 && num_sms > 16 ? num_sms / 16 * 16 : num_sms) / size, 1);
+// Clusters that run at once, a block per SM. One of 2 finds room on any two SMs of a TPC, one of 4
+// inside a GPC, of which an H100 has 8, of up to 18 SMs: 32 clusters if each has 16 at least, 31 of
+// a chip with one of 14. Only the driver knows. A cluster too many would run after all others.
+int32_t clusters_at_once(int32_t size, const mk_device& device) {
+    if (size == 4 && device.clusters_of_4) return device.clusters_of_4;
+    const int32_t num_sms = device.num_sms;
+    return std::max((size == 4 && num_sms > 16 ? num_sms / 16 * 16 : num_sms) / size, 1);
 }
 
-// Clocks of all SMs and of L2 for a stage of every tile, 64 k of 16 bits or 128 of 8. L2 gives all
-// SMs together 23 bytes per clock and SM of an H100 (5.6 TB/s), and one SM 64.
-int64_t stage_clocks(const GemmTileSm90& t, const GemmGridSm90& g, int32_t num_sms) {
+// L2 gives all SMs together at least 28 bytes per clock and SM of an H100 (6.9 TB/s; source:
+// minitron_kernels/architectures.py), and one SM 64.
+constexpr int32_t kL2Bytes = 28, kL2BytesOfOne = 64;
+
+// Clocks of all SMs and of L2 for a stage of every tile, 64 k of 16 bits or 128 of 8.
+int64_t stage_clocks(const GemmTileSm90& t, const GemmGridSm90& g, const mk_device& device) {
     const int32_t size = g.cluster.m * g.cluster.n;
     const int64_t clusters = static_cast<int64_t>(g.clusters_m) * g.clusters_n;
-    const int64_t at_once = std::min<int64_t>(clusters, clusters_at_once(size, num_sms));
-    const int64_t rounds = ceil_div<int64_t>(clusters, clusters_at_once(size, num_sms));
+    const int64_t at_once = std::min<int64_t>(clusters, clusters_at_once(size, device));
+    const int64_t rounds = ceil_div<int64_t>(clusters, clusters_at_once(size, device));
     const int64_t tensor = t.m * t.n * kGemmStageK / 2048;
     const int64_t bytes = 2 * kGemmStageK * (t.m / g.cluster.n + t.n / g.cluster.m);
-    return rounds * std::max({tensor, bytes / 64, bytes * at_once * size / (23 * num_sms)});
+    return rounds * std::max({tensor, bytes / kL2BytesOfOne,
+                              bytes * at_once * size / (kL2Bytes * device.num_sms)});
 }
 
 // The fewest clocks; of equals the larger tile, in smaller clusters.
@@ -41,12 +49,12 @@ Choice choose(const GemmTileSm90 (&tiles)[kTiles], const Product& a, const mk_de
             if (c.m * c.n > device.num_sms) continue;
             const GemmGridSm90 grid{c, ceil_div(a.m, t.m * c.m), ceil_div(a.n, t.n * c.n),
                                     kGemmGroupRows / (t.m * c.m)};
-            const int64_t clocks = stage_clocks(t, grid, device.num_sms);
+            const int64_t clocks = stage_clocks(t, grid, device);
             if (clocks >= least) continue;
             least = clocks;
             const int64_t clusters = static_cast<int64_t>(grid.clusters_m) * grid.clusters_n;
             const int32_t size = c.m * c.n;
-            const int64_t at_once = clusters_at_once(size, device.num_sms);
+            const int64_t at_once = clusters_at_once(size, device);
             best = {&t, grid, static_cast<int32_t>(std::min(clusters, at_once)) * size};
         }
     }

@@ -14,7 +14,10 @@
 // to write.
 //
 // Of a tile of 128 x 256 the tensor cores take 1024 clocks per stage, and L2 gives an SM 48 KB in
-// 2100 (23 bytes per clock when all SMs ask): hence the clusters. In one of four it is 24 KB.
+// 1750 (28 bytes per clock when all SMs ask): hence the clusters. In one of two it is 32 KB, of
+// four
+// 24. In one of eight, 4 x 2, it would be 16, which saves nothing and, where a GPC has less than 16
+// SMs, leaves more of them idle.
 #pragma once
 
 #include "linear/linear_block_sm90.cuh"

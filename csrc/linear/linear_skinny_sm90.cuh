@@ -78,7 +78,7 @@ struct LinearSkinnySm90 {
 
     template <Event kEvent>
     static __device__ __forceinline__ void wait(const Stage& s, uint32_t parity) {
-        while (!ptx::mbarrier_try_wait_parity_cluster<kEvent>(s.events, parity)) {
+        while (!ptx::mbarrier_try_wait_parity<kEvent>(s.events, parity)) {
         }
     }
     // Until a stage that was used before may be filled again.
@@ -217,13 +217,15 @@ struct LinearSkinnySm90 {
     }
 
     // Tells whoever fills a stage, here and in the cluster, that its MMAs have ended: all four
-    // warps', if this thread has waited for them.
+    // warps', if this thread has waited for them. What warps 5-8 wrote there the MMAs have read, so
+    // that the next copy, the other block's too, comes later in any case.
     __device__ __forceinline__ void release(uint32_t events) const {
         if (static_cast<int>(threadIdx.x) >= cluster) return;
         if (cluster == 1) {
             ptx::mbarrier_arrive<kEmpty>(events);
         } else {
-            ptx::mbarrier_arrive_cluster<kEmpty>(ptx::mapa_shared_cluster(events, threadIdx.x));
+            const uint32_t there = ptx::mapa_shared_cluster(events, threadIdx.x);
+            ptx::mbarrier_arrive_shared_cluster<kEmpty>(there);
         }
     }
 
@@ -268,6 +270,12 @@ struct LinearSkinnySm90 {
                 ptx::wgmma_wait_group<0>();
                 ptx::pin(acc);
                 release(last);
+                if constexpr (requires { epilogue.in_quads; }) {
+                    if (epilogue.in_quads) {
+                        store_quads(epilogue, rows, row, strip * kN, acc);
+                        continue;
+                    }
+                }
                 store(epilogue, rows, row, column, acc);
             }
         }
@@ -282,6 +290,30 @@ struct LinearSkinnySm90 {
             const auto c = epilogue.column(column + 8 * j);
             epilogue.store(rows[0], c, acc[j][0], acc[j][1]);
             if (row + 8 < a.m) epilogue.store(rows[1], c, acc[j][2], acc[j][3]);
+        }
+    }
+
+    // Of two blocks of 8 columns, four lanes have pairs of each in a row. Even ones take the first
+    // block and odd ones the second, four columns each: together a whole sector of 2-byte outputs.
+    __device__ __forceinline__ void store_quads(const Epilogue& epilogue,
+                                                const typename Epilogue::Row (&rows)[2], int row,
+                                                int first_column,
+                                                const float (&acc)[kN / 8][4]) const {
+        const int t = threadIdx.x % 4;
+        const bool is_odd = t % 2;
+        const int column = first_column + is_odd * 8 + t / 2 * 4;
+        MK_UNROLL
+        for (int j = 0; j < kN / 8; j += 2) {
+            MK_UNROLL
+            for (int i = 0; i < 2; ++i) {
+                const float *const even = acc[j] + 2 * i, *const odd = acc[j + 1] + 2 * i;
+                const float a0 = is_odd ? odd[0] : even[0], a1 = is_odd ? odd[1] : even[1];
+                const float b0 = __shfl_xor_sync(0xFFFFFFFFu, is_odd ? even[0] : odd[0], 1);
+                const float b1 = __shfl_xor_sync(0xFFFFFFFFu, is_odd ? even[1] : odd[1], 1);
+                if (row + 8 * i >= a.m) continue;
+                const float4 y = is_odd ? float4{b0, b1, a0, a1} : float4{a0, a1, b0, b1};
+                epilogue.store_quad(rows[i], column + 8 * j, y);
+            }
         }
     }
 

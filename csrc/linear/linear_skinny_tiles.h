@@ -17,7 +17,7 @@ constexpr int kSkinnySm90BlocksPerSm = 2;  // under PDL the next launch's block 
 // Columns of a strip, which a block has over the whole of k; one entry each. Every strip reads all
 // of x, so that the widest is best of which there are enough: nine for ten SMs. Two thirds of the
 // SMs get all that DRAM gives, though, and where x is many rows, narrow strips ask more of L2 than
-// its 1.67 times as many bytes a second (5.6 of 3.35 TB/s): then six are enough for ten SMs (4096
+// its 2.06 times as many bytes a second (6.9 of 3.35 TB/s): then six are enough for ten SMs (4096
 // columns, 64 rows: 86 strips of 48, 1.5 times), and four if the norm reads all of x once more
 // (6144 columns: 64 of 96 for 1.7 times, with 128 of 48 it were 2.3). Strips below 32 columns would
 // spread small matrices over more SMs, to no use: one takes up to 64 bytes a clock from L2, 4.6

@@ -131,9 +131,11 @@ constexpr int gemm_smem_bytes(const GemmTileSm90& t) {
     return 1024 + t.stages * gemm_stage_bytes(t) + kGemmWarps * kGemmWarpBytes + t.stages * 16;
 }
 
-// As many stages as there is room for, about 192 KB, of which one stage is in use. 192 columns leave
-// fewer SMs idle in the last round of some shapes: 6144 columns of 512 rows are 128 tiles of them.
-constexpr GemmTileSm90 kGemmTilesSm90[] = {{128, 256, 4}, {128, 192, 5}, {128, 128, 6}, {128, 64, 8}};
+// As many stages as there is room for, about 192 KB, of which one stage is in use. 192 columns
+// leave fewer SMs idle in the last round of some shapes: 6144 columns of 512 rows are 128 tiles of
+// them.
+constexpr GemmTileSm90 kGemmTilesSm90[] = {
+    {128, 256, 4}, {128, 192, 5}, {128, 128, 6}, {128, 64, 8}};
 static_assert(gemm_smem_bytes(kGemmTilesSm90[0]) <= 227 << 10 &&
               gemm_smem_bytes(kGemmTilesSm90[1]) <= 227 << 10 &&
               gemm_smem_bytes(kGemmTilesSm90[2]) <= 227 << 10 &&

@@ -94,33 +94,14 @@ __device__ __forceinline__ void st_shared_cluster(uint32_t remote, float value) 
     asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(remote), "f"(value) : "memory");
 }
 
-// An arrival at a barrier of any block of the cluster, by mapa_shared_cluster()'s address; those
-// who wait for it do so with the scope of the cluster.
-template <int kOffset = 0>
-__device__ __forceinline__ void mbarrier_arrive_cluster(uint32_t remote) {
-    asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0 + %1];" ::"r"(remote),
-                 "n"(kOffset)
-                 : "memory");
-}
-// One for a stage that only wgmma has read: released to no more than the block. To the cluster,
-// the thread would first wait for all of its global writes (MEMBAR.GPU).
+// An arrival at a barrier of any block of the cluster, by mapa_shared_cluster()'s address. It
+// orders accesses of the block only, and so does a wait for it: enough for a stage that wgmma has
+// read and TMA writes again. With the scope of the cluster the thread would first wait for all of
+// its global writes (MEMBAR.GPU), and whoever waits would empty L1 (CCTL.IVALL).
 template <int kOffset = 0>
 __device__ __forceinline__ void mbarrier_arrive_shared_cluster(uint32_t remote) {
     asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0 + %1];" ::"r"(remote), "n"(kOffset)
                  : "memory");
-}
-// Sees, too, what other blocks wrote before they arrived: ptxas empties L1 behind it.
-template <int kOffset = 0>
-__device__ __forceinline__ bool mbarrier_try_wait_parity_cluster(uint32_t barrier,
-                                                                 uint32_t parity) {
-    uint32_t has_ended;
-    asm volatile(
-        "{.reg .pred p; mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1 + %3], %2; "
-        "selp.b32 %0, 1, 0, p;}"
-        : "=r"(has_ended)
-        : "r"(barrier), "r"(parity), "n"(kOffset)
-        : "memory");
-    return has_ended;
 }
 
 // ISA#data-movement-and-conversion-instructions-cp-async-bulk-tensor

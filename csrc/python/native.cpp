@@ -73,7 +73,7 @@ void def_op(py::module_& m, const std::string& name, mk_status (*run)(const Para
           [fill, plan](const Argument<T>&... values, int32_t sm, int32_t num_sms,
                        int32_t smem_per_block) {
               const Params params = fill(values...);
-              const mk_device device{sm, num_sms, smem_per_block};
+              const mk_device device{sm, num_sms, smem_per_block, 0};
               mk_plan result;
               check(plan(&params, &device, &result));
               return to_dict(result);
@@ -113,7 +113,8 @@ PYBIND11_MODULE(_native, m) {
         mk_device device;
         check(mk_current_device(&device));
         return py::dict("sm"_a = device.sm, "num_sms"_a = device.num_sms,
-                        "smem_per_block"_a = device.smem_per_block);
+                        "smem_per_block"_a = device.smem_per_block,
+                        "clusters_of_4"_a = device.clusters_of_4);
     });
     m.def(
         "kernels_for",

@@ -654,6 +654,18 @@ int cuOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, void* function, int
         return kSuccess;
     });
 }
+int cuOccupancyMaxActiveClusters(int* clusters, void* function, const KernelLaunchConfig* c) {
+    if (!current()) return kInvalidContext;
+    return guarded([&] {
+        int size = 1;  // the blocks get an SM each, 16 of a GPC
+        for (uint32_t i = 0; i < c->attribute_count; ++i) {
+            const auto& [id, unused, value] = c->attributes[i];
+            if (id == kAttributeCluster) size = static_cast<int>(value[0] * value[1] * value[2]);
+        }
+        *clusters = resolve(function)->module->device().sms / 16 * (16 / size);
+        return kSuccess;
+    });
+}
 
 // ---- memory ------------------------------------------------------------------------------------
 
