@@ -53,15 +53,7 @@ DEVICES = {
 DETAILED = {arch: names[:1] for arch, names in DEVICES.items()}  # in docs/modelled.md
 
 # Why a bar is missed, by the start of the case's id and the metric.
-NOTES = {
-    ("GEMM, few rows/linear/o 4096 x 4096, M 64", "sectors"): (
-        "a thread has pairs of outputs and of the residual, four threads half a sector of a row"
-    ),
-    ("prefill attention/attention/2048 x 2048 causal, rotating Q", "issue"): (
-        "the rotation of Q, once for each tile of 128 queries, costs 0.07 on an A100 and 0.22 on "
-        "an H100 at this length, and less at longer ones; the model has qkv_rope_append do it"
-    ),
-}
+NOTES: dict[tuple[str, str], str] = {}
 
 USE = "docs/modelled.md is out of date: run python -m bench.modelled"
 QUICK_COST = 3e6  # warp-instructions: less than a second
@@ -88,15 +80,16 @@ so that the first number is a lower bound.
 | exp2 unit | MUFU operations of lanes | 16 per clock and SM |
 | issue slots | warp-instructions | 4 per clock and SM |
 | shared memory | wavefronts of loads, stores, ldmatrix and cp.async | 1 per clock and SM |
-| L2 | sectors requested, as if L1 caught nothing | 7.2, 5 TB/s; 64 bytes per clock and SM |
+| L2 | sectors requested, as if L1 caught nothing | 7.2, 5, 6.9 TB/s; 64 bytes per clock and SM |
 | DRAM | distinct sectors, as if L2 caught every repeated access | 2.04 TB/s, 0.864 TB/s |
 
 Times are of the busiest SM (of L2: at least) when each one takes the next block as it gets free, or
 those that the kernel's own list gives it; blocks count by their tiles. Bytes that TMA gives to both
 blocks of a cluster are requested from L2 once, but counted at the ports of both SMs. `t` is the
 tensor pipe's time. The largest time is the bound, and the last column says what throughput it
-admits and its share of the published peak. The clock is the boost clock; L2's 7.2 TB/s are
-published for the A100, the others are believed.
+admits and its share of the published peak. The clock is the boost clock. L2's 7.2 TB/s are
+published for the A100. The H100's 6.9 were measured by others on its PCIe card, which has fewer SMs
+and a lower clock, the H200's 9.6 on itself; the rest is believed (`architectures.py`).
 
 **What it cannot tell**: latencies and stalls, the overlap that a kernel really reaches, clocks
 under load, DRAM efficiency (90 to 93 % is the most that is usually seen), misses of L2, launches

@@ -886,6 +886,7 @@ for arch in ARCHS * 2:
     make_current(arch)
     device = _native.current_device()
     assert device["sm"] == int(arch.rstrip("a"))
+    assert device["clusters_of_4"] == (32 if arch == "90a" else 0)
     out = torch.full_like(x, float("nan"))
     with emulator.accessible(x=x, w=w, out=out):
         _native.rms_norm(x=x.data_ptr(), weight=w.data_ptr(), out=out.data_ptr(), x_stride=576,

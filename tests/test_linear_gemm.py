@@ -259,6 +259,26 @@ def test_gemm_adds_the_residual_in_place(arch: str, n: int) -> None:
     assert torch.equal(residual, out)
 
 
+@pytest.mark.parametrize(
+    "clusters, columns, blocks, cluster", [(0, 256, 128, 4), (32, 256, 128, 4), (31, 192, 124, 4),
+                                           (24, 256, 132, 2)]
+)  # fmt: skip
+def test_gemm_sm90_clusters_run_at_once(
+    clusters: int, columns: int, blocks: int, cluster: int
+) -> None:
+    """256 tiles are two rounds of 32 clusters of 4. Where the GPU has room for 31 they would be
+    three, as are 352 narrower ones; where it has less, it is two of clusters of 2."""
+    params = abi.structs()["mk_linear_params"](
+        x=1 << 20, w=1 << 20, out=1 << 20, x_stride=4096, w_stride=4096, out_stride=4096, m=2048,
+        n=4096, k=4096, dtype=dtype_id(torch.empty(0, dtype=BF16)), out_dtype=1,
+    )  # fmt: skip
+    device, plan = abi.device("90a"), abi.structs()["mk_plan"]()
+    device.clusters_of_4 = clusters
+    abi.check(abi.library().mk_linear_plan(*map(ctypes.byref, (params, device, plan))))
+    assert plan.entry.endswith(f"_m128_n{columns}".encode())
+    assert (plan.grid[0], plan.cluster[0]) == (blocks, cluster)
+
+
 # ------------------------------------------------------------------------------------ counters
 
 

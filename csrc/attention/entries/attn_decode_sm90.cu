@@ -1,4 +1,5 @@
 #include "attention/attn_decode_sm90.cuh"
+#include "attention/entries/attn_decode_entries.h"
 
 #define MK_ATTENTION_DECODE(key, Dtype, kHeadDim, kRows)                               \
     MK_ENTRY(__launch_bounds__(mk::kAttnDecodeThreads,                                 \
@@ -8,11 +9,4 @@
         mk::attn_decode_sm90<mk::Dtype, kHeadDim, kRows>(args);                        \
     }
 
-MK_ATTENTION_DECODE(bf16_hd64_rows8, Bf16, 64, mk::kAttnDecodeFewRows)
-MK_ATTENTION_DECODE(bf16_hd64_rows32, Bf16, 64, mk::kAttnDecodeManyRows)
-MK_ATTENTION_DECODE(bf16_hd128_rows8, Bf16, 128, mk::kAttnDecodeFewRows)
-MK_ATTENTION_DECODE(bf16_hd128_rows32, Bf16, 128, mk::kAttnDecodeManyRows)
-MK_ATTENTION_DECODE(f16_hd64_rows8, F16, 64, mk::kAttnDecodeFewRows)
-MK_ATTENTION_DECODE(f16_hd64_rows32, F16, 64, mk::kAttnDecodeManyRows)
-MK_ATTENTION_DECODE(f16_hd128_rows8, F16, 128, mk::kAttnDecodeFewRows)
-MK_ATTENTION_DECODE(f16_hd128_rows32, F16, 128, mk::kAttnDecodeManyRows)
+MK_ATTENTION_DECODES(MK_ATTENTION_DECODE)
