@@ -305,7 +305,8 @@ def gemm_work(rows: int, columns: int) -> Callable[[Plan], list[float]]:
 
 
 # sm_90: of a stage of 128 x 256 a block gets 48 KB, for which L2 gives 32 in clusters of 2, 24 of
-# 4 (of narrower tiles a little more); and of 64 rows of x and 32 columns of w, few rows, 12 KB for 8.
+# 4 (of narrower tiles a little more); and of 64 rows of x and 32 columns of w, few rows, 12 KB for
+# 8.
 _GEMM_COPIES = {1: 1.0, 2: 1.5, 4: 2.0}
 
 
