@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -73,12 +74,23 @@ def _flags_of(source: Path) -> list[str]:
     return FLAGS if "target_clones" in source.read_text() else FLAGS + host_flags()
 
 
+def _headers_of(source: Path) -> list[Path]:
+    """What a source includes of this folder."""
+    found: dict[str, Path] = {}
+    texts = [source.read_text()]
+    while texts:
+        for name in re.findall(r'^#include "(.+)"', texts.pop(), re.M):
+            if name not in found:
+                found[name] = SOURCES / name
+                texts.append(found[name].read_text())
+    return [found[name] for name in sorted(found)]
+
+
 def _outputs() -> tuple[dict[Path, Path], Path]:
     """Where each source's object is, and the library."""
     default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "minitron_kernels"
     cache = Path(os.environ.get("MK_EMU_CACHE", default))
     cache.mkdir(parents=True, exist_ok=True)
-    headers = b"".join(path.read_bytes() for path in sorted(SOURCES.glob("*.h")))
 
     def named(stem: str, suffix: str, *content: bytes) -> Path:
         digest = hashlib.sha256(b"\0".join([_compiler().encode(), *content])).hexdigest()[:20]
@@ -88,7 +100,10 @@ def _outputs() -> tuple[dict[Path, Path], Path]:
     sources = sorted(SOURCES.glob("*.cpp"), key=lambda path: -path.stat().st_size)
     objects = {
         source: named(
-            source.stem, ".o", " ".join(_flags_of(source)).encode(), headers, source.read_bytes()
+            source.stem,
+            ".o",
+            " ".join(_flags_of(source)).encode(),
+            *(path.read_bytes() for path in [source, *_headers_of(source)]),
         )
         for source in sources
     }

@@ -153,7 +153,7 @@ std::vector<uint8_t> copy_image(const void* data) {
     std::memcpy(&magic, data, 4);
     if (magic == 0x466243b1) return copy_image(static_cast<const Wrapper*>(data)->payload);
     const auto* bytes = static_cast<const uint8_t*>(data);
-    if (magic != 0xba55ed50)
+    if (magic != emu::kFatbinMagic)
         return {bytes, bytes + std::strlen(static_cast<const char*>(data)) + 1};
     uint16_t header;
     uint64_t payload;

@@ -32,7 +32,6 @@ struct EntryHeader {
     uint64_t reserved;
     uint64_t decompressed_bytes;
 };
-constexpr uint32_t kFatbinMagic = 0xba55ed50;
 constexpr uint16_t kPtx = 1;
 constexpr uint64_t kCompressed = 0x1000 | 0x2000 | 0x8000;
 

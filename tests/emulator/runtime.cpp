@@ -88,16 +88,32 @@ void check_target(const std::string& target, const Device& device) {
                        std::to_string(device.capability));
 }
 
+// Whether a text has, or may have, an entry of this name.
+bool may_have(std::string_view text, std::string_view name) {
+    constexpr std::string_view kEntry = ".entry ";
+    for (size_t at = 0; (at = text.find(kEntry, at)) != text.npos;)
+        if (text.substr(at += kEntry.size(), name.size()) == name) return true;
+    return false;
+}
+
 }  // namespace
 
 LoadedModule::LoadedModule(std::span<const uint8_t> image, const Device& device) : device_(device) {
-    for (const std::string& text : extract_ptx(image, device)) {
-        auto unit = std::make_unique<Unit>();
-        unit->module = parse_ptx(text);
-        check_target(unit->module.target, device);
-        place_variables(*unit);
-        units_.push_back(std::move(unit));
+    uint32_t magic = 0;
+    std::memcpy(&magic, image.data(), std::min(image.size(), sizeof magic));
+    for (std::string& text : extract_ptx(image, device)) {
+        units_.push_back(std::make_unique<Unit>());
+        units_.back()->text = std::move(text);
+        if (magic != kFatbinMagic) parse(*units_.back());
     }
+}
+
+void LoadedModule::parse(Unit& unit) {
+    if (unit.text.empty()) return;
+    unit.module = parse_ptx(unit.text);
+    check_target(unit.module.target, device_);
+    place_variables(unit);
+    unit.text = {};
 }
 
 void LoadedModule::place_variables(Unit& unit) {
@@ -141,6 +157,7 @@ Kernel* LoadedModule::kernel(const std::string& name) {
     auto known = kernels_.find(name);
     if (known != kernels_.end()) return known->second.get();
     for (auto& unit : units_) {
+        if (may_have(unit->text, name)) parse(*unit);
         auto it = unit->module.function_index.find(name);
         if (it == unit->module.function_index.end() || !unit->module.functions[it->second].is_entry)
             continue;
@@ -152,11 +169,14 @@ Kernel* LoadedModule::kernel(const std::string& name) {
     return nullptr;
 }
 
-std::vector<std::string> LoadedModule::kernel_names() const {
+std::vector<std::string> LoadedModule::kernel_names() {
+    std::lock_guard lock(mutex_);
     std::vector<std::string> names;
-    for (auto& unit : units_)
+    for (auto& unit : units_) {
+        parse(*unit);
         for (const Function& f : unit->module.functions)
             if (f.is_entry && f.has_body) names.push_back(f.name);
+    }
     return names;
 }
 
@@ -167,9 +187,12 @@ std::pair<uint64_t, uint64_t> LoadedModule::Unit::variable(const std::string& na
     return {0, 0};
 }
 
-std::pair<uint64_t, uint64_t> LoadedModule::variable(const std::string& name) const {
-    for (auto& unit : units_)
+std::pair<uint64_t, uint64_t> LoadedModule::variable(const std::string& name) {
+    std::lock_guard lock(mutex_);
+    for (auto& unit : units_) {
+        parse(*unit);
         if (auto found = unit->variable(name); found.first) return found;
+    }
     return {0, 0};
 }
 

@@ -28,26 +28,31 @@ Region make_region(void* base, uint64_t bytes, std::string name, bool track_init
 
 struct Kernel;
 
+constexpr uint32_t kFatbinMagic = 0xba55ed50;  // its first word
+
 class LoadedModule {
   public:
-    // PTX text, or one or several fatbins in a row. Throws PtxError.
+    // PTX text, or one or several fatbins in a row, whose texts are parsed when one of their
+    // kernels is asked for: a syntax tree takes many times their bytes. Throws PtxError.
     LoadedModule(std::span<const uint8_t> image, const Device& device);
     ~LoadedModule();
     LoadedModule(const LoadedModule&) = delete;
 
     Kernel* kernel(const std::string& name);  // null if there is none
-    std::vector<std::string> kernel_names() const;
+    std::vector<std::string> kernel_names();
     // Address and size of a module variable; {0, 0} if there is none.
-    std::pair<uint64_t, uint64_t> variable(const std::string& name) const;
+    std::pair<uint64_t, uint64_t> variable(const std::string& name);
     const Device& device() const { return device_; }
 
   private:
-    struct Unit {  // one PTX text with its variables
+    struct Unit {          // one PTX text with its variables
+        std::string text;  // until it is parsed
         Module module;
         std::vector<std::unique_ptr<uint64_t[]>> storage;
         std::vector<uint64_t> addresses;  // by variable; 0 for those that have none of their own
         std::pair<uint64_t, uint64_t> variable(const std::string& name) const;
     };
+    void parse(Unit& unit);
     void place_variables(Unit& unit);
 
     const Device& device_;
