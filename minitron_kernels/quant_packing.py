@@ -108,7 +108,8 @@ class PackedQuantizedTensor(torch.Tensor):
 
 
 def _like(w: PackedQuantizedTensor, tiles: Tensor) -> PackedQuantizedTensor:
-    return PackedQuantizedTensor(tiles, w.quant_type, w.shape)
+    with torch.inference_mode(w.is_inference()):  # a view must be of its tensor's kind
+        return PackedQuantizedTensor(tiles, w.quant_type, w.shape)
 
 
 def _on_tiles(func: Any, w: PackedQuantizedTensor, *args: Any, **kwargs: Any) -> Any:

@@ -164,7 +164,8 @@ torch.serialization.add_safe_globals([rebuild])  # torch.load(weights_only=True)
 
 
 def _like(w: QuantizedTensor, blocks: Tensor) -> QuantizedTensor:
-    return QuantizedTensor(blocks, w.quant_type, (blocks.shape[0], w.shape[1]))
+    with torch.inference_mode(w.is_inference()):  # a view must be of its tensor's kind
+        return QuantizedTensor(blocks, w.quant_type, (blocks.shape[0], w.shape[1]))
 
 
 def _on_blocks(func: Any, w: QuantizedTensor, *args: Any, **kwargs: Any) -> QuantizedTensor:

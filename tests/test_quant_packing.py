@@ -114,6 +114,20 @@ def test_it_moves_in_inference_mode(make_it: Callable[[QuantizedTensor], Any]) -
     assert moved.quant_type == "Q4_K"
 
 
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("make_it", [lambda w: w, pack], ids=["blocks", "tiles"])
+def test_views_in_inference_mode(make_it: Callable[[QuantizedTensor], Any], inside: bool) -> None:
+    """Of tensors made outside of it, as a model's weights are, and inside."""
+    with torch.inference_mode(inside):
+        w = make_it(make("Q4_K", 20, 512))
+    with torch.inference_mode():
+        views = [w.detach(), torch.ops.aten.alias(w)]
+        views += [w.clone()] + ([w[:]] if isinstance(w, QuantizedTensor) else [])
+        for view in views:
+            assert type(view) is type(w) and torch.equal(view, w)
+    assert w.is_inference() == inside == views[0].is_inference()
+
+
 def test_layers_compute_and_save_as_before() -> None:
     """Where no kernel reads tiles they are unpacked: the results have the same bits."""
     x, ids = torch.randn(3, 256, generator=torch.Generator().manual_seed(1)), torch.arange(5)
