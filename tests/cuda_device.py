@@ -16,7 +16,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
-from minitron_kernels import cuda_attention, cuda_ops, native
+from minitron_kernels import cuda_attention, cuda_ops, cuda_quantized, native
 from tests import emulator, native_emulator
 
 Tensor = torch.Tensor
@@ -149,7 +149,7 @@ def launches() -> Iterator[list[str]]:
         call(name, *args)
 
     with pytest.MonkeyPatch.context() as patch:
-        for module in (cuda_ops, cuda_attention):
+        for module in (cuda_ops, cuda_attention, cuda_quantized):
             patch.setattr(module, "call", counting)
         yield names
 

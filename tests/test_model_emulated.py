@@ -36,6 +36,7 @@ from minitron_kernels.graphs import DecodeGraphs, DecodeRow, bucket_of
 from minitron_kernels.model import Batch
 from minitron_kernels.sampling import SamplingState, sample
 from tests import emulator
+from tests.cuda_device import launches as calls
 from tests.emulated_device import EmulatedGPU, emulated
 from tests.test_model_quantized import LAYERS, UNIFORM, write_model
 from tests.tiny_checkpoint import write_tiny_checkpoint
@@ -313,6 +314,8 @@ def test_a_decode_step_is_five_launches_a_layer(place: str, checkpoints: Any) ->
 
 # What a layer of a decode step launches, in this order.
 LAYER = ["qkv_rope_append", "attention_decode", "linear", "linear_swiglu", "linear"]
+QUANTISED = {"qkv_rope_append": "qkv_rope_append_quant", "linear": "linear_quant",
+             "linear_swiglu": "linear_quant_swiglu"}  # fmt: skip
 # One quantised kernel serves all products.
 DECODED = ["quant_decode"]
 PREPARED = ["quant_prepare_x", "quant_gemm"]
@@ -339,8 +342,9 @@ def test_pdl_chains_all_launches_of_a_decode_step(
         engine = Engine(model, None, 64 * rows, max_batch_size=rows, cuda_graphs=True)
         for i in range(rows):
             engine.add(random_ids(2, seed=i), params)
-        for _ in range(3):
-            engine.step()
+        with calls() as functions:
+            for _ in range(3):
+                engine.step()
         (launches,) = where.gpu.captures[0].launches
     assert all(launch.is_dependent for launch in launches)
     if weights == "dense":
@@ -351,6 +355,12 @@ def test_pdl_chains_all_launches_of_a_decode_step(
     layers = model.config.num_hidden_layers * layer
     ops = [re.fullmatch(r"mk_([a-z_]+)_sm90_.*", launch.kernel)[1] for launch in launches]
     assert ops[1:] == [*layers, *last, "sample"] and ops[0].startswith("embedding")
+    # Which product each of the launches is, the functions tell that made them.
+    names = [*(model.config.num_hidden_layers * LAYER), "linear"]
+    if weights == "quantised":
+        names = [QUANTISED.get(name, name) for name in names]
+    step = [*names, "sample"]
+    assert functions[-len(step) :] == step
 
 
 @places(slow=["sm_80", "sm_89"])
