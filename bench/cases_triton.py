@@ -80,6 +80,21 @@ class TritonKernel:
             return compiled(kernel.name, kernel.ptx, registers, 0, cubin)
 
 
+def attention_constexprs(causal: bool, tile: tuple[int, int]) -> dict[str, Any]:
+    shape = {"GROUP": GROUP, "CAUSAL": causal, "HEAD_DIM": HEAD_DIM}
+    return {**shape, "BLOCK_M": tile[0], "BLOCK_N": tile[1]}
+
+
+def attention_options(rows: int, causal: bool) -> dict[str, Any]:
+    return {
+        "group": "prefill attention",
+        "shape": f"{rows} x {rows} {'causal' if causal else 'full'}",
+        "compulsory_bytes": 2 * 2 * rows * HEAD_DIM * (Q_HEADS + KV_HEADS),
+        "flop": attention_flop(rows, causal),
+        "work": causal_work(rows, Q_HEADS) if causal else None,
+    }
+
+
 def triton_attention(rows: int, causal: bool) -> Case:
     """A unit is a KV head with its 4 query heads."""
     tile, warps, stages = (128, 64), 8, 2
@@ -93,18 +108,9 @@ def triton_attention(rows: int, causal: bool) -> Case:
         grid = (units * GROUP, rows // tile[0], 1)
         return triton_cases.Problem([q, k, v, out, rows, *strides, scale], grid, out, out)
 
-    constexprs = {"GROUP": GROUP, "CAUSAL": causal, "HEAD_DIM": HEAD_DIM, "BLOCK_M": tile[0]}
-    constexprs["BLOCK_N"] = tile[1]
-    return triton_case(
-        TritonKernel(triton_peers.flash_attention, constexprs, build, warps, stages),
-        tile,
-        group="prefill attention",
-        shape=f"{rows} x {rows} {'causal' if causal else 'full'}",
-        units=KV_HEADS,
-        compulsory_bytes=2 * 2 * rows * HEAD_DIM * (Q_HEADS + KV_HEADS),
-        flop=attention_flop(rows, causal),
-        work=causal_work(rows, Q_HEADS) if causal else None,
-    )
+    constexprs = attention_constexprs(causal, tile)
+    kernel = TritonKernel(triton_peers.flash_attention, constexprs, build, warps, stages)
+    return triton_case(kernel, tile, units=KV_HEADS, **attention_options(rows, causal))
 
 
 def triton_attention_tma(rows: int, causal: bool) -> Case:
@@ -127,19 +133,11 @@ def triton_attention_tma(rows: int, causal: bool) -> Case:
         grid = (kv_heads * GROUP, queries // tile[0], 1)
         return triton_cases.Problem([*args, rows, scale], grid, out, out)
 
-    constexprs = {"GROUP": GROUP, "CAUSAL": causal, "HEAD_DIM": HEAD_DIM, "BLOCK_M": tile[0]}
-    constexprs["BLOCK_N"] = tile[1]
-    return triton_case(
-        TritonKernel(triton_peers.flash_attention_tma, constexprs, build, warps, stages),
-        tile,
-        group="prefill attention",
-        shape=f"{rows} x {rows} {'causal' if causal else 'full'}",
-        units=KV_HEADS if causal else rows // tile[0],
-        compulsory_bytes=2 * 2 * rows * HEAD_DIM * (Q_HEADS + KV_HEADS),
-        flop=attention_flop(rows, causal),
-        work=causal_work(rows, Q_HEADS) if causal else None,
-        archs=("90a",),
-    )
+    constexprs = attention_constexprs(causal, tile)
+    kernel = TritonKernel(triton_peers.flash_attention_tma, constexprs, build, warps, stages)
+    units = KV_HEADS if causal else rows // tile[0]
+    options = attention_options(rows, causal)
+    return triton_case(kernel, tile, units=units, archs=("90a",), **options)
 
 
 def triton_matmul(

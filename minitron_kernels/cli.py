@@ -427,7 +427,7 @@ def generate(
     finished = _run(run, show=streaming)
     report: dict[str, Any] = {}
     if as_json or stats:
-        from minitron_kernels.info import activations_info, peak_memory, weights_info
+        from minitron_kernels.info import activations_info, outline, peak_memory, weights_info
 
         report = {
             "timings": {"load_seconds": load_seconds, **_timings_json(run.timings)},
@@ -443,7 +443,7 @@ def generate(
             header = f"--- {i}/{len(run.results)} ---\n" if batch_file else ""
             _write(f"{header}{result.text}\n")
     if stats:
-        click.echo("\n".join(_outline(report)), err=True)
+        click.echo("\n".join(outline(report)), err=True)
     return 0 if finished else EXIT_INTERRUPTED
 
 
@@ -704,7 +704,7 @@ def info(model: str | None, revision: str | None, dtype: str, expand: bool, as_j
     The weights are not loaded.
     """
     with redirect_stdout(sys.stderr):
-        from minitron_kernels.info import build, cpu_info, cuda_info, model_info, versions
+        from minitron_kernels.info import build, cpu_info, cuda_info, model_info, outline, versions
 
         report: dict[str, Any] = {
             "versions": versions(),
@@ -721,7 +721,7 @@ def info(model: str | None, revision: str | None, dtype: str, expand: bool, as_j
         return
     entries = report["build"].pop("entries", {})
     kernels = {f"sm_{arch}": f"{len(names)} kernels" for arch, names in entries.items()}
-    _write("\n".join(_outline({**report, "build": report["build"] | kernels})) + "\n")
+    _write("\n".join(outline({**report, "build": report["build"] | kernels})) + "\n")
 
 
 @cli.command()
@@ -761,41 +761,6 @@ def quantize(
     types = ", ".join(f"{count} {name}" for name, count in sorted(report.tensors.items()))
     bits = 8 * report.nbytes / report.parameters
     _write(f"{out}: {report.nbytes / 1e9:.2f} GB, {bits:.2f} bits a weight; tensors: {types}\n")
-
-
-def _outline(value: Any, indent: str = "") -> Iterator[str]:
-    """Nested dicts and lists as indented `key: value` lines; sizes in binary units."""
-    for key, item in value.items():
-        if isinstance(item, dict) and item:
-            yield f"{indent}{key}:"
-            yield from _outline(item, indent + "  ")
-        elif isinstance(item, list | tuple) and item and isinstance(item[0], dict):
-            for index, entry in enumerate(item):
-                yield f"{indent}{key}[{index}]:"
-                yield from _outline(entry, indent + "  ")
-        else:
-            yield f"{indent}{key}: {_shown(key, item)}"
-
-
-def _shown(key: str, value: Any) -> str:
-    if value is None:
-        return "-"
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    if isinstance(value, list | tuple | dict):
-        return " ".join(map(str, value)) or "none"
-    if "bytes" in key and isinstance(value, int):
-        return _size(value)
-    return str(value)
-
-
-def _size(count: int) -> str:
-    size = float(count)
-    for unit in ("B", "KiB", "MiB"):
-        if size < 1024:
-            return f"{size:.4g} {unit}"
-        size /= 1024
-    return f"{size:.2f} GiB"
 
 
 # Commands in files of their own, which take what is shared from here.

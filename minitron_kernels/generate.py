@@ -32,7 +32,8 @@ from minitron_kernels.sampling import (
 from minitron_kernels.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
-    from minitron_kernels.loaders.tokenizer import StreamDecoder, Tokenizer
+    from minitron_kernels.loaders.stream_decoder import StreamDecoder
+    from minitron_kernels.loaders.tokenizer import Tokenizer
 
 Tensor = torch.Tensor
 Prompt = str | Sequence[int]

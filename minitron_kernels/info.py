@@ -6,6 +6,7 @@ import ctypes
 import dataclasses
 import os
 import platform
+from collections.abc import Iterator
 from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
@@ -18,6 +19,11 @@ from minitron_kernels.quantized_ops import is_quantized
 
 if TYPE_CHECKING:
     from minitron_kernels.model import MinitronForCausalLM
+
+
+# What --int8-activations does to a prompt of quantised weights (docs/generation.md).
+_INT8_GAIN = "halves a prompt's instructions (AVX-512 VNNI)"
+_NO_INT8_GAIN = "gains little (no AVX-512 VNNI)"
 
 
 def versions() -> dict[str, str | None]:
@@ -61,6 +67,7 @@ def cpu_info() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "isa": torch.backends.cpu.get_cpu_capability(),
         "features": [flag for flag in wanted.split() if flag in flags],
+        "int8_activations": _INT8_GAIN if "avx512_vnni" in flags else _NO_INT8_GAIN,
         "memory_bytes": memory.total,
         "available_memory_bytes": memory.available,
     }
@@ -173,3 +180,38 @@ def peak_memory() -> dict[str, int]:
     if torch.cuda.is_initialized():
         report["peak_cuda_memory_bytes"] = torch.cuda.max_memory_allocated()
     return report
+
+
+def outline(value: Any, indent: str = "") -> Iterator[str]:
+    """Nested dicts and lists as indented `key: value` lines; sizes in binary units."""
+    for key, item in value.items():
+        if isinstance(item, dict) and item:
+            yield f"{indent}{key}:"
+            yield from outline(item, indent + "  ")
+        elif isinstance(item, list | tuple) and item and isinstance(item[0], dict):
+            for index, entry in enumerate(item):
+                yield f"{indent}{key}[{index}]:"
+                yield from outline(entry, indent + "  ")
+        else:
+            yield f"{indent}{key}: {_shown(key, item)}"
+
+
+def _shown(key: str, value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, list | tuple | dict):
+        return " ".join(map(str, value)) or "none"
+    if "bytes" in key and isinstance(value, int):
+        return _size(value)
+    return str(value)
+
+
+def _size(count: int) -> str:
+    size = float(count)
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.4g} {unit}"
+        size /= 1024
+    return f"{size:.2f} GiB"

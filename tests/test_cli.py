@@ -665,6 +665,8 @@ def test_info_without_a_model(minitron: Callable[..., Any]) -> None:
     assert report["versions"]["torch"] == metadata.version("torch")
     assert report["versions"]["minitron_kernels"] == metadata.version("minitron_kernels")
     assert report["cpu"]["threads"] == torch.get_num_threads()
+    gains = "avx512_vnni" in report["cpu"]["features"]
+    assert ("halves" in report["cpu"]["int8_activations"]) == gains
     cuda = report["cuda"]
     assert bool(cuda["devices"]) == torch.cuda.is_available()
     assert (cuda["none_because"] is None) == torch.cuda.is_available()

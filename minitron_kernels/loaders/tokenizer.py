@@ -11,18 +11,21 @@ the models here have no such pair.
 from __future__ import annotations
 
 import base64
-import codecs
 import json
-import re
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import tokenizers
 from tokenizers import AddedToken
 
 from minitron_kernels.loaders import byte_level
 from minitron_kernels.loaders.hub import is_nemo
+from minitron_kernels.loaders.stream_decoder import (
+    ByteStreamDecoder,
+    StreamDecoder,
+    WindowStreamDecoder,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -107,72 +110,6 @@ class BatchEncoding(dict[str, Any]):
         """A copy whose tensors are on `device`; lists stay as they are."""
         moved = {k: v.to(device) if hasattr(v, "to") else v for k, v in self.items()}
         return BatchEncoding(moved)
-
-
-class StreamDecoder(Protocol):
-    """Turns token ids into text one by one; the pieces concatenate to `decode` of all the ids."""
-
-    def push(self, token_id: int) -> str:
-        """Text that became final with this token; "" while a character is incomplete."""
-
-    def flush(self) -> str:
-        """What is left at the end (an incomplete character becomes U+FFFD); starts afresh."""
-
-
-class _ByteStreamDecoder:
-    """For byte-level vocabularies: tokens are bytes, so UTF-8 decides what is complete."""
-
-    def __init__(self, token_bytes: Callable[[int], bytes]) -> None:
-        self._token_bytes = token_bytes
-        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-
-    def push(self, token_id: int) -> str:
-        return self._utf8.decode(self._token_bytes(token_id))
-
-    def flush(self) -> str:
-        rest = self._utf8.decode(b"", final=True)
-        self._utf8.reset()
-        return rest
-
-
-class _WindowStreamDecoder:
-    """For any other vocabulary: decode a window of recent tokens, and emit what it gained.
-
-    The window holds the tokens of the last emitted piece as context, because decoders treat the
-    first token of a text differently (its leading space goes). A run of byte tokens `<0xNN>` is
-    decoded as a whole, so it is held until it ends.
-    """
-
-    def __init__(
-        self,
-        decode: Callable[[list[int]], str],
-        token_text: Callable[[int], str | None],
-        skipped: Collection[int],
-    ) -> None:
-        self._decode, self._token_text, self._skipped = decode, token_text, skipped
-        self._window: list[int] = []
-        self._num_context = 0
-
-    def push(self, token_id: int) -> str:
-        if token_id in self._skipped:
-            return ""
-        self._window.append(token_id)
-        if re.fullmatch("<0x[0-9A-Fa-f]{2}>", self._token_text(token_id) or ""):
-            return ""
-        return self._emit()
-
-    def flush(self) -> str:
-        rest = self._emit()
-        self._window, self._num_context = [], 0
-        return rest
-
-    def _emit(self) -> str:
-        context = self._decode(self._window[: self._num_context])
-        delta = self._decode(self._window)[len(context) :]
-        if delta:
-            self._window = self._window[self._num_context :]
-            self._num_context = len(self._window)
-        return delta
 
 
 # --- the tokenizer ---------------------------------------------------------------------------
@@ -567,11 +504,11 @@ class Tokenizer:
     def stream_decoder(self, skip_special_tokens: bool = False) -> StreamDecoder:
         """A decoder for tokens that arrive one by one; see `StreamDecoder`."""
         if self._is_byte_level:
-            return _ByteStreamDecoder(
+            return ByteStreamDecoder(
                 self._token_bytes_shown if skip_special_tokens else self._token_bytes
             )
         skipped = self._skipped if skip_special_tokens else ()
-        return _WindowStreamDecoder(self.decode, self._tok.id_to_token, skipped)
+        return WindowStreamDecoder(self.decode, self._tok.id_to_token, skipped)
 
     def _token_bytes(self, id: int) -> bytes:
         data = self._bytes_of.get(id)
