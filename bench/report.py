@@ -109,7 +109,7 @@ def time_cell(entry: dict[str, Any]) -> str:
 
 def share_of_peak(record: Record, about: dict[str, Any]) -> float | None:
     """Of ours: the time that the busier of arithmetic and memory takes at its peak, over its."""
-    dtype = "float32" if record["dtype"] == "float32" else "bfloat16"
+    dtype = record["dtype"] if f"peak_tflop_s_{record['dtype']}" in about else "bfloat16"
     peaks = ("flop", 1e6, f"peak_tflop_s_{dtype}"), ("num_bytes", 1e3, "peak_gb_s")  # per us
     bounds = [record[work] / (unit * about[k]) for work, unit, k in peaks if about.get(k)]
     return max(bounds) / record["candidates"]["ours"]["us"] if bounds else None

@@ -54,7 +54,7 @@ def test_every_case_has_a_line_and_a_record(smoke: tuple[str, Path]) -> None:
     ops = {re.split("[ ,]", record["op"])[0] for record in records}
     assert ops == {
         "rms_norm", "add_rms_norm", "apply_rope", "silu_and_mul", "attention", "attention_kvcache",
-        "linear", "swiglu_mlp", "layer", "quant_pack",
+        "linear", "linear_fp8", "swiglu_mlp", "layer", "quant_pack",
     }  # fmt: skip
     for record in records:
         assert {"ours", "eager"} <= set(record["candidates"]), record["op"]
