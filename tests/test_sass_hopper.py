@@ -1,5 +1,5 @@
-"""What only a card would notice, read from SASS: memory touched before griddepcontrol.wait, and
-registers that setmaxnreg waits for in vain."""
+"""What only a card would notice, read from SASS: memory touched before griddepcontrol.wait, fences
+of a wider scope than meant in main loops, registers that setmaxnreg waits for in vain."""
 
 from __future__ import annotations
 
@@ -54,6 +54,41 @@ def test_memory_is_left_alone_before_griddepcontrol_wait(arch: str) -> None:
         assert before_wait(code) <= (allowed[0] if allowed else set()), name
 
 
+# With the scope of the GPU or the cluster a thread waits for all of its writes to arrive in L2, and
+# L1 is emptied: some 500 clocks, in a loop whose turns take as long.
+MMAS = ("HMMA", "IMMA", "HGMMA", "QGMMA")
+WIDE = re.compile(r"MEMBAR\.\w+\.(GPU|SYS|VC)|CCTL\.IVALL|ERRBAR|CGAERRBAR")
+
+
+def main_loops(code: list[sass.Instruction]) -> list[list[sass.Instruction]]:
+    """The innermost loops with MMAs: all that a turn may come through."""
+    blocks, successors = sass._basic_blocks(code)
+    dominators = sass._dominators(successors)
+    loops: dict[int, set[int]] = {}
+    for latch, targets in enumerate(successors):
+        for header in targets & dominators[latch]:
+            body = sass._natural_loop(header, latch, successors)
+            loops[header] = loops.get(header, set()) | body
+    with_mma = [
+        body for body in loops.values() if any(i.name in MMAS for b in body for i in blocks[b])
+    ]
+    innermost = [body for body in with_mma if not any(other < body for other in with_mma)]
+    return [[i for b in sorted(body) for i in blocks[b]] for body in innermost]
+
+
+def wide_fences(code: list[sass.Instruction]) -> list[str]:
+    return [i.opcode for loop in main_loops(code) for i in loop if WIDE.match(i.opcode)]
+
+
+@pytest.mark.skipif("90a" not in BUILT, reason="built without sm_90a")
+def test_main_loops_fence_no_wider_than_the_block() -> None:
+    seen = 0
+    for name, code in functions("90a").items():
+        assert wide_fences(code) == [], name
+        seen += bool(main_loops(code))
+    assert seen >= 40
+
+
 @pytest.mark.skipif("90a" not in BUILT, reason="built without sm_90a")
 def test_setmaxnreg_asks_for_what_the_launch_has() -> None:
     """setmaxnreg.inc waits until the block's registers suffice: with what the other warpgroups gave
@@ -89,5 +124,9 @@ def highest_register(code: list[sass.Instruction]) -> int:
 def test_the_tests_can_fail() -> None:
     early = sass.parse("/*0000*/ LDG.E R0, [R2] ;\n/*0010*/ ACQBULK ;\n/*0020*/ STG.E [R2], R0 ;")
     assert before_wait(early) == {"LDG.E"} and before_wait(early[1:]) == set()
-    mma = sass.parse("/*0000*/ HGMMA.64x48x16.F32.BF16 R24, gdesc[UR128], R24 ;")
-    assert highest_register(mma) == 24
+    loop = sass.parse(
+        "/*0000*/ CCTL.IVALL ;\n/*0010*/ HGMMA.64x48x16.F32.BF16 R24, gdesc[UR128], R24 ;\n"
+        "/*0020*/ @P1 MEMBAR.ALL.GPU ;\n/*0030*/ @P0 BRA 0x10 ;\n/*0040*/ EXIT ;"
+    )
+    assert wide_fences(loop) == ["MEMBAR.ALL.GPU"]
+    assert highest_register(loop) == 24

@@ -191,6 +191,7 @@ int32_t clusters_of_4(const cuda::Driver& driver, const Device& device) {
     plan.block[0] = 384;
     plan.grid[0] = plan.cluster[0] = 4;
     plan.smem_bytes = 128 << 10;
+    plan.pdl = 0;  // it has no say in this
     cuda::CUkernel kernel = nullptr;
     if (find_kernel(driver, device, &plan, &kernel) != MK_OK) return 0;
     cuda::CUlaunchAttribute attributes[2] = {};
