@@ -166,9 +166,10 @@ constexpr uint32_t kRegisters = 65536;  // of an SM
 // in.imm: registers a thread; in.a: .inc
 void set_max_registers(Warp& w, const Instr& in, Mask) {
     if (!w.converged(w.live, "wrong lane mask")) return;
-    // What a thread had at launch is ptxas' choice: taken as all that the CTA can have.
+    // What a thread had at launch is ptxas' choice: taken as all that the CTA can have. 255
+    // registers are allocated as 256.
     const auto threads = static_cast<uint32_t>(w.launch->config.block.count());
-    const uint32_t launched = std::min(255u, kRegisters / threads) & ~7u;
+    const uint32_t launched = std::min(256u, kRegisters / threads) & ~7u;
     const auto wanted = static_cast<uint32_t>(in.imm);
     const uint32_t now = w.max_registers ? w.max_registers : launched;
     if (in.a ? wanted < now : wanted > now)
