@@ -12,14 +12,12 @@ Only `.asm["ptx"]` is used, so Triton needs neither a driver nor a C compiler. T
 from __future__ import annotations
 
 import ctypes
-import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
 
-import numpy as np
 import torch
 import triton
 import triton.language as tl
@@ -28,13 +26,12 @@ from triton.compiler import ASTSource
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from ..fp8_sums import narrow_sum
 from . import gluon_kernels, library
 from . import triton_kernels as kernels
+from . import triton_problems as problems
+from .triton_problems import DOT_CAPABILITIES, Descriptor, MatmulType, Problem
 
 ALL_CAPABILITIES = (80, 89, 90, 100)
-# On 100 Triton's tl.dot becomes tcgen05, which the emulator does not have yet.
-DOT_CAPABILITIES = (80, 89, 90)
 
 _TRITON_DTYPES = {
     torch.float64: "fp64",
@@ -48,334 +45,6 @@ _TRITON_DTYPES = {
     torch.int8: "i8",
     torch.uint8: "u8",
 }
-
-# --------------------------------------------------------------------------------------------------
-# Problems: inputs, grid, reference
-
-
-@dataclass(frozen=True)
-class Descriptor:
-    """A tensor that a kernel reads or writes through a tensor map, a block at a time."""
-
-    tensor: torch.Tensor  # contiguous, two dimensions
-    block: tuple[int, int]
-
-
-@dataclass
-class Problem:
-    """Inputs of one launch and what must come out of it.
-
-    args: tensors, descriptors, integers and floats in the kernel's order, constexprs left out.
-    out: the tensor the kernel writes, poisoned beforehand.
-    expected: float64 reference, of the shape of `out`.
-    baseline: the same operation by PyTorch in the input dtype; None where `out` must be exact.
-    """
-
-    args: list[Any]
-    grid: tuple[int, int, int]
-    out: torch.Tensor
-    expected: torch.Tensor
-    baseline: torch.Tensor | None = None
-    initial: torch.Tensor = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.initial = self.out.clone()
-
-    def reset(self) -> None:
-        """Puts the poison (or the starting counts) back into `out`."""
-        self.out.copy_(self.initial)
-
-    def error(self) -> tuple[float, float]:
-        """Largest error of `out`, then of the baseline, in units of what is allowed.
-
-        Allowed for an element: twice the baseline's largest error plus one unit in the last
-        place of the output dtype at the expected value. NaN or infinity in `out` gives infinity.
-        """
-        out = self.out.double()
-        if self.baseline is None:
-            return (0.0 if torch.equal(out, self.expected) else float("inf")), 0.0
-        if not torch.isfinite(out).all():
-            return float("inf"), 0.0
-        own = (self.baseline.double() - self.expected).abs()
-        eps = torch.finfo(self.out.dtype).eps
-        tiny = torch.finfo(self.out.dtype).tiny
-        allowed = 2 * own.max() + eps * self.expected.abs().clamp(min=tiny)
-        return ((out - self.expected).abs() / allowed).max().item(), (own / allowed).max().item()
-
-
-def _random(gen: torch.Generator, *shape: int, dtype: torch.dtype) -> torch.Tensor:
-    """Normal values, one in fifty of them ten times as large."""
-    x = torch.randn(*shape, generator=gen)
-    x = torch.where(torch.rand(*shape, generator=gen) < 0.02, 10 * x, x)
-    return x.to(dtype)
-
-
-def _poisoned(*shape: int, dtype: torch.dtype) -> torch.Tensor:
-    if dtype.is_floating_point:
-        return torch.full(shape, float("nan"), dtype=dtype)
-    return torch.full(shape, torch.iinfo(dtype).min, dtype=dtype)
-
-
-def _cdiv(a: int, b: int) -> int:
-    return -(-a // b)
-
-
-def _vector_add(gen: torch.Generator, n: int, block: int, dtype: torch.dtype) -> Problem:
-    x, y = _random(gen, n, dtype=dtype), _random(gen, n, dtype=dtype)
-    out = _poisoned(n, dtype=dtype)
-    args = [x, y, out, n]
-    return Problem(args, (_cdiv(n, block), 1, 1), out, x.double() + y.double(), x + y)
-
-
-def _row_softmax(gen: torch.Generator, rows: int, cols: int, dtype: torch.dtype) -> Problem:
-    x, out = _random(gen, rows, cols, dtype=dtype), _poisoned(rows, cols, dtype=dtype)
-    return Problem([x, out, cols, cols], (rows, 1, 1), out, x.double().softmax(-1), x.softmax(-1))
-
-
-def _layer_norm(gen: torch.Generator, rows: int, cols: int, dtype: torch.dtype) -> Problem:
-    x = _random(gen, rows, cols, dtype=dtype) + 3
-    w, b = _random(gen, cols, dtype=dtype), _random(gen, cols, dtype=dtype)
-    out, eps = _poisoned(rows, cols, dtype=dtype), 1e-5
-    norm = torch.nn.functional.layer_norm
-    expected = norm(x.double(), (cols,), w.double(), b.double(), eps)
-    return Problem(
-        [x, w, b, out, cols, cols, eps], (rows, 1, 1), out, expected, norm(x, (cols,), w, b, eps)
-    )
-
-
-def _matmul(
-    gen: torch.Generator,
-    mnk: tuple[int, int, int],
-    block: tuple[int, int, int],
-    kind: _MatmulType,
-) -> Problem:
-    m, n, k = mnk
-    dtype, out_dtype = kind.dtype, kind.out_dtype
-    grid = (_cdiv(m, block[0]), _cdiv(n, block[1]), 1)
-    out = _poisoned(m, n, dtype=out_dtype)
-    baseline = None
-    if dtype == torch.int8:
-        a = torch.randint(-128, 128, (m, k), generator=gen, dtype=dtype)
-        b = torch.randint(-128, 128, (k, n), generator=gen, dtype=dtype)
-    elif dtype == torch.float64:
-        # Integers, so that the reference is exact.
-        a, b = _random(gen, m, k, dtype=dtype).round(), _random(gen, k, n, dtype=dtype).round()
-    else:
-        a, b = _random(gen, m, k, dtype=dtype), _random(gen, k, n, dtype=dtype)
-        if dtype == torch.float32 and kind.mma:
-            # The tensor core reads the upper 19 bits of each tf32 operand.
-            baseline = _truncate_tf32(a) @ _truncate_tf32(b)
-        elif dtype.itemsize == 1:
-            # As the tensor core adds them, in few bits.
-            name = {torch.float8_e4m3fn: "e4m3", torch.float8_e5m2: "e5m2"}[dtype]
-            total = np.zeros((m, n))
-            for ks in torch.arange(k).split(32):
-                parts = a[:, ks].double().numpy(), b[ks].double().numpy()
-                total = narrow_sum(*parts, total, name, name, "f32")
-            baseline = torch.from_numpy(total).to(out_dtype)
-        elif kind.acc == tl.float16:
-            baseline = torch.zeros(m, n, dtype=out_dtype)
-            for start in range(0, k, 16):  # as the instruction has it
-                ks = slice(start, start + 16)
-                baseline = (baseline.float() + a[:, ks].float() @ b[ks].float()).to(out_dtype)
-        else:
-            baseline = (a @ b).to(out_dtype)
-    return Problem([a, b, out, m, n, k], grid, out, a.double() @ b.double(), baseline)
-
-
-def _truncate_tf32(x: torch.Tensor) -> torch.Tensor:
-    return (x.view(torch.int32) & ~0x1FFF).view(torch.float32)
-
-
-def _int4_matmul(
-    gen: torch.Generator, mnk: tuple[int, int, int], block: tuple[int, int, int], group: int
-) -> Problem:
-    m, n, k = mnk
-    a = _random(gen, m, k, dtype=torch.float16)
-    nibbles = torch.randint(0, 16, (n, k), generator=gen, dtype=torch.uint8)
-    packed = nibbles[:, 0::2] | nibbles[:, 1::2] << 4
-    scale = (torch.rand(n, k // group, generator=gen) * 0.1 + 0.01).half()
-    w = (nibbles.half() - 8) * scale.repeat_interleave(group, dim=1)
-    out = _poisoned(m, n, dtype=torch.float16)
-    grid = (_cdiv(m, block[0]), _cdiv(n, block[1]), 1)
-    exact_w = (nibbles.double() - 8) * scale.double().repeat_interleave(group, dim=1)
-    return Problem([a, packed, scale, out, m, n, k], grid, out, a.double() @ exact_w.T, a @ w.T)
-
-
-def _flash_attention(
-    gen: torch.Generator,
-    heads: int,
-    seq: int,
-    dim: int,
-    block_m: int,
-    causal: bool,
-    dtype: torch.dtype,
-) -> Problem:
-    q, k, v = (_random(gen, heads, seq, dim, dtype=dtype) for _ in range(3))
-    out = _poisoned(heads, seq, dim, dtype=dtype)
-    sdpa = partial(torch.nn.functional.scaled_dot_product_attention, is_causal=causal)
-    return Problem(
-        [q, k, v, out, seq, dim**-0.5 * math.log2(math.e)],
-        (_cdiv(seq, block_m), heads, 1),
-        out,
-        sdpa(q.double(), k.double(), v.double()),
-        sdpa(q[None], k[None], v[None])[0],
-    )
-
-
-def _matmul_descriptors(
-    gen: torch.Generator,
-    mnk: tuple[int, int, int],
-    block: tuple[int, int, int],
-    programs: int,
-    kind: _MatmulType,
-) -> Problem:
-    plain = _matmul(gen, mnk, block, kind)
-    a, b, out = plain.args[:3]
-    args = [
-        Descriptor(a, (block[0], block[2])),
-        Descriptor(b.T.contiguous(), (block[1], block[2])),
-        Descriptor(out, block[:2]),
-        *mnk,
-    ]
-    return Problem(args, (programs, 1, 1), out, plain.expected, plain.baseline)
-
-
-def _flash_descriptors(
-    gen: torch.Generator, block: tuple[int, int], seq: int, dim: int, **shape: Any
-) -> Problem:
-    plain = _flash_attention(gen, seq=seq, dim=dim, block_m=block[0], **shape)
-    q, k, v, out = (t.view(-1, dim) for t in plain.args[:4])
-    blocks = (block[0], dim), (block[1], dim), (block[1], dim), (block[0], dim)
-    args = [Descriptor(t, b) for t, b in zip((q, k, v, out), blocks, strict=True)]
-    return Problem([*args, *plain.args[4:]], plain.grid, plain.out, plain.expected, plain.baseline)
-
-
-def _linear_recurrence(gen: torch.Generator, rows: int, cols: int) -> Problem:
-    decay = torch.rand(rows, cols, generator=gen)
-    x = _random(gen, rows, cols, dtype=torch.float32)
-    out = _poisoned(rows, cols, dtype=torch.float32)
-
-    def sequential(dtype: torch.dtype) -> torch.Tensor:
-        h, states = torch.zeros(rows, dtype=dtype), []
-        for t in range(cols):
-            h = decay[:, t].to(dtype) * h + x[:, t].to(dtype)
-            states.append(h)
-        return torch.stack(states, dim=1)
-
-    expected, baseline = sequential(torch.float64), sequential(torch.float32)
-    return Problem([decay, x, out, cols], (rows, 1, 1), out, expected, baseline)
-
-
-def _histogram(gen: torch.Generator, n: int, bins: int, block: int) -> Problem:
-    x = torch.randint(0, bins, (n,), generator=gen, dtype=torch.int32)
-    out = torch.arange(bins, dtype=torch.int32)  # the atomics add to what is there
-    expected = out.double() + torch.bincount(x, minlength=bins).double()
-    return Problem([x, out, n], (_cdiv(n, block), 1, 1), out, expected)
-
-
-def _row_sort(gen: torch.Generator, rows: int, cols: int) -> Problem:
-    x = _random(gen, rows, cols, dtype=torch.float32)
-    out = _poisoned(rows, cols, dtype=torch.float32)
-    return Problem([x, out], (rows, 1, 1), out, x.double().sort(dim=1).values)
-
-
-def _philox(gen: torch.Generator, programs: int, block: int) -> Problem:
-    """Philox 4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011)."""
-    seed = int(torch.randint(1 << 20, 1 << 30, (), generator=gen))
-    out = _poisoned(programs, 4, block, dtype=torch.int32)
-    low = (1 << 32) - 1
-
-    def one(counter: int) -> list[int]:
-        c, key = [counter, 0, 0, 0], [seed, 0]
-        for _ in range(10):
-            p, q = 0xD2511F53 * c[0], 0xCD9E8D57 * c[2]
-            c = [q >> 32 ^ c[1] ^ key[0], q & low, p >> 32 ^ c[3] ^ key[1], p & low]
-            key = [key[0] + 0x9E3779B9 & low, key[1] + 0xBB67AE85 & low]
-        return c
-
-    words = torch.tensor([one(i) for i in range(programs * block)], dtype=torch.int64)
-    signed = torch.where(words >= 1 << 31, words - (1 << 32), words)
-    expected = signed.view(programs, block, 4).transpose(1, 2).double()
-    return Problem([out, seed], (programs, 1, 1), out, expected)
-
-
-def _elementary_functions(gen: torch.Generator, n: int, block: int, dtype: torch.dtype) -> Problem:
-    x = _random(gen, n, dtype=dtype).abs() + 0.01
-    functions = [torch.log, torch.sin, torch.cos, torch.sqrt, torch.rsqrt, torch.erf, torch.sigmoid]
-
-    def rows(x: torch.Tensor) -> torch.Tensor:
-        return torch.stack([torch.exp(-x), *(f(x) for f in functions)])
-
-    out = _poisoned(8, n, dtype=dtype)
-    return Problem([x, out, n], (_cdiv(n, block), 1, 1), out, rows(x.double()), rows(x))
-
-
-def _cast(
-    gen: torch.Generator, from_dtype: torch.dtype, to_dtype: torch.dtype, block: int
-) -> Problem:
-    """Every finite value of a source of at most 16 bits; random bits and near-ties of a wider one.
-
-    Values that the target cannot hold are left out: there Triton saturates and PyTorch does not.
-    """
-    if from_dtype.itemsize <= 2:
-        patterns = torch.arange(1 << 8 * from_dtype.itemsize)
-        x = patterns.to(torch.uint8 if from_dtype.itemsize == 1 else torch.int16).view(from_dtype)
-    elif from_dtype.is_floating_point:
-        ties = torch.arange(1 << 16).to(torch.int16).view(torch.float16).float()
-        ties = ties + torch.nextafter(ties, torch.tensor(0.0)).half().float()
-        patterns = torch.randint(-(1 << 31), 1 << 31, (1 << 14,), generator=gen)
-        x = torch.cat([patterns.to(torch.int32).view(torch.float32), ties, 1.0009765 * ties])
-        x = x.to(from_dtype)
-    else:
-        bits = torch.randint(0, 8 * from_dtype.itemsize - 1, (1 << 14,), generator=gen)
-        patterns = torch.randint(-(1 << 62), 1 << 62, (1 << 14,), generator=gen)
-        x = (patterns >> (63 - bits)).to(from_dtype)
-    info = torch.finfo if to_dtype.is_floating_point else torch.iinfo
-    wide = x.double()
-    x = x[(wide >= info(to_dtype).min) & (wide <= info(to_dtype).max)].clone()
-    out = torch.empty(x.shape, dtype=to_dtype).view(torch.uint8).fill_(0x7F).view(to_dtype)
-    return Problem([x, out, len(x)], (_cdiv(len(x), block), 1, 1), out, x.to(to_dtype).double())
-
-
-def _integer_division(gen: torch.Generator, programs: int, block: int) -> Problem:
-    n = programs * block
-    bits = torch.randint(1, 52, (2, n), generator=gen)  # exact in float64
-    x, y = torch.randint(-(1 << 60), 1 << 60, (2, n), generator=gen) >> (60 - bits)
-    y = torch.where(y == 0, 7, y)
-    out = _poisoned(programs, 2, block, dtype=torch.int64)
-    expected = [torch.div(x, y, rounding_mode="trunc"), torch.fmod(x, y)]
-    rows = torch.stack([e.view(programs, block) for e in expected], dim=1).double()
-    return Problem([x, y, out], (programs, 1, 1), out, rows)
-
-
-def _atomics(gen: torch.Generator, programs: int, block: int, bins: int) -> Problem:
-    n = programs * block
-    index = torch.randint(0, bins, (n,), generator=gen, dtype=torch.int32)
-    x = torch.randint(-(1 << 20), 1 << 20, (n,), generator=gen, dtype=torch.int32)
-    start = torch.randint(-(1 << 20), 1 << 20, (6, bins), generator=gen, dtype=torch.int32)
-    rules = [int.__add__, max, min, int.__and__, int.__or__, int.__xor__]
-    rows = start.tolist()
-    for i, value in zip(index.tolist(), x.tolist(), strict=True):
-        for row, rule in zip(rows, rules, strict=True):
-            row[i] = rule(row[i], value)
-    out, expected = start.clone(), torch.tensor(rows).double()
-    return Problem([index, x, out, bins], (programs, 1, 1), out, expected)
-
-
-def _locked_sum(gen: torch.Generator, programs: int, block: int) -> Problem:
-    # Small integers: the sum is exact in whatever order the programs come.
-    x = torch.randint(-8, 9, (programs, block), generator=gen).float()
-    lock, out = torch.zeros(1, dtype=torch.int32), torch.ones(block)
-    return Problem([x, lock, out], (programs, 1, 1), out, x.double().sum(0) + 1)
-
-
-def _row_argmax(gen: torch.Generator, rows: int, cols: int) -> Problem:
-    x = torch.randint(-50, 51, (rows, cols), generator=gen).float()  # with ties
-    out = _poisoned(rows, dtype=torch.int32)
-    first = [row.index(max(row)) for row in x.tolist()]
-    return Problem([x, out, cols, cols], (rows, 1, 1), out, torch.tensor(first).double())
-
 
 # --------------------------------------------------------------------------------------------------
 # Cases
@@ -431,51 +100,38 @@ def _case(
     return Case(name, kernel, constexprs, partial(build, **shape), capabilities, num_warps)
 
 
-@dataclass(frozen=True)
-class _MatmulType:
-    dtype: torch.dtype
-    out_dtype: torch.dtype
-    mma: str | None  # None: fp32 without tensor cores
-    acc: Any = tl.float32
-    precision: str = "tf32"
-    wgmma: str | None = None
-    capabilities: Sequence[int] = DOT_CAPABILITIES
-
-
 _MATMUL_TYPES = {
-    "bf16": _MatmulType(
+    "bf16": MatmulType(
         torch.bfloat16, torch.bfloat16, r"mma\.\S*m16n8k16\S*bf16", wgmma="f32.bf16"
     ),
-    "f16": _MatmulType(
+    "f16": MatmulType(
         torch.float16, torch.float16, r"mma\.\S*m16n8k16\S*f32\.f16", wgmma="f32.f16"
     ),
-    "f16_acc": _MatmulType(
+    "f16_acc": MatmulType(
         torch.float16,
         torch.float16,
         r"mma\.\S*m16n8k16\S*col\.f16\.f16",
         tl.float16,
         wgmma="f16.f16",
     ),
-    "tf32": _MatmulType(torch.float32, torch.float32, r"mma\.\S*m16n8k8\S*tf32", wgmma="f32.tf32"),
-    "s8": _MatmulType(torch.int8, torch.int32, r"mma\.\S*m16n8k32\S*s8", tl.int32, wgmma="s32.s8"),
-    "e4m3": _MatmulType(
+    "tf32": MatmulType(torch.float32, torch.float32, r"mma\.\S*m16n8k8\S*tf32", wgmma="f32.tf32"),
+    "s8": MatmulType(torch.int8, torch.int32, r"mma\.\S*m16n8k32\S*s8", tl.int32, wgmma="s32.s8"),
+    "e4m3": MatmulType(
         torch.float8_e4m3fn,
         torch.float32,
         r"mma\.\S*m16n8k32\S*e4m3",
         wgmma="f32.e4m3",
         capabilities=(89, 90),
     ),
-    "e5m2": _MatmulType(
+    "e5m2": MatmulType(
         torch.float8_e5m2,
         torch.float32,
         r"mma\.\S*m16n8k32\S*e5m2",
         wgmma="f32.e5m2",
         capabilities=(89, 90),
     ),
-    "f64": _MatmulType(
-        torch.float64, torch.float64, r"mma\.\S*f64", tl.float64, capabilities=(80,)
-    ),
-    "f32": _MatmulType(
+    "f64": MatmulType(torch.float64, torch.float64, r"mma\.\S*f64", tl.float64, capabilities=(80,)),
+    "f32": MatmulType(
         torch.float32, torch.float32, None, precision="ieee", capabilities=ALL_CAPABILITIES
     ),
 }
@@ -495,7 +151,7 @@ def _matmul_case(
         f"matmul-{name}-{tile}-w{num_warps}-s{num_stages}",
         kernels.matmul,
         dict(zip(("BLOCK_M", "BLOCK_N", "BLOCK_K"), block, strict=True)) | constexprs,
-        partial(_matmul, mnk=mnk, block=block, kind=kind),
+        partial(problems.matmul, mnk=mnk, block=block, kind=kind),
         kind.capabilities,
         num_warps,
         num_stages,
@@ -521,7 +177,7 @@ def _flash_case(
         kernels.flash_attention,
         {"CAUSAL": causal, "HEAD_DIM": dim, "BLOCK_M": block[0], "BLOCK_N": block[1]},
         partial(
-            _flash_attention,
+            problems.flash_attention,
             heads=2,
             seq=seq,
             dim=dim,
@@ -555,7 +211,7 @@ def _matmul_descriptors_case(
         f"matmul_tma-{name}-{tile}-w{num_warps}-s{num_stages}{flat}",
         kernels.matmul_descriptors,
         dict(zip(("BLOCK_M", "BLOCK_N", "BLOCK_K"), block, strict=True)) | constexprs,
-        partial(_matmul_descriptors, mnk=mnk, block=block, programs=programs, kind=kind),
+        partial(problems.matmul_descriptors, mnk=mnk, block=block, programs=programs, kind=kind),
         (90,),
         num_warps,
         num_stages,
@@ -571,8 +227,8 @@ def _specialised_case(
     tile = "x".join(map(str, block))
 
     def build(gen: torch.Generator) -> Problem:
-        problem = _matmul_descriptors(gen, mnk, block, 1, kind)
-        problem.grid = _cdiv(mnk[0], block[0]), _cdiv(mnk[1], block[1]), 1
+        problem = problems.matmul_descriptors(gen, mnk, block, 1, kind)
+        problem.grid = problems.cdiv(mnk[0], block[0]), problems.cdiv(mnk[1], block[1]), 1
         return problem
 
     return Case(
@@ -603,7 +259,7 @@ def _flash_descriptors_case(
         f"flash_tma-{name}-{mask}-d{dim}-{block[0]}x{block[1]}-w{num_warps}-s{num_stages}",
         kernels.flash_attention_descriptors,
         {"CAUSAL": causal, "HEAD_DIM": dim, "BLOCK_M": block[0], "BLOCK_N": block[1]},
-        partial(_flash_descriptors, **shape),
+        partial(problems.flash_descriptors, **shape),
         (90,),
         num_warps,
         num_stages,
@@ -646,36 +302,43 @@ _CASTS = [
 
 def _cases() -> list[Case]:
     f32, f16, bf16 = torch.float32, torch.float16, torch.bfloat16
-    k, block = kernels, {"BLOCK": 512}
+    k, p, block = kernels, problems, {"BLOCK": 512}
     cases = [
-        _case(k.vector_add, _vector_add, block, dtype=f32, n=3000, block=512),
-        _case(k.vector_add, _vector_add, block, dtype=bf16, n=4097, block=512),
-        _case(k.vector_add, _vector_add, block, dtype=f16, n=2064, block=512),
-        _case(k.row_softmax, _row_softmax, {"BLOCK": 1024}, dtype=f32, rows=5, cols=781),
-        _case(k.row_softmax, _row_softmax, {"BLOCK": 2048}, 8, dtype=bf16, rows=5, cols=2000),
-        _case(k.row_softmax, _row_softmax, {"BLOCK": 64}, 1, dtype=f32, rows=5, cols=33),
-        _case(k.layer_norm, _layer_norm, block, dtype=f32, rows=3, cols=1151),
-        _case(k.layer_norm, _layer_norm, block, 8, dtype=f16, rows=3, cols=2048),
-        _case(k.linear_recurrence, _linear_recurrence, {"BLOCK": 1024}, rows=3, cols=1000),
-        _case(k.linear_recurrence, _linear_recurrence, {"BLOCK": 64}, 1, rows=3, cols=60),
-        _case(k.histogram, _histogram, block | {"BINS": 128}, n=5000, bins=128, block=512),
-        _case(k.histogram, _histogram, block | {"BINS": 256}, 8, n=5000, bins=256, block=512),
-        _case(k.row_sort, _row_sort, {"BLOCK": 256}, rows=2, cols=256),
-        _case(k.row_sort, _row_sort, {"BLOCK": 64}, 1, rows=2, cols=64),
-        _case(k.row_argmax, _row_argmax, {"BLOCK": 1024}, rows=4, cols=1000),
-        _case(k.philox, _philox, block, programs=2, block=512),
-        _case(k.integer_division, _integer_division, block, programs=2, block=512),
-        _case(k.atomics, _atomics, block, programs=3, block=512, bins=16),
-        _case(k.locked_sum, _locked_sum, block, programs=6, block=512),
+        _case(k.vector_add, p.vector_add, block, dtype=f32, n=3000, block=512),
+        _case(k.vector_add, p.vector_add, block, dtype=bf16, n=4097, block=512),
+        _case(k.vector_add, p.vector_add, block, dtype=f16, n=2064, block=512),
+        _case(k.row_softmax, p.row_softmax, {"BLOCK": 1024}, dtype=f32, rows=5, cols=781),
+        _case(k.row_softmax, p.row_softmax, {"BLOCK": 2048}, 8, dtype=bf16, rows=5, cols=2000),
+        _case(k.row_softmax, p.row_softmax, {"BLOCK": 64}, 1, dtype=f32, rows=5, cols=33),
+        _case(k.layer_norm, p.layer_norm, block, dtype=f32, rows=3, cols=1151),
+        _case(k.layer_norm, p.layer_norm, block, 8, dtype=f16, rows=3, cols=2048),
+        _case(k.linear_recurrence, p.linear_recurrence, {"BLOCK": 1024}, rows=3, cols=1000),
+        _case(k.linear_recurrence, p.linear_recurrence, {"BLOCK": 64}, 1, rows=3, cols=60),
+        _case(k.histogram, p.histogram, block | {"BINS": 128}, n=5000, bins=128, block=512),
+        _case(k.histogram, p.histogram, block | {"BINS": 256}, 8, n=5000, bins=256, block=512),
+        _case(k.row_sort, p.row_sort, {"BLOCK": 256}, rows=2, cols=256),
+        _case(k.row_sort, p.row_sort, {"BLOCK": 64}, 1, rows=2, cols=64),
+        _case(k.row_argmax, p.row_argmax, {"BLOCK": 1024}, rows=4, cols=1000),
+        _case(k.philox, p.philox, block, programs=2, block=512),
+        _case(k.integer_division, p.integer_division, block, programs=2, block=512),
+        _case(k.atomics, p.atomics, block, programs=3, block=512, bins=16),
+        _case(k.locked_sum, p.locked_sum, block, programs=6, block=512),
     ]
     cases += [
-        _case(k.elementary_functions, _elementary_functions, block, dtype=dtype, n=1000, block=512)
+        _case(
+            k.elementary_functions,
+            p.elementary_functions,
+            block,
+            dtype=dtype,
+            n=1000,
+            block=512,
+        )
         for dtype in (bf16, f16)
     ]
     for pair in _CASTS:
         capabilities = (89, 90, 100) if torch.float8_e4m3fn in pair else ALL_CAPABILITIES
         shape = dict(zip(("from_dtype", "to_dtype"), pair, strict=True))
-        cases.append(_case(k.cast, _cast, block, capabilities=capabilities, **shape, block=512))
+        cases.append(_case(k.cast, p.cast, block, capabilities=capabilities, **shape, block=512))
     small, ragged = (128, 128, 256), (100, 80, 208)
     cases += [
         _matmul_case("bf16", (64, 64, 32), small, 4, 3),
@@ -733,7 +396,7 @@ def _cases() -> list[Case]:
             f"int4_matmul-f16-{'x'.join(map(str, block))}-s{stages}",
             kernels.int4_matmul,
             {"GROUP": 32, "BLOCK_M": block[0], "BLOCK_N": block[1], "BLOCK_K": block[2]},
-            partial(_int4_matmul, mnk=mnk, block=block, group=32),
+            partial(problems.int4_matmul, mnk=mnk, block=block, group=32),
             DOT_CAPABILITIES,
             num_stages=stages,
             mma=r"mma\.\S*m16n8k16\S*f16",
