@@ -15,6 +15,7 @@ from __future__ import annotations
 import heapq
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -81,6 +82,7 @@ class Case:
     work: launch -> relative work of each block in launch order; None: all blocks have the same.
     exact_units: a problem of no more units is run whole.
     copies: plan -> blocks of a cluster, on average, that a byte from L2 goes to; None: all.
+    mma_rate: FLOP per clock of its MMAs over those of bf16: 2 for FP8.
     """
 
     group: str
@@ -97,6 +99,11 @@ class Case:
     work: Callable[[Plan], Sequence[float]] | None = None
     exact_units: int = 2
     copies: Callable[[Plan], float] | None = None
+    mma_rate: int = 1
+
+    def tensor_clocks(self, counters: Counters, binary: Binary, gpu: Architecture) -> float:
+        """Of one SM that does everything."""
+        return counters.issued["mma"] * binary.mma_flop / (gpu.tensor_flop * self.mma_rate)
 
     @property
     def id(self) -> str:
@@ -179,15 +186,17 @@ def balance(work: Iterable[float], sms: int) -> float:
 
 
 def mma_flop(ptx: str) -> int:
-    """A warp's FLOP of the one MMA shape that a kernel uses, a quarter of the warpgroup's if it is
-    wgmma; 0 if it has none."""
-    shapes = set(re.findall(r"\b(mma\.sync|wgmma\.mma_async)\.\S*?\.m(\d+)n(\d+)k(\d+)\.", ptx))
-    if len(shapes) > 1:
-        raise ValueError(f"MMAs of several shapes: {sorted(shapes)}")
-    if not shapes:
-        return 0
-    kind, *sizes = shapes.pop()
-    return 2 * math.prod(map(int, sizes)) // (1 if kind == "mma.sync" else 4)
+    """A warp's FLOP of an MMA of a kernel, a quarter of the warpgroup's if it is wgmma; 0 if it has
+    none. Of two kinds in equal numbers, as FP8's attention has them, the mean."""
+    pattern = r"\b(mma\.sync|wgmma\.mma_async)\.\S*?\.m(\d+)n(\d+)k(\d+)\."
+    counts = Counter(re.findall(pattern, ptx))
+    if len(set(counts.values())) > 1:
+        raise ValueError(f"MMAs of several shapes: {sorted(counts)}")
+    flop = [
+        2 * math.prod(map(int, sizes)) // (1 if kind == "mma.sync" else 4)
+        for kind, *sizes in counts
+    ]
+    return sum(flop) // len(flop) if flop else 0
 
 
 # ---------------------------------------------------------------------------------------- modelling
@@ -206,7 +215,7 @@ def times(m: Measured, case: Case, gpu: Architecture) -> dict[str, float]:
     work = [1.0] * math.prod(m.plan.grid) if case.work is None else case.work(m.plan)
     busiest = balance(work, gpu.sms) / gpu.sms
     clocks = {
-        "tensor pipe": c.issued["mma"] * m.binary.mma_flop / gpu.tensor_flop,
+        "tensor pipe": case.tensor_clocks(c, m.binary, gpu),
         "exp2 unit": c.lanes["mufu"] / EXP2_PER_CLOCK,
         "issue slots": issued(c) / WARP_SCHEDULERS,
         "shared memory": c.shared_wavefronts,
@@ -225,11 +234,11 @@ def times(m: Measured, case: Case, gpu: Architecture) -> dict[str, float]:
 def ratios(m: Measured, case: Case, gpu: Architecture) -> dict[str, float | None]:
     """The metrics that bars are about. None: the kernel does not use the resource."""
     c = m.counters
-    tensor = c.issued["mma"] * m.binary.mma_flop / gpu.tensor_flop  # clocks of one SM
+    tensor = case.tensor_clocks(c, m.binary, gpu)
     moved = (c.unique_read_sectors + c.unique_write_sectors) * SECTOR
     requests, sectors = c.read_requests + c.write_requests, c.read_sectors + c.write_sectors
     per_hmma = m.binary.loop.instructions / m.binary.loop.hmma if m.binary.loop else None
-    hmma_clocks = m.binary.mma_flop / gpu.tensor_flop
+    hmma_clocks = m.binary.mma_flop / (gpu.tensor_flop * case.mma_rate)
     return {
         "dram": moved / case.compulsory_bytes,
         # 1: every byte of a sector was asked for; below: lanes share bytes (broadcast).

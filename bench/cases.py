@@ -224,6 +224,51 @@ def prefill(rows: int, causal: bool, paged: bool = False, rope: bool = False) ->
     )
 
 
+def prefill_fp8(rows: int, causal: bool) -> Case:
+    """As `prefill`, of e4m3 with a descale for each head, to bf16."""
+
+    def build(units: int, filled: bool) -> tuple[ctypes.Structure, list[Tensor]]:
+        kv_heads, queries = (units, rows) if causal else (KV_HEADS, 128 * units)
+        dim = 1 if causal else 0
+        q = normal(queries, kv_heads * GROUP, HEAD_DIM, units=units, dim=dim, filled=filled, seed=1)
+        same = {"units": units if causal else 1, "dim": 1, "filled": filled}
+        k, v = (normal(rows, kv_heads, HEAD_DIM, seed=s, **same) for s in (2, 3))
+        out = zeros(*q.shape)
+        q, k, v = (
+            zeros(*t.shape, dtype=torch.float8_e4m3fn).copy_(t) if filled else t for t in (q, k, v)
+        )
+        descale = torch.ones(kv_heads)
+        cu_q, cu_k = (torch.tensor([0, n], dtype=torch.int32) for n in (queries, rows))
+        params = abi.structs()["mk_attention_fp8_params"](
+            **pointers(q=q, k=k, v=v, out=out, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k),
+            **pointers(q_descale=descale, k_descale=descale, v_descale=descale),
+            q_stride=q.stride(0), q_head_stride=HEAD_DIM,
+            k_stride=k.stride(0), k_head_stride=HEAD_DIM,
+            v_stride=v.stride(0), v_head_stride=HEAD_DIM,
+            out_stride=out.stride(0), out_head_stride=HEAD_DIM,
+            tokens_q=queries, tokens_k=rows, batch=1, num_q_heads=kv_heads * GROUP,
+            num_kv_heads=kv_heads, num_q_descales=kv_heads, head_dim=HEAD_DIM,
+            max_seqlen_q=queries, causal=causal, softmax_scale=SOFTMAX_SCALE,
+            out_dtype=dtype_id(out),
+        )  # fmt: skip
+        return params, [q, k, v, out, descale, cu_q, cu_k]
+
+    return native_case(
+        "attention_fp8",
+        build,
+        group="prefill attention",
+        shape=f"{rows} x {rows} {'causal' if causal else 'full'}",
+        units=KV_HEADS if causal else rows // 128,
+        exact_units=2,
+        compulsory_bytes=rows * HEAD_DIM * (Q_HEADS + 2 * Q_HEADS + 2 * KV_HEADS),
+        flop=attention_flop(rows, causal),
+        archs=("90a",),
+        bars=(COALESCED, CONFLICT_FREE),
+        work=prefill_work(rows, causal, Q_HEADS),
+        mma_rate=2,
+    )
+
+
 def block_table(batch: int, keys: int) -> Tensor:
     """[batch, pages] with the pages of all sequences in a scattered order, the same in each. Rows
     are 32-byte sectors apart, so that each sequence reads as many."""

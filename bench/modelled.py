@@ -81,7 +81,7 @@ so that the first number is a lower bound.
 
 | resource | work | rate |
 |---|---|---|
-| tensor pipe | FLOP of the MMAs executed | 2048 (A100), 1024 (L40S) per clock and SM |
+| tensor pipe | FLOP of the MMAs executed | 2048 (A100), 1024 (L40S) per clock, SM; FP8 twice |
 | exp2 unit | MUFU operations of lanes | 16 per clock and SM |
 | issue slots | warp-instructions | 4 per clock and SM |
 | shared memory | wavefronts of loads, stores, ldmatrix and cp.async | 1 per clock and SM |
@@ -159,7 +159,7 @@ def derived(case: Case, arch: str, m: Measured, gpu: Architecture) -> Row:
         "entry": m.plan.entry, "grid": m.plan.grid, "threads": threads, "smem_bytes": smem,
         "registers": m.binary.registers,
         "blocks_per_sm": gpu.occupancy(threads, m.binary.registers, smem),
-        "compulsory_bytes": case.compulsory_bytes, "flop": case.flop,
+        "compulsory_bytes": case.compulsory_bytes, "flop": case.flop, "mma_rate": case.mma_rate,
         "issued": issued(m.counters),
         "sass_loop": asdict(m.binary.loop) if m.binary.loop else None,
         "metrics": metrics, "times_us": times(m, case, gpu),
@@ -232,7 +232,10 @@ def throughput(row: Row) -> str:
     gpu: Architecture = ARCHITECTURES[row["device"]]
     _, us = bound(row)
     gb_s, tflop_s = row["compulsory_bytes"] / us / 1e3, row["flop"] / us / 1e6
-    of_memory, of_arithmetic = gb_s / gpu.dram_tb_s / 1e3, tflop_s / gpu.tensor_tflop_s
+    of_memory, of_arithmetic = (
+        gb_s / gpu.dram_tb_s / 1e3,
+        tflop_s / (gpu.tensor_tflop_s * row["mma_rate"]),
+    )
     if of_memory >= of_arithmetic:
         return f"{number(gb_s)} GB/s, {100 * of_memory:.0f} %"
     return f"{number(tflop_s)} TFLOP/s, {100 * of_arithmetic:.0f} %"

@@ -120,7 +120,7 @@ run_tests() { # NAME LIMIT ARGUMENTS OF PYTEST...
 # a kernel that hangs, or touches what it may not, ends all that follows it in its own.
 short_groups=(rows attention linear fp8 quant)
 short_tests=("tests/test_cuda_ops.py tests/test_kernels_memory.py"
-    "tests/test_cuda_attention.py"
+    "tests/test_cuda_attention.py tests/test_attention_fp8.py"
     "tests/test_linear.py" "tests/test_linear_fp8.py"
     "tests/test_quant_decode.py tests/test_quant_gemm.py tests/test_quant_embedding.py")
 short_names="test_norms or test_rope_and_append or test_silu_and_embedding or test_swiglu_mlp

@@ -70,7 +70,7 @@ def parse(text: str) -> list[Instruction]:
     ]
 
 
-_MMAS = ("HMMA", "HGMMA")
+_MMAS = ("HMMA", "HGMMA", "QGMMA")
 
 
 @dataclass(frozen=True)

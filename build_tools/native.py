@@ -32,6 +32,7 @@ ENTRY_FILES: dict[str, tuple[str, ...]] = {
     "attention/entries/attn_decode.cu": ("80", "89", "100a"),
     "attention/entries/attn_decode_sm90.cu": ("90a",),
     "attention/entries/attn_prefill.cu": ("80", "89", "100a"),
+    "attention/entries/attn_prefill_fp8_sm90.cu": ("90a",),
     "attention/entries/attn_prefill_sm90.cu": ("90a",),
     "embedding/entries/embedding.cu": cuda.ARCHS,
     "linear/entries/linear_fp8_sm90.cu": ("90a",),

@@ -74,6 +74,48 @@ MK_API mk_status mk_linear_fp8_swiglu(const mk_linear_fp8_params* params, void* 
 MK_API mk_status mk_linear_fp8_swiglu_plan(const mk_linear_fp8_params* params,
                                            const mk_device* device, mk_plan* plan);
 
+/* ---- Attention ----------------------------------------------------------------------------------
+ * mk_attention of e4m3 q, k and v, packed, not rotated:
+ *   out = v_descale * sum over keys of P v / sum of P,
+ *   P = exp(softmax_scale * q_descale * k_descale * (q . k) - reference)
+ * P is rounded to e4m3, for its product with v and for its sum. Both are made by four wgmma k32 for
+ * each 128 keys, whose sums keep about 14 bits, from 0, and those are added in fp32. lse is that of
+ * the sum. A row's bits depend on its sequence and head only. A descale has a value for each
+ * sequence and KV head (q_descale: or query head), as FlashAttention-3 takes them; a stride of 0
+ * repeats those of one sequence, and NULL is 1. Rows of q, k, v and out are aligned to 16 bytes:
+ * strides are multiples of 16 (out: 8). Elements of a tensor share no memory.
+ */
+typedef struct mk_attention_fp8_params {
+    const void* q;               /* [tokens_q, num_q_heads, head_dim], MK_E4M3 */
+    const void* k;               /* [tokens_k, num_kv_heads, head_dim], MK_E4M3 */
+    const void* v;               /* [tokens_k, num_kv_heads, head_dim], MK_E4M3 */
+    void* out;                   /* [tokens_q, num_q_heads, head_dim], out_dtype */
+    float* lse;                  /* [num_q_heads, tokens_q], or NULL */
+    const int32_t* cu_seqlens_q; /* [batch + 1] */
+    const int32_t* cu_seqlens_k; /* [batch + 1] */
+    const float* q_descale;      /* [batch, num_q_descales], as the next or NULL */
+    const float* k_descale;      /* [batch, num_kv_heads] */
+    const float* v_descale;      /* [batch, num_kv_heads] */
+    int64_t q_stride, q_head_stride, k_stride, k_head_stride; /* between tokens, between heads */
+    int64_t v_stride, v_head_stride, out_stride, out_head_stride;
+    int64_t lse_stride;                                           /* between heads */
+    int64_t q_descale_stride, k_descale_stride, v_descale_stride; /* between sequences */
+    int32_t tokens_q, tokens_k;
+    int32_t batch;
+    int32_t num_q_heads, num_kv_heads; /* as in mk_attention */
+    int32_t num_q_descales;            /* num_kv_heads or num_q_heads */
+    int32_t head_dim;                  /* 128 */
+    int32_t max_seqlen_q;              /* at least the queries of any sequence */
+    int32_t causal;                    /* 0 or 1 */
+    int32_t window; /* 0: none; keys at a distance of window or more are hidden */
+    float softmax_scale;
+    int32_t out_dtype; /* MK_BF16, MK_F16 */
+} mk_attention_fp8_params;
+
+MK_API mk_status mk_attention_fp8(const mk_attention_fp8_params* params, void* stream);
+MK_API mk_status mk_attention_fp8_plan(const mk_attention_fp8_params* params,
+                                       const mk_device* device, mk_plan* plan);
+
 #ifdef __cplusplus
 }
 #endif

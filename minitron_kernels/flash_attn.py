@@ -5,7 +5,9 @@
 Tensors are [batch, seqlen, heads, head_dim], or [tokens, heads, head_dim] in the varlen function;
 masks are aligned to the bottom right corner. CUDA tensors take the kernels of `ops.attention` and
 `ops.attention_kvcache` (bfloat16 and float16, head_dim 64 and 128), CPU tensors PyTorch. Nothing on
-the GPU is read back, so that calls can be captured into a CUDA graph.
+the GPU is read back, so that calls can be captured into a CUDA graph. flash_attn_func and
+flash_attn_varlen_func take float8_e4m3fn too, with descales fp32 [B, Hk] as flash-attn 3 has them
+(q_descale: or [B, Hq]), and then give bfloat16: `ops.attention_fp8`, on a GPU sm_90a's alone.
 
 What is not there raises NotImplementedError and names the argument: the backward pass, dropout,
 softcap, ALiBi, cache_leftpad, and windows other than (left, 0), (w, w) or any with causal. Two
@@ -35,6 +37,14 @@ class _Mask(NamedTuple):
     return_lse: bool
 
 
+class _Descales(NamedTuple):
+    """What bytes of e4m3 are multiplied with, per sequence and KV head; None: 1."""
+
+    q_descale: Tensor | None
+    k_descale: Tensor | None
+    v_descale: Tensor | None
+
+
 def flash_attn_func(
     q: Tensor,
     k: Tensor,
@@ -47,6 +57,9 @@ def flash_attn_func(
     alibi_slopes: Tensor | None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
+    q_descale: Tensor | None = None,
+    k_descale: Tensor | None = None,
+    v_descale: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
     """softmax(scale * q k^T + mask) v: q [B, Sq, Hq, D], k and v [B, Sk, Hk, D] -> [B, Sq, Hq, D].
 
@@ -54,27 +67,27 @@ def flash_attn_func(
     dropout). ``deterministic`` is about the backward pass; results always are.
     """
     _refuse(dropout_p, softcap, alibi_slopes)
-    _check_inputs(4, q=q, k=k, v=v)
+    descales = _Descales(q_descale, k_descale, v_descale)
+    is_fp8 = _is_fp8(q, descales)
+    _check_inputs(4, is_fp8, q=q, k=k, v=v)
     if q.shape[0] != k.shape[0] or k.shape != v.shape:
         raise ValueError(f"q {shape_of(q)}, k {shape_of(k)} and v {shape_of(v)} differ in shape")
     batch, seqlen_q, seqlen_k = q.shape[0], q.shape[1], k.shape[1]
     mask = _mask(softmax_scale, causal, window_size, seqlen_k, return_attn_probs)
     rows, pages = q.flatten(0, 1), None
-    if 0 < seqlen_q <= cuda_attention.MAX_DECODE_ROWS and cuda_attention.serves(rows):
+    if (
+        not is_fp8
+        and 0 < seqlen_q <= cuda_attention.MAX_DECODE_ROWS
+        and cuda_attention.serves(rows)
+    ):
         pages = _Pages.of(k, v)  # for few rows: the decode kernel reads keys once for all of them
     if pages is not None:
         lengths = torch.full((batch,), seqlen_k, dtype=torch.int32, device=q.device)
         out, lse = _attend_pages(q, pages, pages.table(batch), lengths, mask)
     else:
-        result = ops.attention(
-            rows,
-            k.flatten(0, 1),
-            v.flatten(0, 1),
-            _cu_seqlens(batch, seqlen_q, q.device),
-            _cu_seqlens(batch, seqlen_k, q.device),
-            max_seqlen_q=seqlen_q,
-            **mask._asdict(),
-        )
+        packed = rows, k.flatten(0, 1), v.flatten(0, 1)
+        starts_q, starts_k = (_cu_seqlens(batch, n, q.device) for n in (seqlen_q, seqlen_k))
+        result = _attend_packed(packed, (starts_q, starts_k), seqlen_q, mask, descales)
         out, lse = _batched(result, batch, seqlen_q)
     return out if lse is None else (out, lse, q.new_empty(0))
 
@@ -96,6 +109,9 @@ def flash_attn_varlen_func(
     deterministic: bool = False,
     return_attn_probs: bool = False,
     block_table: Tensor | None = None,
+    q_descale: Tensor | None = None,
+    k_descale: Tensor | None = None,
+    v_descale: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
     """As `flash_attn_func`, of packed sequences: q [Tq, Hq, D], k and v [Tk, Hk, D] -> [Tq, Hq, D].
 
@@ -104,13 +120,18 @@ def flash_attn_varlen_func(
     lse is [Hq, Tq].
     """
     _refuse(dropout_p, softcap, alibi_slopes)
-    _check_inputs(3, q=q)
-    _check_inputs(3 if block_table is None else 4, k=k, v=v)
-    check_float(q=q, k=k, v=v)
+    descales = _Descales(q_descale, k_descale, v_descale)
+    is_fp8 = _is_fp8(q, descales)
+    if is_fp8 and block_table is not None:
+        raise NotImplementedError("block_table is not supported with float8_e4m3fn")
+    _check_inputs(3, is_fp8, q=q)
+    _check_inputs(3 if block_table is None else 4, is_fp8, k=k, v=v)
+    if not is_fp8:
+        check_float(q=q, k=k, v=v)
     mask = _mask(softmax_scale, causal, window_size, max_seqlen_k, return_attn_probs)
     if block_table is None:
-        result = ops.attention(
-            q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q=max_seqlen_q, **mask._asdict()
+        result = _attend_packed(
+            (q, k, v), (cu_seqlens_q, cu_seqlens_k), max_seqlen_q, mask, descales
         )
     else:
         check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, q.device)
@@ -278,6 +299,21 @@ def _append(
     ops.rope_append(k, v, rope, (pages.k, pages.v), slots.flatten())
 
 
+def _attend_packed(
+    packed: tuple[Tensor, Tensor, Tensor],
+    cu_seqlens: tuple[Tensor, Tensor],
+    max_seqlen_q: int,
+    mask: _Mask,
+    descales: _Descales,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """out, and lse if it is asked for, of q [Tq, Hq, D], k and v."""
+    options = mask._asdict()
+    if packed[0].dtype is torch.float8_e4m3fn:
+        options |= descales._asdict()
+        return ops.attention_fp8(*packed, *cu_seqlens, max_seqlen_q=max_seqlen_q, **options)
+    return ops.attention(*packed, *cu_seqlens, max_seqlen_q=max_seqlen_q, **options)
+
+
 def _attend_pages(
     q: Tensor,
     pages: _Pages,
@@ -336,8 +372,17 @@ def _refuse(dropout_p: float, softcap: float, alibi_slopes: Tensor | None) -> No
             raise NotImplementedError(f"{name} is not supported: got {what}, accepted is {off}")
 
 
-def _check_inputs(ndim: int, **tensors: Tensor) -> None:
-    check_float(**tensors)
+def _is_fp8(q: Tensor, descales: _Descales) -> bool:
+    is_fp8 = isinstance(q, Tensor) and q.dtype is torch.float8_e4m3fn
+    for name, t in descales._asdict().items():
+        if t is not None and not is_fp8:
+            raise ValueError(f"{name} goes with tensors of float8_e4m3fn; leave it None")
+    return is_fp8
+
+
+def _check_inputs(ndim: int, is_fp8: bool = False, /, **tensors: Tensor) -> None:
+    if not is_fp8:  # else ops.attention_fp8 looks
+        check_float(**tensors)
     for name, t in tensors.items():
         if t.ndim != ndim:
             shape = "[batch, seqlen, heads, head_dim]" if ndim == 4 else "[tokens, heads, head_dim]"

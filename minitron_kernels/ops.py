@@ -21,6 +21,7 @@ import math
 import torch
 
 from minitron_kernels import cuda_attention, cuda_ops, quantized_ops, torch_ops
+from minitron_kernels.attention_fp8 import attention_fp8
 from minitron_kernels.checks import (
     check_cache,
     check_cu_seqlens,
@@ -65,6 +66,7 @@ __all__ = [
     "append_kv",
     "apply_rope",
     "attention",
+    "attention_fp8",
     "attention_kvcache",
     "embedding",
     "is_quantized",

@@ -65,7 +65,7 @@ OPS = ("rms_norm", "add_rms_norm", "apply_rope", "rope_append", "silu_and_mul", 
        "argmax", "sample", "linear", "linear_swiglu", "qkv_rope_append",
        "attention_decode", "attention", "embedding_quant", "quant_prepare_x",
        "linear_quant", "linear_quant_swiglu", "qkv_rope_append_quant",
-       "quantize_fp8", "linear_fp8", "linear_fp8_swiglu")  # fmt: skip
+       "quantize_fp8", "linear_fp8", "linear_fp8_swiglu", "attention_fp8")  # fmt: skip
 FP8_OPS = tuple(op for op in OPS if "fp8" in op)  # with kernels for sm_90a only
 
 

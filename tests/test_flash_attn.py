@@ -80,15 +80,16 @@ def close(got: Tensor, expected: Tensor, bound: float = 1e-5) -> None:
 
 
 def test_signatures_are_flash_attns() -> None:
-    """Names, order and defaults of flash-attn 2.8."""
+    """Names, order and defaults of flash-attn 2.8; behind them flash-attn 3's descales."""
     common = (
         "dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0, "
         "alibi_slopes=None, deterministic=False, return_attn_probs=False"
     )
+    descales = "q_descale=None, k_descale=None, v_descale=None"
     expected: dict[Callable[..., Any], str] = {
-        flash_attn_func: f"q, k, v, {common}",
+        flash_attn_func: f"q, k, v, {common}, {descales}",
         flash_attn_varlen_func: "q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, "
-        f"{common}, block_table=None",
+        f"{common}, block_table=None, {descales}",
         flash_attn_with_kvcache: "q, k_cache, v_cache, k=None, v=None, rotary_cos=None, "
         "rotary_sin=None, cache_seqlens=None, cache_batch_idx=None, cache_leftpad=None, "
         "block_table=None, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0, "

@@ -106,6 +106,7 @@ TESTS_OF = {
     "linear_quant_swiglu": "test_norm_residual_and_swiglu",
     "qkv_rope_append_quant": "test_qkv_of_three_types",
     "quantize_fp8": "test_quantize_edges",
+    "attention_fp8": "test_attention_fp8",
     "linear_fp8": "test_writes_vectors",
     "linear_fp8_swiglu": "test_writes_vectors",
 }

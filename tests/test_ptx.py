@@ -51,6 +51,7 @@ CLAIMS = {
     "sample_unaligned": (64, 25 << 10),
     "attention_hd64": (255, 0),
     "attention_hd128": (255, 0),
+    "attention_fp8_hd128": (168, 0),  # at launch: setmaxnreg gives 232
     "linear": (128, 0),
     "linear_swiglu": (128, 0),
     "qkv_rope_append": (128, 0),
@@ -86,6 +87,7 @@ NARROW_STORES = {
     "sample": {".64"},
     "attention_decode": {".64", ""},
     "attention": {""},
+    "attention_fp8": {""},
 }
 ENTRY_NAME = re.compile(
     r"mk_(?P<op>[a-z_0-9]+)_sm(?P<sm>80|89|90|100)_(?P<dtype>bf16|f16|f32|b16|e4m3)"
@@ -153,6 +155,7 @@ def test_sass_is_of_the_arch_and_has_no_local_memory(arch: str) -> None:
 # Instructions that a kernel of an architecture is there for, by the start of its entries' names.
 OWN_INSTRUCTIONS = {
     r"mk_attention_sm90": {"HGMMA", "UTMALDG", "USETMAXREG"},
+    r"mk_attention_fp8_sm90": {"QGMMA", "UTMALDG", "USETMAXREG"},
     r"mk_attention_decode_sm90": {"UTMALDG", "UTMAPF"},
     r"mk_(linear|linear_swiglu|qkv_rope_append)_sm90_\w+_m128_": {"HGMMA", "UTMALDG", "USETMAXREG"},
     r"mk_linear_fp8_sm90": {"QGMMA", "UTMALDG", "USETMAXREG"},

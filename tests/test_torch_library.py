@@ -79,6 +79,10 @@ def arguments(t: int) -> dict[str, tuple[Any, ...]]:
             *(each.bfloat16() for each in (x, gate, up, down)), None, 0.0, None, torch.float32,
         ),
         "attention": (q, k, v, cu, cu, t, True, None, None, cos, sin, False, True),
+        "attention_fp8": (
+            *(each.to(torch.float8_e4m3fn) for each in (q, k, v)), cu, cu, None, randn(KV_HEADS),
+            randn(2, KV_HEADS), torch.float16, t, True, None, None, True,
+        ),
         "rope_append": (k, v, *rope, *caches(), positions),
         "append_kv": (k, v, *caches(), positions),
         "qkv_rope_append": (x, weight, 1e-5, wq, wk, wv, *rope, *caches(), positions),
@@ -192,6 +196,20 @@ def public(name: str) -> Callable[..., Any]:
         ),
         "quantize_fp8_blocks": lambda x: ops.quantize_fp8(x, 128),
         "quantize_fp8": lambda x, scale: ops.quantize_fp8(x, scale=scale),
+        "attention_fp8": lambda q, k, v, a, b, _, k_descale, v_descale, dtype, n, *__: (
+            ops.attention_fp8(
+                q,
+                k,
+                v,
+                a,
+                b,
+                k_descale=k_descale,
+                v_descale=v_descale,
+                out_dtype=dtype,
+                max_seqlen_q=n,
+                return_lse=True,
+            )
+        ),
     }
     return pack.get(name) or getattr(ops, name)
 

@@ -25,51 +25,84 @@ namespace mk {
 struct AttnItem {
     static constexpr int kNone = -1;  // head, after the last
     int head, first_q, num_q, num_k, row, key_end, tile_begin, num_tiles;
+
+    static __device__ __forceinline__ AttnItem read(uint32_t smem) {
+        const uint4 a = ptx::ld_shared_v4(smem), b = ptx::ld_shared_v4(smem + 16);
+        return {int(a.x), int(a.y), int(a.z), int(a.w), int(b.x), int(b.y), int(b.z), int(b.w)};
+    }
 };
 
-template <int kHeadDim>
+// The barriers and places of a kernel's shared memory. FP8: V, as it comes, is transposed into
+// slots of its own (attn_transpose_sm90.cuh).
+template <class AttnArgs, int kHeadDim>
 struct AttnRing {
-    static constexpr AttnPrefillTile kTile = attn_prefill_tile(MK_SM, kHeadDim);
+    using Args = AttnArgs;
+    static constexpr bool kIsFp8 = Args::kIsFp8;
+    static constexpr AttnPrefillTile kTile =
+        kIsFp8 ? kAttnPrefillFp8Tile : attn_prefill_tile(MK_SM, kHeadDim);
+    static constexpr int kKSlots = kIsFp8 ? 4 : 2, kVSlots = 2, kTransposedSlots = kIsFp8 ? 2 : 0;
     static constexpr int kN = kTile.tile_n;
     static constexpr int kGroupRows = kAttnPrefillGroupRows;  // queries of a warpgroup
     static constexpr int kGroups = kTile.tile_m / kGroupRows;
-    static constexpr int kRowBytes = mk::kRowBytes<kHeadDim>;
+    static constexpr int kRowBytes = kHeadDim * (kIsFp8 ? 1 : 2);  // of Q, K and V
     static constexpr int kSlotBytes = kN * kRowBytes;
-    static constexpr int kQBytes = kGroupRows * kRowBytes;  // of a warpgroup; of its output, too
-    static_assert(kGroups == 2 && kN == 128 && kTile.slots == 4 && kTile.producer_warps == 4);
+    static constexpr int kQBytes = kGroupRows * kRowBytes;  // of a warpgroup
+    // Of V^T, with eight more rows, of ones.
+    static constexpr int kTransposedBytes = kSlotBytes + 8 * kN;
+    static constexpr int kOutBytes = kAttnPrefillWarpRows * kHeadDim * 2;  // of a warp
+    static_assert(kGroups == 2 && kN == 128 && kTile.producer_warps == 4);
+    static_assert(kTile.slots == kKSlots + kVSlots + kTransposedSlots);
 
     using QLayout = Panels<kGroupRows>;
     using KvLayout = Panels<kN>;
     using OutLayout = Panels<kAttnPrefillWarpRows>;  // a warp's
 
-    // Barriers, 8 bytes each, those of a ring's two slots side by side; behind them the item, which
-    // comes and goes with Q.
+    // Barriers, 8 bytes each, those of a ring's slots side by side; behind them the item, which
+    // comes and goes with Q. FP8: two in turn, with their scales, so that one can be read again.
     enum Event {
         kQFull,
         kQEmpty,
         kKFull,
-        kVFull = kKFull + 2,
-        kKEmpty = kVFull + 2,
-        kVEmpty = kKEmpty + 2,
-        kEvents = kVEmpty + 2
+        kVFull = kKFull + kKSlots,
+        kTransposedFull = kVFull + kVSlots,
+        kKEmpty = kTransposedFull + kTransposedSlots,
+        kVEmpty = kKEmpty + kKSlots,
+        kTransposedEmpty = kVEmpty + kVSlots,
+        kEvents = kTransposedEmpty + kTransposedSlots
     };
     static constexpr int kItem = 8 * kEvents + 16;
-    static_assert(kItem % 16 == 0 && kItem + sizeof(AttnItem) <= kAttnPrefillBarrierBytes);
+    static constexpr int kItemBytes = sizeof(AttnItem) + (kIsFp8 ? 16 : 0);
+    static constexpr int kTransposers = 2;  // warps
+    // FP8: 16 bytes of each warp that multiplies, behind the items.
+    static constexpr int kWarpWords = kItem + (kIsFp8 ? 2 : 1) * kItemBytes;
+    static_assert(kItem % 16 == 0 &&
+                  kWarpWords + (kIsFp8 ? 16 * kTile.warps : 0) <=
+                      (kIsFp8 ? kAttnPrefillFp8BarrierBytes : kAttnPrefillBarrierBytes));
 
     const uint32_t q;  // address; a multiple of 1 KB
 
     __device__ __forceinline__ uint32_t k() const { return q + kGroups * kQBytes; }
-    __device__ __forceinline__ uint32_t v() const { return k() + 2 * kSlotBytes; }
-    __device__ __forceinline__ uint32_t out() const { return v() + 2 * kSlotBytes; }
-    __device__ __forceinline__ uint32_t events() const { return out() + kGroups * kQBytes; }
+    __device__ __forceinline__ uint32_t v() const { return k() + kKSlots * kSlotBytes; }
+    __device__ __forceinline__ uint32_t transposed() const { return v() + kVSlots * kSlotBytes; }
+    __device__ __forceinline__ uint32_t out() const {
+        return transposed() + kTransposedSlots * kTransposedBytes;
+    }
+    __device__ __forceinline__ uint32_t item(uint32_t number) const {
+        return events() + kItem + (kIsFp8 ? number % 2 * kItemBytes : 0);
+    }
+    __device__ __forceinline__ uint32_t events() const { return out() + kTile.warps * kOutBytes; }
 
+    // Arrivals that end a phase of a barrier. What both blocks' warps write is read in both: K by
+    // four warpgroups, V too, or by two warps of each block that transpose it.
+    static __device__ constexpr int arrivals(int event) {
+        if (event == kQEmpty) return kTile.warps + (kIsFp8 ? kTransposers : 0);
+        if (event < kTransposedFull) return 1;
+        if (event < kKEmpty) return kTransposers;
+        static_assert(!kIsFp8 || kTransposers == kGroups);
+        return event < kTransposedEmpty ? kAttnPrefillCluster * kGroups : kGroups;
+    }
     __device__ __forceinline__ void init() const {
-        for (int i = 0; i < kEvents; ++i) {
-            const bool is_full = i == kQFull || (i >= kKFull && i < kKEmpty);
-            ptx::mbarrier_init(events() + 8 * i, is_full        ? 1
-                                                 : i == kQEmpty ? kTile.warps
-                                                                : kAttnPrefillCluster * kGroups);
-        }
+        for (int i = 0; i < kEvents; ++i) ptx::mbarrier_init(events() + 8 * i, arrivals(i));
         ptx::fence_mbarrier_init();
     }
 
@@ -78,8 +111,9 @@ struct AttnRing {
     struct Place {
         uint32_t slot, events, parity;
     };
+    template <int kSlots = 2>
     __device__ __forceinline__ Place place(uint32_t i) const {
-        return {i % 2, events() + i % 2 * 8, i / 2 % 2};
+        return {i % kSlots, events() + i % kSlots * 8, i / kSlots % 2};
     }
 
     template <int kEvent>
@@ -89,16 +123,15 @@ struct AttnRing {
     }
 };
 
-template <int kHeadDim>
+template <class Ring>
 struct AttnFetch {
-    using Ring = AttnRing<kHeadDim>;
-    using QCopy = RowCopy<typename Ring::QLayout, kHeadDim>;
-    using KvCopy = RowCopy<typename Ring::KvLayout, kHeadDim>;
+    using QCopy = RowCopy<typename Ring::QLayout, Ring::kRowBytes / 2>;
+    using KvCopy = RowCopy<typename Ring::KvLayout, Ring::kRowBytes / 2>;
     static constexpr int kN = Ring::kN;
     static constexpr int kPanels = Ring::kRowBytes / 128;
     static constexpr uint32_t kAll = 0xFFFFFFFFu;
 
-    const AttnPrefillSm90Args& args;
+    const typename Ring::Args& args;
     const Ring ring;
     const uint32_t rank;
     uint32_t num_fetched = 0;  // tiles of K, and of V, before this item's
@@ -106,6 +139,12 @@ struct AttnFetch {
     // Of the item:
     int sequence = 0, kv_head = 0, first_k = 0, num_k = 0;
     int key_begin = 0, key_end = 0, tile_begin = 0;  // of the keys that the cluster's queries see
+
+    // FP8's K and V are packed.
+    __device__ __forceinline__ bool is_paged() const { return !Ring::kIsFp8 && args.p.page_size; }
+    __device__ __forceinline__ uint32_t in_page(int key) const {
+        return Ring::kIsFp8 ? key : key & args.page_mask;
+    }
 
     // Waits for all copies but the latest kPending groups.
     template <int kPending>
@@ -129,9 +168,10 @@ struct AttnFetch {
 
     template <bool kIsK>
     __device__ __forceinline__ void fetch(int i) {
+        constexpr int kSlots = kIsK ? Ring::kKSlots : Ring::kVSlots;
         const uint32_t number = num_fetched + i;
-        const typename Ring::Place at = ring.place(number);
-        if (number >= 2) {  // the phase before the one that fills it
+        const typename Ring::Place at = ring.template place<kSlots>(number);
+        if (number >= kSlots) {  // the phase before the one that fills it
             await<kIsK ? Ring::kKEmpty : Ring::kVEmpty>(at.events, at.parity ^ 1);
         }
         const uint32_t smem_slot = (kIsK ? ring.k() : ring.v()) + at.slot * Ring::kSlotBytes;
@@ -153,7 +193,7 @@ struct AttnFetch {
         if (args.box_rows == 0 || key < key_begin || key + kN > num_k) return false;
         const int row = threadIdx.x * args.box_rows;  // of the tile
         int page = 0;
-        if (args.p.page_size) {
+        if (is_paged()) {
             if (row < kN) page = page_of_key(args, sequence, key + row);
             if (__any_sync(kAll, page == kBadPage)) return false;
         }
@@ -161,7 +201,7 @@ struct AttnFetch {
         __syncwarp();
         constexpr uint32_t kShare = kN / kAttnPrefillCluster;
         if (row / kShare != rank) return true;
-        const int token = first_k + ((key + row) & args.page_mask);
+        const int token = first_k + in_page(key + row);
         MK_UNROLL
         for (int panel = 0; panel < kPanels; ++panel) {
             ptx::cp_async_bulk_tensor_4d_multicast(
@@ -186,32 +226,34 @@ struct AttnFetch {
             const int key = first_key + u;
             const uint32_t slot = u * Ring::KvLayout::kPitch;
             const bool is_read = key < key_end && key + 16 > key_begin;
-            const int page = p.page_size && is_read ? page_of_key(args, sequence, key) : 0;
+            const int page = is_paged() && is_read ? page_of_key(args, sequence, key) : 0;
             if (page == kBadPage) {  // NaN for each query that sees one of these keys
                 const uint32_t nan = kIsK ? ~0u : 0u;
                 copy.template fill<16>(slot, {nan, nan, nan, nan});
                 continue;
             }
-            const int64_t row = first_k + (key & args.page_mask) + copy.row();
+            const int64_t row = first_k + in_page(key) + copy.row();
             copy.template some<16>(slot, rows + page * tensor.page_bytes + row * tensor.bytes,
                                    tensor.bytes_of_4, key_begin - key, key_end - key);
         }
     }
 
     // The item, and Q of as many warpgroups as have queries in it.
-    __device__ __forceinline__ void fetch_q(const AttnItem& item) {
+    __device__ __forceinline__ void fetch_q(const AttnItem& item, uint32_t number) {
         const uint32_t event = ring.events() + 8 * Ring::kQFull;
         const int rows = item.num_tiles > 0 ? item.num_q - item.row : 0;
         const int groups =
             min(max((rows + Ring::kGroupRows - 1) / Ring::kGroupRows, 0), Ring::kGroups);
         if (threadIdx.x == 0) {
             const auto* words = reinterpret_cast<const uint32_t*>(&item);
-            const uint32_t to = ring.events() + Ring::kItem;
+            const uint32_t to = ring.item(number);
             ptx::st_shared_v4(to, {words[0], words[1], words[2], words[3]});
             ptx::st_shared_v4(to + 16, {words[4], words[5], words[6], words[7]});
+            if constexpr (Ring::kIsFp8) ptx::st_shared_v4(to + 32, scales(item));
         }
-        if (!args.has_q_map && groups > 0) copy_q(item, groups * Ring::kGroupRows);
-        const int bytes = args.has_q_map ? groups * Ring::kQBytes : 0;
+        const bool has_map = Ring::kIsFp8 || args.has_q_map;
+        if (!has_map && groups > 0) copy_q(item, groups * Ring::kGroupRows);
+        const int bytes = has_map ? groups * Ring::kQBytes : 0;
         if (threadIdx.x == 0) ptx::mbarrier_arrive_expect_tx(event, bytes);
         __syncwarp();
         const int group = threadIdx.x / kPanels, panel = threadIdx.x % kPanels;
@@ -219,6 +261,19 @@ struct AttnFetch {
         ptx::cp_async_bulk_tensor_3d(
             ring.q + group * Ring::kQBytes + panel * Ring::QLayout::kPiecePitch, &args.q_map,
             panel * 64, item.head, item.first_q + item.row + group * Ring::kGroupRows, event);
+    }
+
+    // What FP8 adds to an item: the scale of its logits, in base 2, and of its output, and the
+    // number of its first tile.
+    __device__ __forceinline__ uint4 scales(const AttnItem& item) const {
+        if (item.head == AttnItem::kNone) return {};
+        const auto of = [&](const AttnPrefillFp8Args::Descale& descale, int head) {
+            return descale.values ? descale.values[sequence * descale.stride + head] : 1.f;
+        };
+        const int q_head = args.has_descale_per_q_head ? item.head : kv_head;
+        const float logits = args.scale * of(args.q_descale, q_head) * of(args.k_descale, kv_head);
+        return {__float_as_uint(logits), __float_as_uint(of(args.v_descale, kv_head)), num_fetched,
+                0};
     }
 
     __device__ __forceinline__ void copy_q(const AttnItem& item, int rows) const {
@@ -273,7 +328,7 @@ struct AttnFetch {
             first_k = at.first_k, num_k = at.num_k;
             key_begin = keys.begin, key_end = keys.end, tile_begin = keys.tile_begin;
             await_q();
-            fetch_q(item);
+            fetch_q(item, num_items);
             MK_NO_UNROLL
             for (int i = 0; i <= num_tiles; ++i) {
                 if (i < num_tiles) fetch<true>(i);
@@ -282,7 +337,7 @@ struct AttnFetch {
             num_fetched += num_tiles;
         }
         await_q();
-        fetch_q({AttnItem::kNone, 0, 0, 0, 0, 0, 0, 0});
+        fetch_q({AttnItem::kNone, 0, 0, 0, 0, 0, 0, 0}, num_items);
     }
 };
 

@@ -50,9 +50,9 @@ __device__ __forceinline__ uint8_t* out_row(const mk_attention_params& p, int he
 }
 
 // lse of the tokens `token` ... of a head, `num_rows` of them, if it is asked for.
-template <int kM>
+template <int kM, bool kIsFp8>
 __device__ __forceinline__ void write_lse(const mk_attention_params& p, int head, int64_t token,
-                                          int num_rows, const Softmax<kM>& softmax) {
+                                          int num_rows, const Softmax<kM, kIsFp8>& softmax) {
     const int lane = threadIdx.x % 32;
     if (!p.lse || lane % 4) return;
     float* const lse = p.lse + head * p.lse_stride + token;

@@ -1,17 +1,17 @@
 // Plan of mk_attention. What decides between its kernels are dtype and head_dim; masks, pages and
 // rope are arguments.
+#include "attention/attn_prefill_plan.h"
+
 #include <algorithm>
 #include <cmath>
 #include <string>
 
-#include "attention/attn_tiles.h"
 #include "launch/op.h"
 #include "rope/rope_plan.h"
 
 namespace mk {
 namespace {
 
-constexpr int32_t kMaxTokens = 1 << 30;
 constexpr int64_t kMaxStride = 1 << 30;  // of rows: bytes fit 32 bits
 
 // A tensor whose rows of one head are copied 16 bytes at a time.
@@ -114,13 +114,10 @@ struct Attention {
         plan.smem_bytes = attn_prefill_smem_bytes(tile, p.head_dim);
         plan.grid[0] = is_empty(p) ? 0 : p.num_q_heads;
         if (device.sm == 90) {  // a cluster for each two SMs, or for each item if these are fewer
-            const auto [heads, rows] = units(p);
-            const int64_t most = int64_t{heads} * p.batch * ceil_div(p.max_seqlen_q, rows);
-            const int64_t clusters = std::max(device.num_sms / kAttnPrefillCluster, 1);
+            const auto [heads, rows] = attn_units(p.num_q_heads, p.num_kv_heads);
             plan.cluster[0] = kAttnPrefillCluster;
-            plan.grid[0] =
-                is_empty(p) ? 0
-                            : static_cast<int32_t>(kAttnPrefillCluster * std::min(most, clusters));
+            const int64_t most = int64_t{heads} * p.batch * ceil_div(p.max_seqlen_q, rows);
+            plan.grid[0] = is_empty(p) ? 0 : attn_blocks(most, device);
             return plan;
         }
         plan.grid[1] = std::max(p.batch, 1);
@@ -157,14 +154,16 @@ struct Attention {
     static mk_status args_sm90(const Params& p, const AttnPrefillTile& tile,
                                AttnPrefillSm90Args* to) {
         static_cast<AttnPrefillArgs&>(*to) = args(p);
-        const auto [heads, unit_rows] = units(p);
+        const auto [heads, unit_rows] = attn_units(p.num_q_heads, p.num_kv_heads);
         to->num_head_units = heads;
         to->unit_rows = unit_rows;
         if (is_empty(p)) return MK_OK;
-        MK_TRY(map(p, p.q, {p.q_head_stride, p.q_stride}, {p.num_q_heads, p.tokens_q},
-                   kAttnPrefillGroupRows, &to->q_map, &to->has_q_map));
-        MK_TRY(map(p, p.out, {p.out_head_stride, p.out_stride}, {p.num_q_heads, p.tokens_q},
-                   kAttnPrefillWarpRows, &to->out_map, &to->has_out_map));
+        MK_TRY(attn_map(p.dtype, p.head_dim, p.q, {p.q_head_stride, p.q_stride},
+                        {p.num_q_heads, p.tokens_q}, kAttnPrefillGroupRows, &to->q_map,
+                        &to->has_q_map));
+        MK_TRY(attn_map(p.dtype, p.head_dim, p.out, {p.out_head_stride, p.out_stride},
+                        {p.num_q_heads, p.tokens_q}, kAttnPrefillWarpRows, &to->out_map,
+                        &to->has_out_map));
         const int32_t rows = p.page_size ? p.page_size : p.tokens_k;
         const int32_t pages = p.page_size ? p.num_pages : 1;
         if (pages == 0 || (!p.page_size && rows < tile.tile_n)) return MK_OK;
@@ -172,10 +171,10 @@ struct Attention {
         const int32_t box_rows = std::min(rows, tile.tile_n / kAttnPrefillCluster);
         int32_t has_k = 0, has_v = 0;
         const std::initializer_list<int32_t> counts = {p.num_kv_heads, rows, pages};
-        MK_TRY(map(p, p.k, {p.k_head_stride, p.k_stride, p.k_page_stride}, counts, box_rows,
-                   &to->k_map, &has_k));
-        MK_TRY(map(p, p.v, {p.v_head_stride, p.v_stride, p.v_page_stride}, counts, box_rows,
-                   &to->v_map, &has_v));
+        MK_TRY(attn_map(p.dtype, p.head_dim, p.k, {p.k_head_stride, p.k_stride, p.k_page_stride},
+                        counts, box_rows, &to->k_map, &has_k));
+        MK_TRY(attn_map(p.dtype, p.head_dim, p.v, {p.v_head_stride, p.v_stride, p.v_page_stride},
+                        counts, box_rows, &to->v_map, &has_v));
         to->box_rows = has_k && has_v ? box_rows : 0;
         return MK_OK;
     }
@@ -184,58 +183,6 @@ struct Attention {
     // No query, or none that is not skipped.
     static bool is_empty(const Params& p) {
         return p.tokens_q == 0 || p.batch == 0 || p.max_seqlen_q <= p.skip_seqlen_q;
-    }
-
-    // What a cluster of sm_90 takes at a time: how many of these heads or pairs of heads there are,
-    // and rows of queries.
-    struct Units {
-        int32_t heads, rows;
-    };
-    static Units units(const Params& p) {
-        const bool pairs = p.num_q_heads / p.num_kv_heads % kAttnPrefillCluster == 0;
-        return pairs ? Units{p.num_q_heads / kAttnPrefillCluster, kAttnPrefillTileM}
-                     : Units{p.num_q_heads, kAttnPrefillTileM * kAttnPrefillCluster};
-    }
-
-    // A tensor map of `tensor`: the elements of a head, then `counts` of `strides` elements; boxes
-    // of 64 elements x box_rows of the second of these. No map if elements share memory, which TMA
-    // does not allow.
-    static mk_status map(const Params& p, const void* tensor,
-                         std::initializer_list<int64_t> strides,
-                         std::initializer_list<int32_t> counts, int32_t box_rows,
-                         AttnPrefillSm90Args::TensorMap* to, int32_t* has_map) {
-        uint64_t dims[4] = {static_cast<uint64_t>(p.head_dim), 1, 1, 1}, steps[3] = {};
-        const uint32_t box[4] = {64, 1, static_cast<uint32_t>(box_rows), 1};
-        const uint32_t ones[4] = {1, 1, 1, 1};
-        const uint32_t rank = static_cast<uint32_t>(1 + counts.size());
-        for (uint32_t i = 1; i < rank; ++i) {
-            dims[i] = static_cast<uint64_t>(counts.begin()[i - 1]);
-            // A dimension of one has no stride, but must be given one.
-            steps[i - 1] = static_cast<uint64_t>(
-                2 * (dims[i] > 1 ? strides.begin()[i - 1] : int64_t{p.head_dim}));
-        }
-        if (overlap(dims, steps)) return MK_OK;
-        const cuda::Driver* driver = nullptr;
-        MK_TRY(cuda::get_driver(&driver));
-        MK_CUDA(*driver, cuTensorMapEncodeTiled, to,
-                p.dtype == MK_BF16 ? cuda::kTensorMapBfloat16 : cuda::kTensorMapFloat16, rank,
-                const_cast<void*>(tensor), dims, steps, box, ones, 0, cuda::kTensorMapSwizzle128B,
-                cuda::kTensorMapL2Promotion256B, 0);
-        *has_map = 1;
-        return MK_OK;
-    }
-
-    // Whether elements of a tensor map share memory.
-    static bool overlap(const uint64_t (&dims)[4], const uint64_t (&strides)[3]) {
-        int order[] = {0, 1, 2};
-        std::sort(order, order + 3, [&](int a, int b) { return strides[a] < strides[b]; });
-        uint64_t below = 2 * dims[0];
-        for (const int i : order) {
-            if (dims[i + 1] == 1) continue;
-            if (strides[i] < below) return true;
-            below += strides[i] * (dims[i + 1] - 1);
-        }
-        return false;
     }
 };
 

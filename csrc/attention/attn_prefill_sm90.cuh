@@ -19,38 +19,26 @@
 // Of a tile of 128 x 128 logits, head_dim 128, the tensor cores take 2048 clocks.
 #pragma once
 
-#include "attention/attn_fetch_sm90.cuh"
-#include "attention/attn_output.cuh"
+#include "attention/attn_consumer_sm90.cuh"
 #include "attention/attn_rope.cuh"
-#include "common/wgmma.cuh"
 
 namespace mk {
 
 template <class Dtype, int kHeadDim>
-struct AttnPrefillSm90 {
-    using Ring = AttnRing<kHeadDim>;
-    using Place = typename Ring::Place;
+struct AttnPrefillSm90 : AttnConsumerSm90<AttnRing<AttnPrefillSm90Args, kHeadDim>> {
+    using Consumer = AttnConsumerSm90<AttnRing<AttnPrefillSm90Args, kHeadDim>>;
+    using Consumer::args, Consumer::ring, Consumer::group, Consumer::warp;
+    using Consumer::kN, Consumer::kOwn, Consumer::kWarpRows;
+    using Consumer::pass_turn, Consumer::release, Consumer::take_turn;
+    using typename Consumer::Place, typename Consumer::Ring;
     using QLayout = typename Ring::QLayout;
     using KvLayout = typename Ring::KvLayout;
-    using OutLayout = typename Ring::OutLayout;
-    static constexpr int kN = Ring::kN;
-    static constexpr int kGroups = Ring::kGroups;
     static constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
-    static_assert(128 * (kProducerRegisters + kGroups * kConsumerRegisters) <= 65536);
-    // Named barriers: a warpgroup's turn, and of its own warps.
-    static constexpr int kTurn = 1, kOwn = kTurn + kGroups;
-    static constexpr int kWarpRows = kAttnPrefillWarpRows;
+    static_assert(128 * (kProducerRegisters + Ring::kGroups * kConsumerRegisters) <= 65536);
 
     using Logits = float[1][kN / 8][4];
     using Weights = uint32_t[kN / 16][4];
     using Acc = float[1][kHeadDim / 8][4];
-
-    const AttnPrefillSm90Args& args;
-    const Ring ring;
-    const int group;  // 0, 1
-    const int warp;   // of the group
-    // What is added to an address here to get the same in the block of rank threadIdx.x % 2.
-    const uint32_t to_cluster;
 
     // S = Q K^T, under way.
     static __device__ __forceinline__ void start_qk(Logits& s, uint64_t q, uint64_t k) {
@@ -80,35 +68,13 @@ struct AttnPrefillSm90 {
         }
     }
 
-    // A slot has been read: in both blocks, as each one's warp writes to both.
-    template <int kEmpty>
-    __device__ __forceinline__ void release(const Place& at) const {
-        if (threadIdx.x % 128 < kAttnPrefillCluster) {
-            ptx::mbarrier_arrive_shared_cluster<8 * kEmpty>(at.events + to_cluster);
-        }
-    }
-
-    __device__ __forceinline__ void take_turn() const { ptx::bar_sync(kTurn + group, 256); }
-    __device__ __forceinline__ void pass_turn() const { ptx::bar_arrive(kTurn + 1 - group, 256); }
-
     // A warp's part of the item, whose tiles have numbers first, first + 1, ...
     __device__ __forceinline__ void multiply(const AttnItem& item, uint32_t first,
                                              const VisibleKeys& visible, Softmax<1>& softmax,
                                              Acc& acc) const {
-        const int group_row = item.row + group * Ring::kGroupRows;
-        const int group_last = min(group_row + Ring::kGroupRows, item.num_q) - 1;
-        const int row = group_row + warp * kWarpRows;
+        const int row = this->first_row(item);
         const int num_tiles = item.num_tiles;
-        // Of the item's tiles, those of which some of the warpgroup's queries see some key, and
-        // those of which all of the warp's queries see all keys.
-        const int any_begin =
-            min(max(visible.begin(group_row) / kN - item.tile_begin, 0), num_tiles);
-        const int any_end =
-            group_row > group_last
-                ? 0
-                : min((visible.end(group_last) + kN - 1) / kN - item.tile_begin, num_tiles);
-        const int all_begin = (visible.begin(row + 15) + kN - 1) / kN - item.tile_begin;
-        const int all_end = visible.end(row) / kN - item.tile_begin;
+        const auto [any_begin, any_end, all_begin, all_end] = this->tiles(item, visible);
 
         const uint64_t q = wgmma_operand(ring.q + group * Ring::kQBytes, 0, 8 * QLayout::kPitch);
         const uint64_t k = wgmma_operand(ring.k(), 0, 8 * KvLayout::kPitch);
@@ -201,53 +167,6 @@ struct AttnPrefillSm90 {
         for (; i < num_tiles; ++i) skip(i);
     }
 
-    // The warp's rows of O to out: all 16 by TMA, else those that exist by ordinary stores.
-    __device__ __forceinline__ void write(const AttnItem& item, Softmax<1>& softmax, const Acc& acc,
-                                          uint8_t* smem) const {
-        const mk_attention_params& p = args.p;
-        const int row = item.row + group * Ring::kGroupRows + warp * kWarpRows;
-        const int num_rows = min(item.num_q - row, kWarpRows);
-        if (num_rows <= 0) return;
-        const int token = item.first_q + row;
-        softmax.finish();
-        write_lse(p, item.head, token, num_rows, softmax);
-
-        const int lane = threadIdx.x % 32;
-        const uint32_t offset = ring.out() - ring.q + group * Ring::kQBytes +
-                                warp * kWarpRows * Ring::kRowBytes;  // of the warp's own place
-        const uint32_t smem_lane = ring.q + offset + OutLayout::at(lane % 16, lane / 16 * 16);
-        const float scales[2] = {softmax.inverse_sum(0, 0), softmax.inverse_sum(0, 1)};
-        if (lane == 0) ptx::cp_async_bulk_wait_group_read<0>();  // the item before
-        __syncwarp();
-        static_for<kHeadDim / 16>([&](auto j) {
-            uint32_t block[4];
-            MK_UNROLL
-            for (int i = 0; i < 4; ++i) {
-                const float (&x)[4] = acc[0][2 * j + i / 2];
-                block[i] =
-                    Dtype::pack(x[i % 2 * 2] * scales[i % 2], x[i % 2 * 2 + 1] * scales[i % 2]);
-            }
-            ptx::stmatrix_x4<j / 4 * OutLayout::kPiecePitch>(block_address(smem_lane, j), block);
-        });
-        if (args.has_out_map && num_rows == kWarpRows) {
-            ptx::fence_proxy_async();
-            __syncwarp();
-            if (lane == 0) {
-                MK_UNROLL
-                for (int panel = 0; panel < Ring::kRowBytes / 128; ++panel) {
-                    ptx::cp_async_bulk_tensor_3d_global_shared(
-                        &args.out_map, panel * 64, item.head, token,
-                        ring.q + offset + panel * OutLayout::kPiecePitch);
-                }
-                ptx::cp_async_bulk_commit_group();
-            }
-        } else {
-            __syncwarp();
-            copy_rows<OutLayout, kHeadDim, kWarpRows>(smem + offset, out_row(p, item.head, token),
-                                                      p.out_stride * 2, num_rows);
-        }
-    }
-
     // `smem`: ring.q as a pointer.
     __device__ __forceinline__ void run_consumer(uint8_t* smem) const {
         const mk_attention_params& p = args.p;
@@ -256,10 +175,7 @@ struct AttnPrefillSm90 {
         MK_NO_UNROLL
         for (uint32_t parity = 0;; parity ^= 1) {
             Ring::template wait<Ring::kQFull>(ring.events(), parity);
-            const uint4 a = ptx::ld_shared_v4(ring.events() + Ring::kItem);
-            const uint4 b = ptx::ld_shared_v4(ring.events() + Ring::kItem + 16);
-            const AttnItem item{int(a.x), int(a.y), int(a.z), int(a.w),
-                                int(b.x), int(b.y), int(b.z), int(b.w)};
+            const AttnItem item = AttnItem::read(ring.item(0));
             if (item.head == AttnItem::kNone) break;
             VisibleKeys visible(p, item.num_q, item.num_k);
             visible.num_keys = item.key_end;  // to these queries
@@ -268,7 +184,7 @@ struct AttnPrefillSm90 {
             Acc acc = {};
             multiply(item, num_tiles, visible, softmax, acc);
             num_tiles += item.num_tiles;
-            write(item, softmax, acc, smem);
+            this->template write<Dtype, kHeadDim>(item, softmax, acc, 1.f, smem);
         }
         if (group == 0) take_turn();  // which group 1 passed in the end
         if (threadIdx.x % 32 == 0) ptx::cp_async_bulk_wait_group_read<0>();
@@ -276,7 +192,7 @@ struct AttnPrefillSm90 {
 
     // The warp's rows of Q, in place.
     __device__ __forceinline__ void rotate(const AttnItem& item, int offset, uint8_t* smem) const {
-        const int row = item.row + group * Ring::kGroupRows + warp * kWarpRows;
+        const int row = this->first_row(item);
         const int num_rows = min(item.num_q - row, kWarpRows);
         if (num_rows > 0) {
             uint8_t* const smem_rows =
@@ -303,13 +219,13 @@ struct AttnPrefillSm90 {
         if (group < 0) {
             ptx::setmaxnreg_dec<kProducerRegisters>();
             if (threadIdx.x >= 32) return;
-            AttnFetch<kHeadDim>{args, ring, ptx::mov_u32_cluster_ctarank()}.run();
+            AttnFetch<Ring>{args, ring, ptx::mov_u32_cluster_ctarank()}.run();
         } else {
             ptx::setmaxnreg_inc<kConsumerRegisters>();
             const uint32_t peer =
                 ptx::mapa_shared_cluster(ring.q, threadIdx.x % kAttnPrefillCluster);
-            AttnPrefillSm90{args, ring, group, static_cast<int>(threadIdx.x / 32 % 4),
-                            peer - ring.q}
+            AttnPrefillSm90{
+                {args, ring, group, static_cast<int>(threadIdx.x / 32 % 4), peer - ring.q}}
                 .run_consumer(smem_unaligned + (ring.q - unaligned));
         }
         // Until then the other block may arrive at barriers here.

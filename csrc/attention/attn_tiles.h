@@ -52,6 +52,18 @@ struct AttnPrefillSm90Args : AttnPrefillArgs {
     // The two blocks take two heads of a KV group: num_head_units pairs, units of a tile's rows.
     // Or, if a group is of an odd number, a head's two neighbouring tiles.
     int32_t num_head_units, unit_rows;
+    static constexpr bool kIsFp8 = false;
+};
+
+// FP8's: a row of 128 e4m3 is to copies and tensor maps what one of 64 bf16 is, so strides of q, k
+// and v in `p` and the maps count pairs of elements; p.head_dim and p.dtype are the output's.
+struct AttnPrefillFp8Args : AttnPrefillSm90Args {
+    struct Descale {
+        const float* values;  // NULL: all 1
+        int64_t stride;       // between sequences
+    } q_descale, k_descale, v_descale;
+    int32_t has_descale_per_q_head;  // else q has one for each KV head, as k and v
+    static constexpr bool kIsFp8 = true;
 };
 
 constexpr int kAttnPrefillTileM = 128;                                // of all rows of the table
@@ -75,12 +87,22 @@ constexpr AttnPrefillTile attn_prefill_tile(int sm, int head_dim) {
     return {kAttnPrefillTileM, 64, 4, 2, 3, 0};  // 40 KB
 }
 
+// FP8's: half the bytes in half the time, so twice the depth: four slots for K, two for V as it
+// comes and two for V transposed. 180 KB.
+constexpr AttnPrefillTile kAttnPrefillFp8Tile = {kAttnPrefillTileM, 128, 8, 1, 8, 4};
+
 // Behind Q and the slots of sm_90: the output's own place, barriers, and room to align all to 1 KB.
 constexpr int kAttnPrefillBarrierBytes = 128;
 constexpr int attn_prefill_smem_bytes(AttnPrefillTile tile, int head_dim) {
     const int rows = tile.tile_m + tile.slots * tile.tile_n;
     if (tile.producer_warps == 0) return rows * head_dim * 2;
     return (rows + tile.tile_m) * head_dim * 2 + kAttnPrefillBarrierBytes + 1024;
+}
+constexpr int kAttnPrefillFp8BarrierBytes = 384;
+constexpr int attn_prefill_fp8_smem_bytes(AttnPrefillTile tile, int head_dim) {
+    const int rows = tile.tile_m + tile.slots * tile.tile_n;
+    const int ones = 2 * 8 * tile.tile_n;  // behind V^T
+    return rows * head_dim + ones + tile.tile_m * head_dim * 2 + kAttnPrefillFp8BarrierBytes + 1024;
 }
 
 // Whether a tile keeps what it claims on an SM with this much shared memory and 64K registers; a
@@ -99,6 +121,7 @@ static_assert(fits(attn_prefill_tile(89, 64), 64, 100) &&
               fits(attn_prefill_tile(89, 128), 128, 100));
 static_assert(fits(attn_prefill_tile(90, 64), 64, 228) &&
               fits(attn_prefill_tile(90, 128), 128, 228));
+static_assert(attn_prefill_fp8_smem_bytes(kAttnPrefillFp8Tile, 128) <= 227 * 1024);
 static_assert(fits(attn_prefill_tile(100, 64), 64, 228) &&
               fits(attn_prefill_tile(100, 128), 128, 228));
 

@@ -20,8 +20,11 @@ constexpr float kRescaleAt = 8.f;
 constexpr float kLn2 = 0.6931471805599453f;
 
 // Accumulators of a warp: [m][n][2h + e] is row 16m + 8h + lane / 4; four lanes share a row.
-template <int kM>
+// FP8 (attn_prefill_fp8_sm90.cuh): a reference is set 6 below the row's largest logit, whose weight
+// then is 2^6, as e4m3 has few places below 1; and the sums are of rounded weights, made with acc.
+template <int kM, bool kIsFp8 = false>
 struct Softmax {
+    static constexpr int kTopLog2 = kIsFp8 ? 6 : 0;
     const float scale;  // softmax_scale * log2(e), positive
     float neg_reference[kM][2];
     float sum[kM][2];  // over this lane's columns
@@ -33,6 +36,10 @@ struct Softmax {
             neg_reference[i / 2][i % 2] = 0x1p126f;
             sum[i / 2][i % 2] = 0.f;
         }
+    }
+
+    static __device__ __forceinline__ float from_top(float x) {
+        return kTopLog2 ? x + kTopLog2 : x;
     }
 
     // Logits -> weights, in place.
@@ -71,12 +78,13 @@ struct Softmax {
             const int m = i / 2, h = i % 2;
             const float behind = fmaf(largest[m][h], scale, neg_reference[m][h]);
             const bool moves = behind > kRescaleAt;
-            const float factor = moves ? ptx::ex2_approx_ftz_f32(-behind) : 1.f;
-            if (moves) neg_reference[m][h] = -largest[m][h] * scale;
+            const float factor = moves ? ptx::ex2_approx_ftz_f32(from_top(-behind)) : 1.f;
+            if (moves) neg_reference[m][h] = from_top(-largest[m][h] * scale);
             has_sum |= sum[m][h] > 0.f;
-            sum[m][h] *= factor;
+            if constexpr (!kIsFp8) sum[m][h] *= factor;
             factors[m][h] = factor;
         }
+        if constexpr (kIsFp8) return true;
         // Not in a row's first step, when every reference moves and acc is 0.
         return __any_sync(0xFFFFFFFFu, has_sum);
     }
@@ -105,7 +113,7 @@ struct Softmax {
                 const int m = i / 4, h = i / 2 % 2;
                 float& w = x[m][n][i % 4];
                 w = ptx::ex2_approx_ftz_f32(fmaf(w, scale, neg_reference[m][h]));
-                sum[m][h] += w;
+                if constexpr (!kIsFp8) sum[m][h] += w;
             }
         }
     }
@@ -113,7 +121,7 @@ struct Softmax {
     // After the last step: sums over whole rows, in all four lanes.
     __device__ __forceinline__ void finish() {
         MK_UNROLL
-        for (int i = 0; i < 2 * kM; ++i) {
+        for (int i = 0; i < (kIsFp8 ? 0 : 2 * kM); ++i) {  // FP8's are
             float& s = sum[i / 2][i % 2];
             s += __shfl_xor_sync(0xFFFFFFFFu, s, 1);
             s += __shfl_xor_sync(0xFFFFFFFFu, s, 2);

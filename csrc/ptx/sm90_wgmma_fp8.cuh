@@ -22,6 +22,7 @@ namespace mk::ptx {
     MK_D64 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
 #define MK_D128 \
     MK_D96 ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define MK_D136 MK_D128 ", %64, %65, %66, %67"
 #define MK_D160 \
     MK_D128 ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79"
 #define MK_D192 \
@@ -31,6 +32,7 @@ namespace mk::ptx {
 #define MK_R64 MK_R32, MK_D4(4), MK_D4(5), MK_D4(6), MK_D4(7)
 #define MK_R96 MK_R64, MK_D4(8), MK_D4(9), MK_D4(10), MK_D4(11)
 #define MK_R128 MK_R96, MK_D4(12), MK_D4(13), MK_D4(14), MK_D4(15)
+#define MK_R136 MK_R128, MK_D4(16)
 #define MK_R160 MK_R128, MK_D4(16), MK_D4(17), MK_D4(18), MK_D4(19)
 #define MK_R192 MK_R160, MK_D4(20), MK_D4(21), MK_D4(22), MK_D4(23)
 
@@ -58,6 +60,7 @@ MK_WGMMA(32, 16, 17, 18, 19, 20, 21)
 MK_WGMMA(64, 32, 33, 34, 35, 36, 37)
 MK_WGMMA(96, 48, 49, 50, 51, 52, 53)
 MK_WGMMA(128, 64, 65, 66, 67, 68, 69)
+MK_WGMMA(136, 68, 69, 70, 71, 72, 73)
 MK_WGMMA(192, 96, 97, 98, 99, 100, 101)
 
 #undef MK_D4
@@ -65,12 +68,14 @@ MK_WGMMA(192, 96, 97, 98, 99, 100, 101)
 #undef MK_D64
 #undef MK_D96
 #undef MK_D128
+#undef MK_D136
 #undef MK_D160
 #undef MK_D192
 #undef MK_R32
 #undef MK_R64
 #undef MK_R96
 #undef MK_R128
+#undef MK_R136
 #undef MK_R160
 #undef MK_R192
 #undef MK_WGMMA
