@@ -8,7 +8,7 @@ namespace {
 // 16 x 32 bits: two registers, of rows 0-7 and 8-15.
 struct Ints {
     static constexpr int kTileM = 2, kTileN = 1;  // 4 of sums, 4 of accumulators, 2 + 1 of factors
-    static constexpr bool kDirect = false;
+    static constexpr int kDirectRows = 1;
 
     __m256i lo, hi;
 

@@ -8,7 +8,7 @@ namespace {
 // 16 x 32 bits: one register.
 struct Ints {
     static constexpr int kTileM = 6, kTileN = 2;  // 12 sums, 12 accumulators, 2 + 1 factors of 32
-    static constexpr bool kDirect = true;
+    static constexpr int kDirectRows = 2;
 
     __m512i v;
 

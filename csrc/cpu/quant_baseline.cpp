@@ -7,7 +7,7 @@ namespace {
 // 16 x 32 bits: four of the 16-byte vectors that GCC and Clang have for every processor.
 struct Ints {
     static constexpr int kTileM = 2, kTileN = 1;
-    static constexpr bool kDirect = false;
+    static constexpr int kDirectRows = 0;
 
     typedef uint32_t Unsigned __attribute__((vector_size(16)));
     typedef int32_t Signed __attribute__((vector_size(16)));

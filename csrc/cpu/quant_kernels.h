@@ -6,7 +6,7 @@
 //   multiply  for each 16 rows of w and each row of integers of x, one vector of sums; x is
 //             broadcast, two or four columns at a time, and no sum crosses lanes
 //
-// One row of x or two hundred, the same code, but for one or two rows of integers with AVX-512:
+// One row of x or two hundred, the same code, but for one row of integers and with AVX-512 two:
 // these are multiplied while unpacking, without the panel (quant_direct.h). As sums of integers are
 // exact, any order of them within a block gives the same bits; the fp32 sums over blocks and groups
 // are in the order that the header tells.
@@ -32,7 +32,7 @@
 //                                (quant_bytes.h) the four of unsigned bytes of w and signed of x
 //   divide(n)                    / 2^n, of signed lanes that are multiples of it
 //   spread_bits(a)               0x10 in byte i of each lane if bit i of it, of 0 ... 3, is set
-//   kDirect                      whether quant_direct.h is faster than the panel
+//   kDirectRows                  of integers of x that quant_direct.h multiplies
 //   columns(rows, offset, out)   out[j] = words j of the 16 or 32 bytes at rows[0 ... 15] + offset
 #pragma once
 
@@ -315,8 +315,8 @@ void tile_sums(const QuantTask& task, const void* w, int64_t row_bytes, int64_t 
         w_rows[r] = row<uint8_t>(w, row_bytes, n + r < n_end ? n + r : n_end - 1);
     }
     bool done = false;
-    if constexpr (Ints::kDirect) {
-        done = rows <= 2;
+    if constexpr (Ints::kDirectRows > 0) {
+        done = rows <= Ints::kDirectRows;
         for (int r = 0; done && r < kTileRows && n + r < n_end; r += kLanes) {
             direct_sums<Type>(task, x, rows, w_rows + r, row<uint8_t>(w, row_bytes, n + r + kLanes),
                               sums + r);
