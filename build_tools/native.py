@@ -43,6 +43,7 @@ ENTRY_FILES: dict[str, tuple[str, ...]] = {
     "quant/entries/quant_decode.cu": cuda.ARCHS,
     "quant/entries/quant_embedding.cu": cuda.ARCHS,
     "quant/entries/quant_gemm.cu": cuda.ARCHS,
+    "quant/entries/quant_gemm_sm90.cu": ("90a",),
     "quant/entries/quant_prepare.cu": cuda.ARCHS,
     "quantize_fp8/entries/quantize_fp8.cu": ("90a",),
     "rms_norm/entries/rms_norm.cu": cuda.ARCHS,

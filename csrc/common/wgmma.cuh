@@ -18,6 +18,11 @@ __device__ __forceinline__ uint64_t wgmma_operand(uint32_t smem, int lead, int s
     return uint64_t{smem >> 4 & 0x3FFF} | uint64_t(lead >> 4) << 16 | uint64_t(stride >> 4) << 32 |
            uint64_t{1} << 62;
 }
+// The same without a swizzle, K-major: 8 rows x 16 bytes lie together, `lead` bytes from one such
+// to the next along K, `stride` to the next 8 rows.
+__device__ __forceinline__ uint64_t wgmma_plain_operand(uint32_t smem, int lead, int stride) {
+    return uint64_t{smem >> 4 & 0x3FFF} | uint64_t(lead >> 4) << 16 | uint64_t(stride >> 4) << 32;
+}
 // That `bytes` further.
 __device__ __forceinline__ uint64_t wgmma_advance(uint64_t operand, uint32_t bytes) {
     return operand + (bytes >> 4);

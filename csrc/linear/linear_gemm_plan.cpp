@@ -14,19 +14,6 @@ struct Choice {
     int32_t blocks;
 };
 
-// Clusters that run at once, a block per SM. One of 2 finds room on any two SMs of a TPC, one of 4
-// inside a GPC, of which an H100 has 8, of up to 18 SMs: 32 clusters if each has 16 at least, 31 of
-// a chip with one of 14. Only the driver knows. A cluster too many would run after all others.
-int32_t clusters_at_once(int32_t size, const mk_device& device) {
-    if (size == 4 && device.clusters_of_4) return device.clusters_of_4;
-    const int32_t num_sms = device.num_sms;
-    return std::max((size == 4 && num_sms > 16 ? num_sms / 16 * 16 : num_sms) / size, 1);
-}
-
-// L2 gives all SMs together at least 28 bytes per clock and SM of an H100 (6.9 TB/s; source:
-// minitron_kernels/architectures.py), and one SM 64.
-constexpr int32_t kL2Bytes = 28, kL2BytesOfOne = 64;
-
 // Clocks of all SMs and of L2 for a stage of every tile, 64 k of 16 bits or 128 of 8.
 int64_t stage_clocks(const GemmTileSm90& t, const GemmGridSm90& g, const mk_device& device) {
     const int32_t size = g.cluster.m * g.cluster.n;
@@ -66,6 +53,15 @@ Choice choose(const Product& a, int32_t dtype, const mk_device& device) {
 }
 
 }  // namespace
+
+// Clusters that run at once, a block per SM. One of 2 finds room on any two SMs of a TPC, one of 4
+// inside a GPC, of which an H100 has 8, of up to 18 SMs: 32 clusters if each has 16 at least, 31 of
+// a chip with one of 14. Only the driver knows. A cluster too many would run after all others.
+int32_t clusters_at_once(int32_t size, const mk_device& device) {
+    if (size == 4 && device.clusters_of_4) return device.clusters_of_4;
+    const int32_t num_sms = device.num_sms;
+    return std::max((size == 4 && num_sms > 16 ? num_sms / 16 * 16 : num_sms) / size, 1);
+}
 
 mk_status encode_rows(const void* rows, int32_t dtype, int64_t stride, int32_t count, int32_t k,
                       int32_t box_rows, TensorMap* map) {

@@ -156,6 +156,27 @@ __device__ __forceinline__ void cp_async_bulk_tensor_2d_multicast(uint32_t smem,
         : "memory");
 }
 
+// ISA#data-movement-and-conversion-instructions-cp-async-bulk
+// `bytes` adjacent ones, a multiple of 16 and aligned so, to shared memory; they count for
+// `barrier`.
+__device__ __forceinline__ void cp_async_bulk(uint32_t smem, const void* from, uint32_t bytes,
+                                              uint32_t barrier) {
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, "
+        "[%3];" ::"r"(smem),
+        "l"(from), "r"(bytes), "r"(barrier)
+        : "memory");
+}
+__device__ __forceinline__ void cp_async_bulk_multicast(uint32_t smem, const void* from,
+                                                        uint32_t bytes, uint32_t barrier,
+                                                        uint16_t blocks) {
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
+        "[%0], [%1], %2, [%3], %4;" ::"r"(smem),
+        "l"(from), "r"(bytes), "r"(barrier), "h"(blocks)
+        : "memory");
+}
+
 // The way back: the box at these coordinates is written, in the thread's current bulk group.
 __device__ __forceinline__ void cp_async_bulk_tensor_3d_global_shared(const void* map, int x0,
                                                                       int x1, int x2,

@@ -1,38 +1,109 @@
 #include "quant/quant_gemm_plan.h"
 
 #include <algorithm>
+#include <iterator>
+
+#include "linear/linear_gemm_plan.h"
 
 namespace mk {
 namespace {
 
-// Rows of tiles of a matrix that a block multiplies; those of two matrices are never in one block.
-int32_t num_strips(const mk_quant_matrix* w, int count, const QuantGemmTile& tile) {
+// How a product is divided: by a tile of quant_gemm_sm80.cuh, or one of quant_gemm_sm90.cuh.
+struct Choice {
+    const QuantGemmTile* tile;
+    const QuantGemmTileSm90* sm90;
+    int32_t cluster;
+    int64_t blocks;
+    int32_t rows() const { return tile ? tile->rows : kQuantGemmRowsSm90; }
+    int32_t tokens() const { return tile ? tile->tokens : sm90->tokens; }
+};
+
+// Strips of a matrix that blocks multiply, whole clusters of them; those of two matrices are never
+// in one cluster.
+int32_t strips_of(const mk_quant_matrix& w, const Choice& c) {
+    return ceil_div(w.rows, c.rows() * c.cluster) * c.cluster;
+}
+int32_t num_strips(const mk_quant_matrix* w, int count, const Choice& c) {
     int32_t strips = 0;
-    for (int i = 0; i < count; ++i) strips += ceil_div(w[i].rows, tile.rows);
+    for (int i = 0; i < count; ++i) strips += strips_of(w[i], c);
     return strips;
 }
-
-int64_t num_blocks(int32_t m, const mk_quant_matrix* w, int count, const QuantGemmTile& tile) {
-    return static_cast<int64_t>(ceil_div(m, tile.tokens)) * num_strips(w, count, tile);
+int64_t num_blocks(int32_t m, const mk_quant_matrix* w, int count, const Choice& c) {
+    return static_cast<int64_t>(ceil_div(m, c.tokens())) * num_strips(w, count, c);
 }
 
 // The tile with the least work on the busiest SM. A small one's output costs 1.5 times as much:
 // its bytes of shared memory per MMA. Up to 64 rows of x the bytes of w count, and small tiles have
 // most of them on their way.
-bool is_small(int32_t m, const mk_quant_matrix* w, int count, const mk_device& device) {
+Choice choose(int32_t m, const mk_quant_matrix* w, int count, const mk_device& device) {
     const QuantGemmTiles& tiles = quant_gemm_tiles(device.sm);
-    if (m <= tiles.small.tokens) return true;
-    const auto cost = [&](const QuantGemmTile& t, int percent) {
-        return ceil_div<int64_t>(num_blocks(m, w, count, t), device.num_sms) * t.rows * t.tokens *
-               percent;
+    Choice small{&tiles.small, nullptr, 1, 0}, large{&tiles.large, nullptr, 1, 0};
+    small.blocks = num_blocks(m, w, count, small);
+    large.blocks = num_blocks(m, w, count, large);
+    if (m <= tiles.small.tokens) return small;
+    const auto cost = [&](const Choice& c, int percent) {
+        return ceil_div<int64_t>(c.blocks, device.num_sms) * c.rows() * c.tokens() * percent;
     };
-    return cost(tiles.small, 150) < cost(tiles.large, 100);
+    return cost(small, 150) < cost(large, 100) ? small : large;
 }
 
-const QuantGemmTile& gemm_tile(int32_t m, const mk_quant_matrix* w, int count,
-                               const mk_device& device) {
-    const QuantGemmTiles& tiles = quant_gemm_tiles(device.sm);
-    return is_small(m, w, count, device) ? tiles.small : tiles.large;
+// ---- Hopper ----
+
+// Clocks of an SM for 256 k of a block's tile: of the tensor cores (for mma.sync, 0.62 of the
+// speed of wgmma), or of the schedulers, with a scale for 32 or for 16 k.
+struct TileClocks {
+    int32_t tensor, issue_32, issue_16;
+};
+constexpr TileClocks kSmallClocks = {464, 350, 550};
+constexpr TileClocks kClocksSm90[] = {{2304, 1950, 2950}, {1152, 1150, 1700}};
+
+// Clocks of all SMs and of L2 for 256 k of every tile. L2 gives all SMs together 23 bytes per clock
+// and SM of an H100 (5.6 TB/s), and one SM 64.
+int64_t clocks_of(const Choice& c, const TileClocks& clocks, const mk_quant_matrix* w, int count,
+                  const mk_device& device) {
+    const int64_t at_once = int64_t{clusters_at_once(c.cluster, device.num_sms)} * c.cluster;
+    const int64_t busy = std::min(c.blocks, at_once);
+    int64_t of_strips = 0, strips = 0;
+    for (int i = 0; i < count; ++i) {
+        const bool is_16 = quant_format(w[i].type).scale_k == 16;
+        const int64_t bytes = c.tokens() * int64_t{kQuantXGroupBytes} / c.cluster +
+                              c.rows() / kQuantTileRows * quant_tile_bytes(w[i].type, 4);
+        const int64_t most =
+            std::max({int64_t{clocks.tensor}, int64_t{is_16 ? clocks.issue_16 : clocks.issue_32},
+                      bytes / 64, bytes * busy / (23 * int64_t{device.num_sms})});
+        of_strips += most * strips_of(w[i], c);
+        strips += strips_of(w[i], c);
+    }
+    return ceil_div(c.blocks, at_once) * of_strips / strips;
+}
+
+// The fewest clocks; of equals the larger tile, in smaller clusters.
+Choice choose_sm90(int32_t m, const mk_quant_matrix* w, int count, const mk_device& device) {
+    Choice best{};
+    int64_t least = INT64_MAX;
+    const auto consider = [&](Choice c, const TileClocks& clocks) {
+        if (c.cluster > device.num_sms) return;
+        c.blocks = num_blocks(m, w, count, c);
+        const int64_t needed = clocks_of(c, clocks, w, count, device);
+        if (needed >= least) return;
+        least = needed;
+        best = c;
+    };
+    for (size_t i = 0; i < std::size(kQuantGemmTilesSm90); ++i) {
+        for (const int32_t cluster : {1, 2, 4}) {
+            consider({nullptr, &kQuantGemmTilesSm90[i], cluster, 0}, kClocksSm90[i]);
+        }
+    }
+    consider({&quant_gemm_tiles(90).small, nullptr, 1, 0}, kSmallClocks);
+    if (best.sm90) {
+        const int64_t at_once = int64_t{clusters_at_once(best.cluster, device.num_sms)};
+        best.blocks = std::min(best.blocks, at_once * best.cluster);
+    }
+    return best;
+}
+
+Choice choice_of(int32_t m, const mk_quant_matrix* w, int count, const mk_device& device) {
+    return device.sm == 90 ? choose_sm90(m, w, count, device) : choose(m, w, count, device);
 }
 
 }  // namespace
@@ -45,24 +116,25 @@ mk_plan plan_quant_prepare(const Product& a, int32_t dtype, const mk_device& dev
 }
 
 mk_plan plan_quant_gemm(int32_t m, const mk_quant_matrix* w, int count, const mk_device& device) {
-    const QuantGemmTile& tile = gemm_tile(m, w, count, device);
+    const Choice c = choice_of(m, w, count, device);
     mk_plan plan =
         make_plan("quant_gemm", device,
-                  "b16_rows" + std::to_string(tile.rows) + "_m" + std::to_string(tile.tokens));
-    plan.grid[0] =
-        static_cast<int32_t>(std::min<int64_t>(num_blocks(m, w, count, tile), INT32_MAX));
-    plan.block[0] = quant_gemm_threads(tile);
-    plan.smem_bytes = quant_gemm_smem_bytes(tile);
+                  "b16_rows" + std::to_string(c.rows()) + "_m" + std::to_string(c.tokens()));
+    plan.grid[0] = static_cast<int32_t>(std::min<int64_t>(c.blocks, INT32_MAX));
+    plan.block[0] = c.tile ? quant_gemm_threads(*c.tile) : kQuantGemmThreadsSm90;
+    plan.cluster[0] = c.cluster;
+    plan.smem_bytes = c.tile ? quant_gemm_smem_bytes(*c.tile) : quant_gemm_smem_bytes(*c.sm90);
     return plan;
 }
 
 QuantGemmArgs quant_gemm_args(const Product& a, const mk_quant_matrix* w, int count,
                               void* workspace, const mk_device& device) {
-    const QuantGemmTile& tile = gemm_tile(a.m, w, count, device);
+    const Choice c = choice_of(a.m, w, count, device);
     QuantGemmArgs args{};
     args.x = prepared_x(workspace, a.m, a.k);
     args.m = a.m;
-    args.strips = num_strips(w, count, tile);
+    args.strips = num_strips(w, count, c);
+    args.cluster = c.cluster;
     args.num_matrices = count;
     int32_t first_row = 0, first_strip = 0;
     for (int i = 0; i < count; ++i) {
@@ -70,11 +142,12 @@ QuantGemmArgs quant_gemm_args(const Product& a, const mk_quant_matrix* w, int co
                      quant_row_tile_bytes(w[i].type, a.k),
                      w[i].type,
                      w[i].rows,
+                     quant_tile_bytes(w[i].type, 4),
                      quant_unit(w[i].type),
                      first_row,
                      first_strip};
         first_row += w[i].rows;
-        first_strip += ceil_div(w[i].rows, tile.rows);
+        first_strip += strips_of(w[i], c);
     }
     return args;
 }

@@ -85,7 +85,7 @@ __device__ __forceinline__ void multiply(QuantGemmSums<T>& sums,
     MK_UNROLL
     for (int n = 0; n < S::kTokens; ++n) {
         if (n % kQuantGemmChunk == 0 && n * 8 >= tokens) break;
-        const uint4 b = *reinterpret_cast<const uint4*>(x + n * 1024);
+        const uint4 b = load_b(x + n * 1024);
         MK_UNROLL
         for (int i = 0; i < S::kTiles; ++i) {
             float p[4]{};
@@ -120,7 +120,7 @@ __device__ __forceinline__ void add_group(QuantGemmSums<T>& total, QuantGemmSums
     MK_UNROLL
     for (int n = 0; n < S::kTokens; ++n) {
         if (n % kQuantGemmChunk == 0 && n * 8 >= tokens) break;
-        const uint4 b = *reinterpret_cast<const uint4*>(x_sums + n * 512);
+        const uint4 b = load_b(x_sums + n * 512);
         MK_UNROLL
         for (int i = 0; i < S::kTiles; ++i) {
             float c[4]{};

@@ -140,6 +140,17 @@ struct QuantGemmCopy {
 
 // ---- a tile's group in shared memory ----
 
+// A lane's 16 bytes of x or of its sums, from its piece of 512 bytes (quant_gemm_tiles.h).
+__device__ __forceinline__ uint4 load_b(const uint8_t* piece) {
+#if MK_SM == 90
+    uint32_t b[4];
+    ptx::ldmatrix_x4(b, static_cast<uint32_t>(__cvta_generic_to_shared(piece)));
+    return {b[0], b[1], b[2], b[3]};
+#else
+    return *reinterpret_cast<const uint4*>(piece);
+#endif
+}
+
 // This lane's words of a quarter, which take turns in the first registers: pieces of 16 bytes hold
 // words of up to four quarters.
 template <int kType>

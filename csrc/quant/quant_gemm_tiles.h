@@ -12,8 +12,10 @@ namespace mk {
 //   sums     [m / 64][k / 256][8 tiles of 8 rows][32 lanes][16 bytes]
 //   unscale  [m] floats
 //
-// as quant_x.cuh defines them, each 16 bytes as lane 4g + t of B takes them for row g of 8. m is
-// rounded up to 64 and k to 64 or 256: what lies past them is 0.
+// as quant_x.cuh defines them, each 16 bytes as lane 4g + t of B takes them for row g of 8. On
+// sm_90 the 512 bytes of those lanes lie as wgmma takes them without a swizzle: [step of 16 k][k %
+// 16 < 8 as B's rows, and the others][8 rows][16 bytes], which ldmatrix turns into the lanes'
+// pieces. m is rounded up to 64 and k to 64 or 256: what lies past them is 0.
 
 constexpr int kPreparedRows = 64;
 constexpr int kPreparedX16Bytes = kPreparedRows * kQuantQuarterK * 2;  // of 64 rows and 64 k
@@ -113,9 +115,10 @@ struct QuantGemmTiles {
 };
 constexpr QuantGemmTiles kQuantGemmSm80 = {{128, 128, 32, 64, 4, 2, 1}, {32, 64, 16, 32, 4, 3, 2}};
 constexpr QuantGemmTiles kQuantGemmSm89 = {{64, 128, 32, 32, 2, 2, 1}, {32, 64, 16, 32, 2, 2, 2}};
-constexpr QuantGemmTiles kQuantGemmSm90 = {{128, 128, 32, 64, 4, 2, 1}, {32, 64, 16, 32, 4, 3, 3}};
+constexpr QuantGemmTiles kQuantGemmSm100 = {{128, 128, 32, 64, 4, 2, 1},
+                                            {32, 64, 16, 32, 4, 3, 3}};  // sm_90: the small one
 constexpr const QuantGemmTiles& quant_gemm_tiles(int sm) {
-    return sm == 80 ? kQuantGemmSm80 : sm == 89 ? kQuantGemmSm89 : kQuantGemmSm90;
+    return sm == 80 ? kQuantGemmSm80 : sm == 89 ? kQuantGemmSm89 : kQuantGemmSm100;
 }
 
 constexpr bool quant_gemm_tile_fits(const QuantGemmTile& t, int kilobytes) {
@@ -125,8 +128,49 @@ static_assert(quant_gemm_tile_fits(kQuantGemmSm80.large, 164));
 static_assert(quant_gemm_tile_fits(kQuantGemmSm80.small, 164));
 static_assert(quant_gemm_tile_fits(kQuantGemmSm89.large, 100));
 static_assert(quant_gemm_tile_fits(kQuantGemmSm89.small, 100));
-static_assert(quant_gemm_tile_fits(kQuantGemmSm90.large, 228));
-static_assert(quant_gemm_tile_fits(kQuantGemmSm90.small, 228));
+static_assert(quant_gemm_tile_fits(kQuantGemmSm100.large, 228));
+static_assert(quant_gemm_tile_fits(kQuantGemmSm100.small, 228));
+
+// ---- on Hopper: quant_gemm_sm90.cuh ----
+
+// A block multiplies kQuantGemmRowsSm90 rows of w by `tokens` rows of x: two warpgroups have 64
+// rows each, a third one copies.
+struct QuantGemmTileSm90 {
+    int tokens;
+    int stages;  // of x, 64 k each, or its sums of 256 k
+    int slots;   // of w, 256 k each
+};
+constexpr int kQuantGemmRowsSm90 = 128;
+constexpr int kQuantGemmThreadsSm90 = 384;
+constexpr int kQuantGemmWarpsSm90 = kQuantGemmRowsSm90 / kQuantTileRows;  // that multiply
+constexpr QuantGemmTileSm90 kQuantGemmTilesSm90[] = {{128, 5, 2}, {64, 10, 3}};
+
+// Shared memory in this order: stages of x, slots of w, scales of each warp's tile as floats;
+// of each warpgroup kQuantStagedTokens rows of its outputs, and where the rows go; the totals of
+// the rows of x from 64 on; barriers.
+constexpr int kQuantStagedTokens = 32;
+constexpr int kQuantStagedPitch = 64 * 4 + 16;  // in other banks for rows 2, 4 and 6 further
+constexpr int kQuantRowPitchSm90 = kQuantEpilogueRowBytes + 8;  // and 2^-e of the row
+constexpr int quant_gemm_x_bytes(const QuantGemmTileSm90& t) {
+    return t.tokens * kQuantQuarterK * 2;
+}
+constexpr int kQuantGemmSlotBytes = kQuantGemmWarpsSm90 * quant_tile_bytes(MK_Q8_0, 4);
+constexpr int quant_gemm_group_out_bytes(const QuantGemmTileSm90& t) {
+    return kQuantStagedTokens * kQuantStagedPitch + t.tokens * kQuantRowPitchSm90;
+}
+constexpr int quant_gemm_totals_bytes(const QuantGemmTileSm90& t) {
+    return (t.tokens - 64) * kQuantGemmRowsSm90 * 4;
+}
+constexpr int quant_gemm_barriers_at(const QuantGemmTileSm90& t) {
+    return t.stages * quant_gemm_x_bytes(t) + t.slots * kQuantGemmSlotBytes +
+           kQuantGemmWarpsSm90 * 2 * kQuantGemmScalePart + 2 * quant_gemm_group_out_bytes(t) +
+           quant_gemm_totals_bytes(t);
+}
+constexpr int quant_gemm_smem_bytes(const QuantGemmTileSm90& t) {
+    return quant_gemm_barriers_at(t) + 16 * (t.stages + t.slots);
+}
+static_assert(quant_gemm_smem_bytes(kQuantGemmTilesSm90[0]) <= 227 << 10 &&
+              quant_gemm_smem_bytes(kQuantGemmTilesSm90[1]) <= 227 << 10);
 
 // Rows of x that the blocks of a strip of w share while they are in L2, as in linear_tiles.h.
 constexpr int kQuantGemmGroupRows = 2048;
@@ -135,6 +179,7 @@ struct QuantGemmMatrix {
     const uint8_t* tiles;
     int64_t row_tile_bytes;
     int32_t type, rows;
+    int32_t tile_bytes;   // of 256 k
     float unit;           // quant_unit
     int32_t first_row;    // of the output's columns
     int32_t first_strip;  // of the grid
@@ -143,7 +188,8 @@ struct QuantGemmMatrix {
 struct QuantGemmArgs {
     PreparedX x;
     int32_t m;
-    int32_t strips;  // of w
+    int32_t strips;   // of w
+    int32_t cluster;  // blocks that share rows of x, on sm_90
     int32_t num_matrices;
     QuantGemmMatrix w[3];  // Q, K and V
     QuantOutputs to;

@@ -8,8 +8,9 @@
 //      w, w + 8, ... of 256 k         row 7  |        |        |
 //
 // In step 2 a lane has twice 4 elements of a row, which are its 16 bytes of the fragments of 32 k:
-// 32 bytes of a row are read at once, 512 written. A row is read two or three times, first from L2
-// and then from L1. Rows past m give zeros.
+// 32 bytes of a row are read at once, 512 written; on sm_90 these go through shared memory, for
+// wgmma's order. A row is read two or three times, first from L2 and then from L1. Rows past m give
+// zeros.
 #pragma once
 
 #include "linear/linear_norm.cuh"
@@ -100,10 +101,37 @@ struct PreparedRow {
     }
 };
 
+// A warp's 512 bytes of B, as its lanes have them, to memory in the order of the workspace.
+// `smem`: 512 bytes of the warp, not those of the call before.
+__device__ __forceinline__ void store_b(uint8_t* to, const uint4& x, uint8_t* smem) {
+    const int lane = threadIdx.x % 32;
+#if MK_SM == 90
+    const uint32_t piece = static_cast<uint32_t>(__cvta_generic_to_shared(smem)) + lane * 16;
+    ptx::stmatrix_x4(piece, {x.x, x.y, x.z, x.w});
+    __syncwarp();
+    ptx::st_global_v4(to + lane * 16, ptx::ld_shared_v4(piece));
+#else
+    ptx::st_global_v4(to + lane * 16, x);
+#endif
+}
+
+// The sums of a row's blocks 2g and 2g + 1, to those of 8 rows.
+__device__ __forceinline__ void store_sums(uint8_t* to, int row, int g, uint2 high_and_low) {
+#if MK_SM == 90
+    uint8_t* const high = to + g % 2 * 128 + row * 16 + g / 2 * 4;
+    *reinterpret_cast<uint32_t*>(high) = high_and_low.x;
+    *reinterpret_cast<uint32_t*>(high + 256) = high_and_low.y;
+#else
+    *reinterpret_cast<uint2*>(to + row * 64 + g * 8) = high_and_low;
+#endif
+}
+
 template <class Dtype>
 __device__ __forceinline__ void quant_prepare_x(const QuantPrepareArgs& args) {
     __shared__ float smem_norm_scale[kPrepareRows];
     __shared__ XScale smem_scale[kPrepareRows];
+    // Of a warp, two that take turns.
+    __shared__ __align__(16) uint8_t smem_b[MK_SM == 90 ? kPrepareRows : 1][2][512];
     ptx::griddepcontrol_launch_dependents();
     ptx::griddepcontrol_wait();
 
@@ -137,7 +165,7 @@ __device__ __forceinline__ void quant_prepare_x(const QuantPrepareArgs& args) {
     const int64_t row_block = first_row / kPreparedRows;
     const int tile = first_row % kPreparedRows / 8;
     uint8_t* const x16 =
-        args.to.x16 + row_block * args.to.quarters * kPreparedX16Bytes + tile * 1024 + lane * 16;
+        args.to.x16 + row_block * args.to.quarters * kPreparedX16Bytes + tile * 1024;
     uint8_t* const sums =
         args.to.sums + row_block * args.to.groups * kPreparedSumsBytes + tile * 512;
     MK_NO_UNROLL
@@ -152,7 +180,8 @@ __device__ __forceinline__ void quant_prepare_x(const QuantPrepareArgs& args) {
                 x = to_x16<Dtype>({v.pair[0], v.pair[1], v.pair[2], v.pair[3]}, scale);
             }
             if (quarter < args.to.quarters) {
-                ptx::st_global_v4(x16 + quarter * int64_t{kPreparedX16Bytes} + i % 2 * 512, x);
+                store_b(x16 + quarter * int64_t{kPreparedX16Bytes} + i % 2 * 512, x,
+                        smem_b[warp][i % 2]);
             }
             ones.add(block_sums, i, x);
         }
@@ -160,9 +189,8 @@ __device__ __forceinline__ void quant_prepare_x(const QuantPrepareArgs& args) {
         // g / 2 of the row's four takes.
         MK_UNROLL
         for (int r = 0; r < 2; ++r) {
-            uint8_t* const to =
-                sums + group * int64_t{kPreparedSumsBytes} + (2 * t + r) * 64 + g * 8;
-            *reinterpret_cast<uint2*>(to) = split_sums(block_sums[r], block_sums[2 + r]);
+            store_sums(sums + group * int64_t{kPreparedSumsBytes}, 2 * t + r, g,
+                       split_sums(block_sums[r], block_sums[2 + r]));
         }
     }
 }

@@ -1,9 +1,9 @@
 #include "quant/quant_gemm_sm80.cuh"
 
 namespace {
-constexpr mk::QuantGemmTile kLarge = mk::quant_gemm_tiles(MK_SM).large;
+[[maybe_unused]] constexpr mk::QuantGemmTile kLarge = mk::quant_gemm_tiles(MK_SM).large;
 constexpr mk::QuantGemmTile kSmall = mk::quant_gemm_tiles(MK_SM).small;
-constexpr int kLargeThreads = mk::quant_gemm_threads(kLarge);
+[[maybe_unused]] constexpr int kLargeThreads = mk::quant_gemm_threads(kLarge);
 constexpr int kSmallThreads = mk::quant_gemm_threads(kSmall);
 }  // namespace
 
@@ -13,7 +13,7 @@ constexpr int kSmallThreads = mk::quant_gemm_threads(kSmall);
 
 #if MK_SM == 89
 MK_QUANT_GEMM(b16_rows64_m128, Large)
-#else
+#elif MK_SM != 90  // which has quant_gemm_sm90.cu for more rows
 MK_QUANT_GEMM(b16_rows128_m128, Large)
 #endif
 MK_QUANT_GEMM(b16_rows32_m64, Small)
