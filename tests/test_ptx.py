@@ -41,9 +41,10 @@ CLAIMS = {
     "embedding": (40, 0),
     "embedding_unaligned": (40, 0),
     "embedding_quant": (64, 0),
-    "quant_prepare_x": (80, 160),
+    "quant_prepare_x": (80, 9 << 10),
     "quant_gemm_rows128_m128": (255, 0),
     "quant_gemm_rows64_m128": (232, 0),
+    "quant_gemm_rows128_m64": (168, 0),
     "quant_gemm_rows32_m64": (128, 0),
     "argmax": (64, 256),
     "argmax_unaligned": (64, 256),
@@ -160,6 +161,7 @@ OWN_INSTRUCTIONS = {
     r"mk_(linear|linear_swiglu|qkv_rope_append)_sm90_\w+_m128_": {"HGMMA", "UTMALDG", "USETMAXREG"},
     r"mk_linear_fp8_sm90": {"QGMMA", "UTMALDG", "USETMAXREG"},
     r"mk_(linear|linear_swiglu|qkv_rope_append)_sm90_\w+_m64_": {"HGMMA", "UTMALDG", "UTMAPF"},
+    r"mk_quant_gemm_sm90_b16_rows128_": {"HGMMA", "UBLKCP", "USETMAXREG"},
 }
 
 
@@ -168,7 +170,7 @@ def test_sass_has_the_instructions_of_its_arch(arch: str) -> None:
     for name, text in sass(arch).items():
         own = [found for entry, found in OWN_INSTRUCTIONS.items() if re.match(entry, name)]
         expected = own[0] if own else set()
-        found = set(re.findall(r"\b(HGMMA|QGMMA|UTMALDG|UTMAPF|USETMAXREG)\b", text))
+        found = set(re.findall(r"\b(HGMMA|QGMMA|UTMALDG|UBLKCP|UTMAPF|USETMAXREG)\b", text))
         assert found == expected, name
 
 
@@ -191,13 +193,13 @@ def test_cuxray_gate(arch: str, tmp_path: Path) -> None:
 
 @archs
 def test_sass_moves_16_bytes_at_a_time(arch: str) -> None:
-    """Aligned kernels read activations with 128-bit accesses or TMA, and write them with 128-bit
-    accesses and no narrower store than NARROW_STORES tells (the linear kernels write what an MMA
-    leaves in a thread: a pair of outputs, or one)."""
+    """Aligned kernels read activations with 128-bit accesses, bulk copies or TMA, and write them
+    with 128-bit accesses and no narrower store than NARROW_STORES tells (the linear kernels write
+    what an MMA leaves in a thread: a pair of outputs, or one)."""
     for name, text in sass(arch).items():
         if "unaligned" in name:
             continue
-        assert re.search(r"\bUTMALDG\b|\b(LDG|LDGSTS)\.E(\.\w+)*\.128", text), name
+        assert re.search(r"\b(UTMALDG|UBLKCP)\b|\b(LDG|LDGSTS)\.E(\.\w+)*\.128", text), name
         if ENTRY_NAME.fullmatch(name)["op"] in LINEAR:
             continue
         stores = re.findall(r"\bSTG\.E((?:\.\w+)*)", text)

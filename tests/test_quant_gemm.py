@@ -2,7 +2,8 @@
 
 quant_cases.py tells how results are compared. The workspace and the outputs are poisoned with NaN,
 rows of x are padded with NaN. The plan chooses a tile by the shape: LARGE makes it take the large
-one on any device, with tails in both directions; what is smaller takes the small one.
+one on any device, with tails in both directions; what is smaller takes the small one. MIDDLE takes
+the one of 64 rows of x that sm_90 has between them.
 """
 
 from __future__ import annotations
@@ -43,8 +44,10 @@ from tests.test_linear_gemm import changed_library
 
 Tensor = torch.Tensor
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
-LARGE = (1100, 1500)  # rows of x and of w
+LARGE, MIDDLE = (1100, 1500), (300, 1500)  # rows of x and of w
 IS_SMALL = "rows32_m64"
+HOPPER = {LARGE: "sm90_b16_rows128_m128", MIDDLE: "sm90_b16_rows128_m64"}
+hopper = pytest.mark.skipif("90a" not in BUILT, reason="sm_90a is not in this build")
 
 
 def entry_of(arch: str, x: Tensor, w: Weights) -> str:
@@ -91,6 +94,24 @@ def test_norm_and_epilogues(arch: str, kind: str, op: str) -> None:
     check_linear(op, arch, x, w, out_of(op, x, w), norm_weight, residual, seed=1)
 
 
+@hopper
+@pytest.mark.parametrize("kind, op, shape", [
+    pytest.param(kind, op, shape, id=f"emu-sm_90a-{kind}-{op}-m{shape[0]}")
+    for kind, op, shape in (
+        ("Q4_K", "linear_quant", LARGE), ("Q6_K", "linear_quant_swiglu", LARGE),
+        ("Q5_0", "linear_quant", MIDDLE), ("Q3_K", "linear_quant_swiglu", MIDDLE),
+    )
+])  # fmt: skip
+def test_epilogues_of_wgmma_tiles(kind: str, op: str, shape: tuple[int, int]) -> None:
+    """With a norm and, of linear_quant, a residual; rows of outputs at any address."""
+    (m, n), k = shape, cols_of(kind, 1, 3)
+    x, w = values(m, k, dtype=BF16), random_weights(kind, n, k)
+    assert HOPPER[shape] in entry_of("90a", x, w)
+    out = strided(out_of(op, x, w), 3)
+    residual = strided(values(m, n, dtype=BF16, seed=4), 5) if op == "linear_quant" else None
+    check_linear(op, "90a", x, w, out, values(k, dtype=BF16, seed=3), residual, seed=2)
+
+
 @settings(max_examples=30, deadline=None)
 @given(
     arch=st.sampled_from(DEVICES),
@@ -121,8 +142,8 @@ def test_any_shape(
 MIXES = [("Q4_K", "Q4_K", "Q6_K"), ("Q2_K", "Q3_K", "Q5_K"), ("Q4_0", "Q8_0", "Q5_1")]
 
 
-def run_qkv(arch: str, qkv: Qkv, w: tuple[Weights, ...], seed: int = 0) -> emulator.Counters | None:
-    """qkv_rope_append_quant of `qkv`, whose own w is not looked at."""
+def run_qkv(arch: str, qkv: Qkv, w: tuple[Weights, ...], seed: int = 0, entry: str = "") -> None:
+    """qkv_rope_append_quant of `qkv`, whose own w is not looked at. `entry`: part of its name."""
     strides = qkv.k_cache.stride()
     base = abi.structs()["mk_qkv_rope_append_params"](
         x=qkv.x.data_ptr(), q=qkv.q.data_ptr(), k_cache=qkv.k_cache.data_ptr(),
@@ -149,7 +170,9 @@ def run_qkv(arch: str, qkv: Qkv, w: tuple[Weights, ...], seed: int = 0) -> emula
     workspace = torch.full((size.value,), 0xFF, dtype=torch.uint8)
     params.workspace, params.workspace_bytes = workspace.data_ptr(), size.value
     tensors = [qkv.x, qkv.q, qkv.k_cache, qkv.v_cache, qkv.slots, qkv.positions, *qkv.angles]
-    return run(
+    if entry:
+        assert entry in abi.plan("qkv_rope_append_quant", params, arch).entry.decode()
+    run(
         "qkv_rope_append_quant", arch, params,
         [*map(storage_of, tensors), *(m.tiles for m in w), workspace], seed,
     )  # fmt: skip
@@ -159,8 +182,25 @@ def run_qkv(arch: str, qkv: Qkv, w: tuple[Weights, ...], seed: int = 0) -> emula
     (mix, HALVES[i % 2]) for i, mix in enumerate(MIXES)
 ]))  # fmt: skip
 def test_qkv_of_three_types(arch: str, mix: tuple[str, ...], dtype: torch.dtype) -> None:
+    check_qkv(arch, mix, dtype, tokens=37, heads=(3, 1))
+
+
+@hopper
+@pytest.mark.parametrize(
+    "tokens, tile", [(300, MIDDLE), (700, LARGE)], ids=["emu-sm_90a-m300", "emu-sm_90a-m700"]
+)
+def test_qkv_of_three_types_of_wgmma_tiles(tokens: int, tile: tuple[int, int]) -> None:
+    """Each matrix ends inside a strip, and fills no whole clusters of them."""
+    i = int(tile == LARGE)
+    check_qkv("90a", MIXES[i], HALVES[i], tokens, (15, 4), HOPPER[tile])
+
+
+def check_qkv(
+    arch: str, mix: tuple[str, ...], dtype: torch.dtype, tokens: int, heads: tuple[int, int],
+    entry: str = "",
+) -> None:  # fmt: skip
     """Against fp32 products of the three matrices, which other tests compare, rotated in fp64."""
-    tokens, hidden, heads, d = 37, 512, (3, 1), 80
+    hidden, d = 512, 80
     qkv = Qkv.random(
         tokens, hidden, heads, d, 64, dtype=dtype, interleaved=mix[0] == "Q2_K", padding=8
     )
@@ -169,7 +209,7 @@ def test_qkv_of_three_types(arch: str, mix: tuple[str, ...], dtype: torch.dtype)
         random_weights(kind, h * d, hidden, seed=i)
         for i, (kind, h) in enumerate(zip(mix, (heads[0], heads[1], heads[1]), strict=True))
     )
-    run_qkv(arch, qkv, w, seed=3)
+    run_qkv(arch, qkv, w, seed=3, entry=entry)
     products = []
     for matrix in w:
         out = out_of("linear_quant", qkv.x, matrix, F32)
@@ -202,7 +242,7 @@ def test_qkv_of_three_types(arch: str, mix: tuple[str, ...], dtype: torch.dtype)
 
 @pytest.mark.parametrize("arch, kind", in_turn([(k,) for k in KINDS]))
 def test_rows_have_the_same_bits_in_any_batch(arch: str, kind: str) -> None:
-    """A row's outputs in 17 to 1100 rows, of both tiles; any order of warps."""
+    """A row's outputs in 17 to 1100 rows, of all tiles; any order of warps."""
     m, n = LARGE
     x, w = (
         values(m, 288 if kind not in K_KINDS else 256, dtype=BF16),
@@ -211,13 +251,13 @@ def test_rows_have_the_same_bits_in_any_batch(arch: str, kind: str) -> None:
     whole = out_of("linear_quant", x, w, F32)
     run_linear("linear_quant", arch, x, w, whole)
     names = {entry_of(arch, x, w)}
-    for rows in (17, 65):
+    for rows in (17, MIDDLE[0] if arch == "90a" else 65):
         part = x[-rows:]
         names.add(entry_of(arch, part, w))
         out = out_of("linear_quant", part, w, F32)
         run_linear("linear_quant", arch, part, w, out, seed=rows)
         assert torch.equal(out, whole[-rows:])
-    assert len(names) == 2
+    assert len(names) == (3 if arch == "90a" else 2)
 
 
 @pytest.mark.parametrize("arch, kind", in_turn([(k,) for k in KINDS]))
@@ -335,6 +375,37 @@ def test_planted_fault_is_found(
     monkeypatch.setattr(native_emulator, "emulated_library", lambda: lib)
     with pytest.raises(AssertionError, match=found):
         check_linear("linear_quant", "80", x, w, out_of("linear_quant", x, w, F32))
+
+
+@hopper
+@pytest.mark.parametrize(
+    "old, new, found",
+    [
+        (rb"wgmma\.wait_group\.sync\.aligned 1;", b"", "^wgmma not waited for"),
+        (rb"wgmma\.wait_group\.sync\.aligned 0;", b"", "^wgmma not waited for"),
+        (rb"wgmma\.fence\.sync\.aligned;", b"", "^missing wgmma.fence"),
+        (rb"(mbarrier\.try_wait\.parity\.shared::cta\.b64 p, \[%r\d+ \+ 0\]), %r\d+;", rb"\1, 1;",
+         "^mbarrier misuse|^uninitialised shared memory|^asynchronous copy not waited for"),
+        (rb"mbarrier\.arrive\.shared::cluster\.b64 _, \[%r\d+ \+ 0\];", b"", "^deadlock"),
+        (rb"mbarrier\.arrive\.shared::cta\.b64 _, \[%r\d+ \+ 0\];", b"", "^deadlock"),
+        (rb"bar\.warp\.sync[^;]*;", b"", "shared.memory race"),
+        (rb"bar\.sync[^;]*;", b"", "shared.memory race|uninitialised"),
+    ],
+    ids="emu-sm_90a-wait emu-sm_90a-last-wait emu-sm_90a-fence emu-sm_90a-parity emu-sm_90a-release"
+    " emu-sm_90a-release-w emu-sm_90a-scales emu-sm_90a-outputs".split(),
+)  # fmt: skip
+def test_planted_fault_of_wgmma_tile_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, old: bytes, new: bytes, found: str
+) -> None:
+    """In clusters, with more stages of x and slots of w than the rings have."""
+    x, w = values(1100, 768, dtype=BF16), random_weights("Q6_K", 1500, 768)
+    entry = entry_of("90a", x, w)
+    assert HOPPER[LARGE] in entry
+    monkeypatch.setenv("MK_CUDA_DRIVER", str(emulator.build()))
+    lib = changed_library(tmp_path, entry, old, new, 0, "90a")
+    monkeypatch.setattr(native_emulator, "emulated_library", lambda: lib)
+    with pytest.raises(AssertionError, match=found):
+        check_linear("linear_quant", "90a", x, w, out_of("linear_quant", x, w, F32))
 
 
 def test_comparison_sees_a_changed_weight() -> None:

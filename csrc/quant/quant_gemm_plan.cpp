@@ -55,7 +55,7 @@ struct TileClocks {
     int32_t tensor, issue_32, issue_16;
 };
 constexpr TileClocks kSmallClocks = {464, 350, 550};
-constexpr TileClocks kClocksSm90[] = {{2304, 1950, 2950}, {1152, 1150, 1700}};
+constexpr TileClocks kClocksSm90[] = {{2304, 2400, 3650}, {1152, 1600, 2350}};
 
 // Clocks of all SMs and of L2 for 256 k of every tile. L2 gives all SMs together 23 bytes per clock
 // and SM of an H100 (5.6 TB/s), and one SM 64.

@@ -120,7 +120,7 @@ __device__ __forceinline__ void add_group(QuantGemmSums<T>& total, QuantGemmSums
     MK_UNROLL
     for (int n = 0; n < S::kTokens; ++n) {
         if (n % kQuantGemmChunk == 0 && n * 8 >= tokens) break;
-        const uint4 b = load_b(x_sums + n * 512);
+        const uint4 b = load_sums(x_sums + n * 512);
         MK_UNROLL
         for (int i = 0; i < S::kTiles; ++i) {
             float c[4]{};

@@ -140,7 +140,8 @@ struct QuantGemmCopy {
 
 // ---- a tile's group in shared memory ----
 
-// A lane's 16 bytes of x or of its sums, from its piece of 512 bytes (quant_gemm_tiles.h).
+// A lane's 16 bytes of x, from its piece of 512 bytes (quant_gemm_tiles.h); and of its sums, which
+// on sm_90 are there as high parts, then low parts.
 __device__ __forceinline__ uint4 load_b(const uint8_t* piece) {
 #if MK_SM == 90
     uint32_t b[4];
@@ -149,6 +150,10 @@ __device__ __forceinline__ uint4 load_b(const uint8_t* piece) {
 #else
     return *reinterpret_cast<const uint4*>(piece);
 #endif
+}
+__device__ __forceinline__ uint4 load_sums(const uint8_t* piece) {
+    const uint4 b = load_b(piece);
+    return MK_SM == 90 ? uint4{b.x, b.z, b.y, b.w} : b;
 }
 
 // This lane's words of a quarter, which take turns in the first registers: pieces of 16 bytes hold
