@@ -6,10 +6,13 @@ Tiles are zeros, which no count depends on: kernels decode without branches.
 from __future__ import annotations
 
 import ctypes
+import math
+import re
+from collections.abc import Callable
 
 import torch
 
-from bench.accounting import Bar, Case
+from bench.accounting import Bar, Case, Plan
 from bench.cases import (
     ALL_ARCHS,
     BF16,
@@ -38,6 +41,34 @@ def packed(kind: str, rows: int, k: int) -> tuple[ctypes.Structure, Tensor]:
 
 def stored_bytes(kind: str, rows: int, k: int) -> int:
     return rows * QUANT_TYPES[kind].row_nbytes(k)
+
+
+def tiles_of_blocks(m: int, n: int) -> Callable[[Plan], list[float]]:
+    """Tiles that each block multiplies: one, or what its cluster takes on sm_90."""
+
+    def work(plan: Plan) -> list[float]:
+        blocks = math.prod(plan.grid)
+        tile = re.search(r"_sm90_b16_rows128_m(\d+)$", plan.entry)
+        if not tile:
+            return [1.0] * blocks
+        tiles = -(-m // int(tile[1])) * -(-n // (128 * plan.cluster))
+        clusters = blocks // plan.cluster
+        return [float(-(-(tiles - b // plan.cluster) // clusters)) for b in range(blocks)]
+
+    return work
+
+
+def copies_of_x(kind: str) -> Callable[[Plan], float]:
+    """Blocks that a byte from L2 goes to: of x those of the cluster, of w one."""
+
+    def copies(plan: Plan) -> float:
+        if plan.cluster == 1:
+            return 1.0
+        x = int(plan.entry.rpartition("_m")[2]) * (512 + 64)
+        w = packed(kind, 128, 256)[1].numel()
+        return (x + w) / (x / plan.cluster + w)
+
+    return copies
 
 
 def linear_quant(name: str, kind: str, m: int) -> Case:
@@ -70,6 +101,9 @@ def linear_quant(name: str, kind: str, m: int) -> Case:
         return params, tensors
 
     columns_out = n // 2 if name == "gate_up" else 2 * n  # and the residual
+    archs: tuple[str, ...] = ("80",) if few else ("80", "90a")
+    if (m, name, kind) == (1, "down", "Q4_K"):
+        archs = ALL_ARCHS
     return native_case(
         op,
         build,
@@ -79,7 +113,9 @@ def linear_quant(name: str, kind: str, m: int) -> Case:
         exact_units=2,
         compulsory_bytes=stored_bytes(kind, n, k) + 2 * m * (k + columns_out),
         flop=2 * m * n * k,
-        archs=ALL_ARCHS if (m, name, kind) == (1, "down", "Q4_K") else ("80",),
+        archs=archs,
+        work=tiles_of_blocks(m, n),
+        copies=copies_of_x(kind),
         bars=(Bar("dram", 1.05), COALESCED) if few else (COALESCED,),
     )
 

@@ -391,8 +391,8 @@ def test_planted_fault_is_found(
         (rb"bar\.warp\.sync[^;]*;", b"", "shared.memory race"),
         (rb"bar\.sync[^;]*;", b"", "shared.memory race|uninitialised"),
     ],
-    ids="emu-sm_90a-wait emu-sm_90a-last-wait emu-sm_90a-fence emu-sm_90a-parity emu-sm_90a-release"
-    " emu-sm_90a-release-w emu-sm_90a-scales emu-sm_90a-outputs".split(),
+    ids=["emu-sm_90a-wait", "emu-sm_90a-last-wait", "emu-sm_90a-fence", "emu-sm_90a-parity",
+         "emu-sm_90a-release", "emu-sm_90a-release-w", "emu-sm_90a-scales", "emu-sm_90a-outputs"],
 )  # fmt: skip
 def test_planted_fault_of_wgmma_tile_is_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, old: bytes, new: bytes, found: str
