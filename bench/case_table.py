@@ -50,8 +50,7 @@ def all_cases() -> list[Case]:
     for m in (1, 16):
         cases.append(triton_int4_matmul("down", *MATRICES["down"], m, (16, 64, 128), 4, 4))
     cases += [linear_quant("down", kind, 16) for kind in ("Q4_0", "Q4_K", "Q6_K")]
-    cases += [linear_quant(name, "Q4_K", 512) for name in ("down", "gate_up")]
-    cases.append(linear_quant("down", "Q6_K", 512))
+    cases.append(linear_quant("down", "Q4_K", 512))
     for rows in (1, 64, 2048):
         cases += [rms_norm(rows, False), triton_rms_norm(rows), rms_norm(rows, True)]
         cases += [apply_rope(rows), triton_apply_rope(rows)]

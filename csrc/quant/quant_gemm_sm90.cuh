@@ -2,34 +2,27 @@
 // unpacked in registers, and x, prepared by quant_prepare.cuh, is B in shared memory.
 //
 //   block = one warpgroup that copies and two that multiply; tile after tile of 128 rows of w x
-//   T.tokens rows of x, all of k
-//     warpgroup 0    two warps of it fetch (quant_fetch_sm90.cuh)               40 registers
+//   T.tokens rows of x, all of k. Up to 4 blocks share rows of x in a cluster.
+//     warpgroup 0    two warps of it fetch (quant_fetch_sm90.cuh)                40 registers
 //     warpgroup 1    rows 0-63 of w by wgmma m64 n64 k16                        232
 //     warpgroup 2    rows 64-127; a warp has a tile of 16 (quant_layout.h)
 //
-//   cluster: up to 4 blocks with the same rows of x, of which each fetches its share for all
-//
 // Arithmetic: quant_unpack.cuh, quant_x.cuh. P of 32 (or 16) k starts from 0, and scale * P is
-// added to S; the minima meet the block sums of x in the same way, and Y of 256 k is added to the
-// total. 64 k of a warpgroup, whose other half of the time is the other one's:
+// added to S; the minima meet the sums of x in the same way, and Y of 256 k is added to the total.
+// 64 k of a warpgroup, whose other half of the time is the other one's:
 //
 //   P of tokens 0-63     | k 0-31 |        | k 32-63 |
 //   P of tokens 64-127            | k 0-31 |         | k 32-63 |
 //   schedulers           | unpack | S 0-63 | S 64-127, unpack  | S 0-63 | S 64-127 |
 //
-// Clocks of an SM for 256 k of a tile of 128 x 128, modelled from SASS. Tensor cores: 2048, and 256
-// for the sums. Each of the four schedulers has two warps of (Q4_K) 4 x 208 + 351 instructions, 704
-// of them FFMA and the like for S and Y: 2366; Q4_0 2240, Q5_K 2514. With a scale for 16 k (Q2_K,
-// Q3_K, Q6_K) FFMA are twice as many, and issue binds: 3540 to 3780. Of 64 tokens 1152 and 1610 (16
-// k: 2360). Registers: 64 each for P, S and totals do not fit; the second half of the totals is in
-// shared memory, 16 instructions for 256 k. L2 gives an SM 23 bytes per clock when all ask, and
-// Q4_K needs 91 KB: 39. Clusters of 2 need 24, of 4 16.
-//
-// Shared memory: quant_gemm_tiles.h. Stages hold 64 k of x in wgmma's order, without a swizzle, as
-// they lie in memory; behind those of 256 k comes a stage with their sums. A slot of w is its
-// block's own. Lost: P under way over the loop's end: ptxas then serialises all wgmma (C7514). P of
-// 128 tokens at once: 128 + 30 + 64 clocks a step one after the other, more than its half of the
-// tensor cores.
+// Clocks of an SM for 256 k of 128 x 128, modelled from SASS. Tensor cores 2304, 256 of them for
+// the sums. Each scheduler has two warps of (Q4_K) 4 x 202 + 354 instructions, 704 of them FFMA and
+// the like for S and Y: 2324; Q4_0 2198, Q5_K 2462. With a scale for 16 k FFMA are twice as many,
+// and issue binds: 3530 to 3810. 128 x 64: 1152, and 1490 to 1710 (16 k: 2270 to 2520). L2 gives an
+// SM 23 bytes per clock when all ask. Q4_K takes 39; in clusters of 2 24, of 4 16. Totals of tokens
+// 64-127 lie in shared memory: with 64 registers each for P, S and totals, some types spill.
+// Lost: P under way over the loop's end: ptxas serialises all wgmma (C7514). P of 128 tokens at
+// once: 222 of a step's 288 clocks one after the other, and with the group's end all of them.
 #pragma once
 
 #include "common/static_for.cuh"
