@@ -111,9 +111,13 @@ struct QuantRingSm90 {
         if (threadIdx.x == 0) ptx::mbarrier_arrive_expect_tx(full, T.tokens * kRowBytes);
         __syncwarp();
         if (row < (rank + 1) * T.tokens / args.cluster) {
-            ptx::cp_async_bulk_multicast(x_at(stage.at) + row * kRowBytes, from,
-                                         piece() * kRowBytes, full,
-                                         static_cast<uint16_t>((1 << args.cluster) - 1));
+            const uint32_t to = x_at(stage.at) + row * kRowBytes;
+            if (args.cluster > 1) {
+                ptx::cp_async_bulk_multicast(to, from, piece() * kRowBytes, full,
+                                             static_cast<uint16_t>((1 << args.cluster) - 1));
+            } else {  // multicast to itself is not asked of a launch that has no clusters
+                ptx::cp_async_bulk(to, from, piece() * kRowBytes, full);
+            }
         }
         from += kBytes;
         stage.advance();

@@ -381,10 +381,10 @@ struct QuantGemmSm90 {
         const Ring ring{args, static_cast<uint32_t>(__cvta_generic_to_shared(smem)),
                         static_cast<int>(ptx::mov_u32_cluster_ctarank())};
         if (threadIdx.x == 0) ring.init();
-        ptx::griddepcontrol_wait();
         __syncthreads();
         ptx::barrier_cluster_arrive();
         ptx::barrier_cluster_wait();
+        ptx::griddepcontrol_wait();
         // The same in all lanes, and known to be: descriptors then take uniform registers.
         const int group = __shfl_sync(0xFFFFFFFFu, threadIdx.x / 128, 0) - 1;
         if (group < 0) {
