@@ -106,8 +106,7 @@ struct QuantRingSm90 {
                                                 int row) const {
         constexpr int kRowBytes = kBytes / kPreparedRows;
         const uint32_t full = x_full(stage.at);
-        while (!ptx::mbarrier_try_wait_parity_cluster(x_empty(stage.at), stage.parity ^ 1)) {
-        }
+        wait(x_empty(stage.at), stage.parity ^ 1);
         if (threadIdx.x == 0) ptx::mbarrier_arrive_expect_tx(full, T.tokens * kRowBytes);
         __syncwarp();
         if (row < (rank + 1) * T.tokens / args.cluster) {

@@ -57,11 +57,10 @@ struct TileClocks {
 constexpr TileClocks kSmallClocks = {464, 350, 550};
 constexpr TileClocks kClocksSm90[] = {{2304, 2400, 3650}, {1152, 1600, 2350}};
 
-// Clocks of all SMs and of L2 for 256 k of every tile. L2 gives all SMs together 23 bytes per clock
-// and SM of an H100 (5.6 TB/s), and one SM 64.
+// Clocks of all SMs and of L2 for 256 k of every tile.
 int64_t clocks_of(const Choice& c, const TileClocks& clocks, const mk_quant_matrix* w, int count,
                   const mk_device& device) {
-    const int64_t at_once = int64_t{clusters_at_once(c.cluster, device.num_sms)} * c.cluster;
+    const int64_t at_once = int64_t{clusters_at_once(c.cluster, device)} * c.cluster;
     const int64_t busy = std::min(c.blocks, at_once);
     int64_t of_strips = 0, strips = 0;
     for (int i = 0; i < count; ++i) {
@@ -70,7 +69,7 @@ int64_t clocks_of(const Choice& c, const TileClocks& clocks, const mk_quant_matr
                               c.rows() / kQuantTileRows * quant_tile_bytes(w[i].type, 4);
         const int64_t most =
             std::max({int64_t{clocks.tensor}, int64_t{is_16 ? clocks.issue_16 : clocks.issue_32},
-                      bytes / 64, bytes * busy / (23 * int64_t{device.num_sms})});
+                      bytes / kL2BytesOfOne, bytes * busy / (kL2Bytes * int64_t{device.num_sms})});
         of_strips += most * strips_of(w[i], c);
         strips += strips_of(w[i], c);
     }
@@ -96,7 +95,7 @@ Choice choose_sm90(int32_t m, const mk_quant_matrix* w, int count, const mk_devi
     }
     consider({&quant_gemm_tiles(90).small, nullptr, 1, 0}, kSmallClocks);
     if (best.sm90) {
-        const int64_t at_once = int64_t{clusters_at_once(best.cluster, device.num_sms)};
+        const int64_t at_once = int64_t{clusters_at_once(best.cluster, device)};
         best.blocks = std::min(best.blocks, at_once * best.cluster);
     }
     return best;

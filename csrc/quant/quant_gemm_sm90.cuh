@@ -19,7 +19,7 @@
 // the sums. Each scheduler has two warps of (Q4_K) 4 x 202 + 354 instructions, 704 of them FFMA and
 // the like for S and Y: 2324; Q4_0 2198, Q5_K 2462. With a scale for 16 k FFMA are twice as many,
 // and issue binds: 3530 to 3810. 128 x 64: 1152, and 1490 to 1710 (16 k: 2270 to 2520). L2 gives an
-// SM 23 bytes per clock when all ask. Q4_K takes 39; in clusters of 2 24, of 4 16. Totals of tokens
+// SM 28 bytes per clock when all ask. Q4_K takes 39; in clusters of 2 24, of 4 16. Totals of tokens
 // 64-127 lie in shared memory: with 64 registers each for P, S and totals, some types spill.
 // Lost: P under way over the loop's end: ptxas serialises all wgmma (C7514). P of 128 tokens at
 // once: 222 of a step's 288 clocks one after the other, and with the group's end all of them.
