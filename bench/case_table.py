@@ -14,6 +14,7 @@ from bench.cases import (
     rms_norm,
     silu_and_mul,
 )
+from bench.cases_fp8 import linear_fp8, quantize_fp8
 from bench.cases_quant import linear_quant, quant_prepare_x
 from bench.cases_triton import (
     triton_apply_rope,
@@ -45,6 +46,8 @@ def all_cases() -> list[Case]:
         cases += [linear(name, *shape, m) for name, shape in MATRICES.items()]
     cases.append(triton_matmul("gate_up", *MATRICES["gate_up"], 2048, (128, 256, 64), 8, 3))
     cases.append(triton_matmul_tma("o", *MATRICES["o"], 2048, (128, 256, 64), 8, 3))
+    cases += [linear_fp8(name, *MATRICES[name], 1) for name in ("o", "gate_up")]
+    cases += [linear_fp8(name, *shape, 2048) for name, shape in MATRICES.items()]
     cases += [linear_quant("down", kind, 1) for kind in KINDS]
     cases.append(linear_quant("gate_up", "Q4_K", 1))
     for m in (1, 16):
@@ -55,5 +58,5 @@ def all_cases() -> list[Case]:
         cases += [rms_norm(rows, False), triton_rms_norm(rows), rms_norm(rows, True)]
         cases += [apply_rope(rows), triton_apply_rope(rows)]
         cases += [silu_and_mul(rows), triton_silu_and_mul(rows), embedding(rows)]
-    cases.append(quant_prepare_x(2048))
+    cases += [quant_prepare_x(2048), quantize_fp8(2048)]
     return cases

@@ -694,6 +694,10 @@ def test_plan_and_entries_match(arch: str) -> None:
         rows = "tokens" if op.startswith("qkv") else "m"
         for m in (17, 8192):  # both tiles of the GEMM
             reached.add(check_plan(op, make_params(op, **{rows: m}), arch).entry.decode())
+    few_rows = {"m": 17, "w.rows": 256, "linear.n": 256}  # of w: the small tile, on Hopper too
+    reached.add(
+        check_plan("linear_quant", make_params("linear_quant", **few_rows), arch).entry.decode()
+    )
     assert reached == set(native.build_info()["entries"][arch])
 
 

@@ -130,7 +130,8 @@ def test_entry_names_and_number(arch: str) -> None:
         match = ENTRY_NAME.fullmatch(name)
         assert match, name
         assert match["op"] in (*abi.OPS, *SHARED) and match["sm"] == arch.rstrip("a"), name
-    assert len(entries(arch)) <= 100
+    # sm_90a's 45 products: tiles for few rows and for many, and those of FP8.
+    assert len(entries(arch)) <= (104 if arch == "90a" else 80)
 
 
 @archs

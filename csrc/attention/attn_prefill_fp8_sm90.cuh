@@ -32,8 +32,7 @@ struct AttnPrefillFp8Sm90 : AttnConsumerSm90<AttnRing<AttnPrefillFp8Args, 128>> 
     using QLayout = Ring::QLayout;
     using KvLayout = Ring::KvLayout;
     static constexpr int kHeadDim = 128;
-    static constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
-    static_assert(128 * (kProducerRegisters + Ring::kGroups * kConsumerRegisters) <= 65536);
+    static_assert(Ring::kGroups == 2);
 
     using Logits = float[1][kN / 8][4];
     using Weights = uint32_t[kN / 32][4];

@@ -33,8 +33,7 @@ struct AttnPrefillSm90 : AttnConsumerSm90<AttnRing<AttnPrefillSm90Args, kHeadDim
     using typename Consumer::Place, typename Consumer::Ring;
     using QLayout = typename Ring::QLayout;
     using KvLayout = typename Ring::KvLayout;
-    static constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
-    static_assert(128 * (kProducerRegisters + Ring::kGroups * kConsumerRegisters) <= 65536);
+    static_assert(Ring::kGroups == 2);
 
     using Logits = float[1][kN / 8][4];
     using Weights = uint32_t[kN / 16][4];

@@ -1,10 +1,16 @@
-// Operands of wgmma.
+// Operands of wgmma, and what the warpgroups that issue it have.
 #pragma once
 
 #include "common/vec.cuh"
 #include "ptx/sm90_wgmma.cuh"
 
 namespace mk {
+
+// Registers of a thread, by setmaxnreg, where one warpgroup copies and two multiply. Together they
+// have what the launch gave the three: of 65536 for 384 threads 168 each, in eights. More than that
+// setmaxnreg would wait for without end.
+constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
+static_assert(kProducerRegisters + 2 * kConsumerRegisters <= 3 * 168);
 
 constexpr ptx::WgmmaType wgmma_type(Bf16) { return ptx::WgmmaType::kBf16; }
 constexpr ptx::WgmmaType wgmma_type(F16) { return ptx::WgmmaType::kF16; }

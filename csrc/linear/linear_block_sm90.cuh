@@ -28,9 +28,7 @@ struct GemmBlockSm90 {
     static constexpr int kStageK = kRowBytes / kElementBytes;
     static constexpr int kXBytes = T.m * kRowBytes;
     static constexpr int kStageBytes = gemm_stage_bytes(T);
-    static constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
     static_assert(kGroups == 2 && kRowBytes == 128);
-    static_assert(128 * (kProducerRegisters + kGroups * kConsumerRegisters) <= 65536);
 
     const GemmGridSm90& grid;
     const TensorMap &x_map, &w_map;

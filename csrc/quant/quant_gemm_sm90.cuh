@@ -48,10 +48,9 @@ struct QuantGemmSm90 {
     static constexpr int kGroupOut = quant_gemm_group_out_bytes(T);
     static constexpr int kRowsAt = kQuantStagedTokens * kQuantStagedPitch;  // in a group's
     static constexpr int kTotalsAt = kOutAt + kGroups * kGroupOut;
-    static constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
     static_assert(kGroups * kGroupRows == kQuantGemmRowsSm90);
     static_assert(kTotalsAt + quant_gemm_totals_bytes(T) == Ring::kBarriersAt);
-    static_assert(128 * (kProducerRegisters + kGroups * kConsumerRegisters) <= 65536);
+    static_assert(kGroups == 2);
 
     // P and S of the two parts of the tokens, which take turns.
     static constexpr int kParts = T.tokens / 64;
