@@ -191,7 +191,7 @@ def changed_library(folder: Path, entry: str, old: bytes, new: bytes, count: int
         (rb"wgmma\.fence\.sync\.aligned;", rb"", 0, "missing wgmma.fence"),
         (rb"wgmma\.mma_async", rb"//mma.mma_async", 1, "out: element|unknown"),
         (rb"barrier\.cluster\.wait[^;]*;", rb"", 0, "barrier|mbarrier|race|cluster"),
-        (rb"mbarrier\.arrive\.release\.cluster[^;]*;", rb"", 0, "deadlock"),
+        (rb"mbarrier\.arrive\.shared::cluster[^;]*;", rb"", 0, "deadlock"),
         (rb"\.multicast::cluster", rb"", 0, "deadlock|bad bulk copy|unknown|statement"),
     ],
     ids=["fence", "last-wait", "wait", "wgmma-fence", "mma", "cluster", "release", "multicast"],
