@@ -364,7 +364,8 @@ def test_large_tile_meets_the_bars() -> None:
         (r"wgmma\.wait_group\.sync\.aligned 0;", "", "wgmma not waited for"),
         (r"(mbarrier\.try_wait\.parity\.shared::cta\.b64 p, \[%r\d+ \+ 0\]), %r\d+;", r"\1, 1;",
          "uninitialised shared memory|asynchronous copy not waited for|no wait for its mbarrier|"
-         "mbarrier misuse"),
+         # or first the producer, which asks for a stage again while its copies are under way
+         "mbarrier misuse.* which needs 0 of 1 arrivals and .* to end: too many"),
         (r"mbarrier\.arrive\.shared::cluster\.b64 _, \[%r\d+ \+ 0\];", "", "deadlock"),
         (r"bar\.arrive [^;]*;", "", "deadlock"),
         (r"wgmma\.fence\.sync\.aligned;", "", "missing wgmma.fence"),
