@@ -505,7 +505,7 @@ def test_c_locale_takes_and_gives_unicode(tiny: Path, encoding: str) -> None:
     assert out == (text + "\n").encode(encoding, "backslashreplace")
 
 
-def test_threads_do_not_spin(tiny: Path) -> None:
+def test_openmp_threads_do_not_spin(tiny: Path) -> None:
     process = popen(
         *("score", "--ids", "1,2", "--model", tiny),
         env={"OMP_DISPLAY_ENV": "TRUE"},

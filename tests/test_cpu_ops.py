@@ -11,6 +11,7 @@ import functools
 import math
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,18 @@ def test_rows_do_not_depend_on_threads_or_batch(count: int) -> None:
         assert_same_bits(cpu_ops.rms_norm(x[77:78], weight, 1e-5), together[77:78])
         silu = cpu_ops.silu_and_mul(x)
         assert_same_bits(silu[5:6], cpu_ops.silu_and_mul(x[5:6]))
+
+
+def test_idle_threads_sleep() -> None:
+    # CPU time of the whole process: a worker that spins takes all of the pause.
+    pause = 0.3
+    x, weight = random(4000, 576), random(576, seed=1)
+    with threads(3):
+        cpu_ops.rms_norm(x, weight, 1e-5)
+        time.sleep(0.05)
+        before = time.process_time()
+        time.sleep(pause)
+        assert time.process_time() - before < pause / 3
 
 
 def rope_case(dtype: torch.dtype, d: int, rotated: int, tokens: int) -> dict[str, Tensor]:
