@@ -16,7 +16,9 @@ import struct
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 
 from minitron_kernels import native
@@ -27,6 +29,8 @@ ARCHS = tuple(abi.DEVICES)  # in the order of the emulator's device ordinals
 BUILT = tuple(arch for arch in ARCHS if arch in native.build_info()["archs"])
 # What tests run on: every built architecture on the emulator, and the GPU.
 DEVICES = (*BUILT, *(("gpu",) if torch.cuda.is_available() else ()))
+# Those whose tensor-core kernels have sm_80's main loops, in other tiles; sm_90a has its own.
+ALIKE = tuple(arch for arch in BUILT if arch != "90a")
 
 DTYPES = {torch.bfloat16: "MK_BF16", torch.float16: "MK_F16", torch.float32: "MK_F32"}
 DTYPES |= {torch.int32: "MK_I32", torch.int64: "MK_I64", torch.float8_e4m3fn: "MK_E4M3"}
@@ -34,6 +38,23 @@ DTYPES |= {torch.int32: "MK_I32", torch.int64: "MK_I64", torch.float8_e4m3fn: "M
 
 def dtype_id(tensor: torch.Tensor) -> int:
     return abi.constants()[DTYPES[tensor.dtype]]
+
+
+def on_own_and_alike(cases: Sequence[tuple[Any, ...]]) -> list[Any]:
+    """Each case on sm_90a, on one of ALIKE, which take turns, and on a GPU if there is one. The
+    architecture comes before the case's own arguments."""
+    chosen = []
+    for i, case in enumerate(cases):
+        name = "-".join(str(a).removeprefix("torch.") for a in case)
+        turn = ALIKE[i % len(ALIKE)] if ALIKE else None
+        chosen += [
+            pytest.param(arch, *case, id=f"emu-sm_{arch}-{name}")
+            for arch in BUILT
+            if arch in (turn, "90a")
+        ]
+        if "gpu" in DEVICES:
+            chosen.append(pytest.param("gpu", *case, id=f"gpu-{name}", marks=pytest.mark.gpu))
+    return chosen
 
 
 def storage_of(x: torch.Tensor) -> torch.Tensor:

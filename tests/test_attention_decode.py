@@ -13,7 +13,6 @@ import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -24,11 +23,11 @@ from minitron_kernels import reference
 from tests import emulator
 from tests import native_abi as abi
 from tests.native_emulator import (
-    BUILT,
     DEVICES,
     copy_of_library,
     dtype_id,
     load_emulated,
+    on_own_and_alike,
     ptx_of,
     run,
     storage_of,
@@ -37,6 +36,7 @@ from tests.test_kernels_memory import (
     HALVES,
     assert_close,
     assert_padding_untouched,
+    main_loops,
     rope_scale,
     rope_struct,
     strided,
@@ -354,23 +354,11 @@ CASES = {
 }  # fmt: skip
 
 
-def turns() -> list[Any]:
-    """Minitron's shapes on every arch in both dtypes, the others on one arch in turn; all on a
-    GPU."""
-    found = []
-    for number, name in enumerate(CASES):
-        for place, arch in enumerate(DEVICES):
-            for dtype in HALVES:
-                in_turn = place == number % len(BUILT) and dtype == HALVES[number % 2]
-                if arch == "gpu" or name == "minitron" or in_turn:
-                    mark = [pytest.mark.gpu] if arch == "gpu" else []
-                    device = arch if arch == "gpu" else f"emu-sm_{arch}"
-                    test_id = f"{device}-{str(dtype).removeprefix('torch.')}-{name}"
-                    found.append(pytest.param(arch, dtype, name, marks=mark, id=test_id))
-    return found
+# Minitron's shapes in both dtypes.
+TURNS = [(HALVES[i % 2], name) for i, name in enumerate(("minitron", *CASES))]
 
 
-@pytest.mark.parametrize("arch, dtype, name", turns())
+@pytest.mark.parametrize("arch, dtype, name", on_own_and_alike(TURNS))
 def test_attention_decode(arch: str, dtype: torch.dtype, name: str) -> None:
     case = Case(**CASES[name], dtype=dtype)
     case.run(arch, seed=len(name))
@@ -419,7 +407,8 @@ def test_lengths_up_to_131072(arch: str) -> None:
     case.check_cache()
 
 
-def test_appended_keys_have_the_bits_of_rope_append() -> None:
+@main_loops
+def test_appended_keys_have_the_bits_of_rope_append(arch: str) -> None:
     """Rotated in every way: halves, neighbours, part of the head, tables that are not aligned."""
     for rotary, interleaved, dtype in itertools.product(
         (128, 48, 20), (False, True), (torch.bfloat16, torch.float16)
@@ -442,8 +431,8 @@ def test_appended_keys_have_the_bits_of_rope_append() -> None:
             rope=rope_struct(place, rotary, interleaved, (case.cos, case.sin)),
         )  # fmt: skip
         others = [storage_of(t) for t in (case.k_new, case.v_new)]
-        run("rope_append", "80", params, [*others, *expected, slots, place, case.cos, case.sin])
-        case.run("80")
+        run("rope_append", arch, params, [*others, *expected, slots, place, case.cos, case.sin])
+        case.run(arch)
         for got, bits in zip((case.k_cache, case.v_cache), expected, strict=True):
             assert torch.equal(got.view(torch.int16), bits.view(torch.int16))
 
@@ -451,68 +440,74 @@ def test_appended_keys_have_the_bits_of_rope_append() -> None:
 # ------------------------------------------------------------------------------- what is not there
 
 
-def test_page_numbers_out_of_range_give_nan() -> None:
+@main_loops
+def test_page_numbers_out_of_range_give_nan(arch: str) -> None:
     """In the rows that see such a page; a sequence beside them is as ever. Nothing is appended to a
     page that does not exist."""
     case = Case([200] * 3, [4] * 3, heads=(4, 2), head_dim=64, page=16, window=40, append=True)
     case.table[0, 10] = case.num_pages  # keys 160 ... 175
     case.table[1, 12] = -1  # the new ones
-    case.run("89")
+    case.run(arch)
     assert case.out[:8].isnan().all() and case.lse[:, :8].isnan().all()
     assert not case.out[8:].isnan().any()
 
 
-def test_hidden_pages_out_of_range_are_harmless() -> None:
+@main_loops
+def test_hidden_pages_out_of_range_are_harmless(arch: str) -> None:
     """The window of 40 begins at key 175 for query 0, at 176 and later for the others: only query 0
     sees the page of keys 160 ... 175."""
     case = Case([218], [4], heads=(4, 2), head_dim=64, page=16, window=40)
     case.table[0, 10] = 1 << 30
-    case.run("90a")
+    case.run(arch)
     assert case.out.isnan().all(-1).all(-1).tolist() == [True, False, False, False]
     assert not case.out[1:].isnan().any()
 
 
+@main_loops
 @pytest.mark.parametrize("append", [False, True])
 @pytest.mark.parametrize("seqlen", [-1, 65, 2**31 - 1])
-def test_lengths_out_of_range_give_nan(seqlen: int, append: bool) -> None:
+def test_lengths_out_of_range_give_nan(arch: str, seqlen: int, append: bool) -> None:
     """More keys than the block table has room for, or fewer than none: nothing is appended, and
     other sequences are not touched."""
     case = Case([64, 30], [2, 2], heads=(4, 2), head_dim=64, page=16, append=append)
     before = [cache[case.table[0].long()] for cache in (case.k_cache, case.v_cache)]
     case.seqlens[0] = seqlen
-    case.run("80")
+    case.run(arch)
     assert case.out[:2].isnan().all() and case.lse[:, :2].isnan().all()
     assert not case.out[2:].isnan().any() and not case.lse[:, 2:].isnan().any()
     for cache, old in zip((case.k_cache, case.v_cache), before, strict=True):
         assert torch.equal(cache[case.table[0].long()].nan_to_num(7), old.nan_to_num(7))
 
 
-def test_query_ranges_out_of_bounds_are_left_alone() -> None:
+@main_loops
+def test_query_ranges_out_of_bounds_are_left_alone(arch: str) -> None:
     case = Case([64, 30, 5], [2, 2, 1], heads=(4, 2), head_dim=64, page=16)
     case.cu_seqlens[3] = 1000
     case.cu_seqlens[0] = -1
-    case.run("80")
+    case.run(arch)
     assert case.out[:2].isnan().all() and case.out[4:].isnan().all()
     assert not case.out[2:4].isnan().any()
 
 
-def test_position_out_of_range_gives_nan() -> None:
+@main_loops
+def test_position_out_of_range_gives_nan(arch: str) -> None:
     case = Case(
         [30, 30], [1, 1], heads=(4, 2), head_dim=64, page=16, rotary=64, positions=torch.int32
     )
     case.place[1] = len(case.cos)
-    case.run("100a")
+    case.run(arch)
     assert not case.out[0].isnan().any() and case.out[1].isnan().all()
 
 
-def test_without_lse_and_with_one_query_each() -> None:
+@main_loops
+def test_without_lse_and_with_one_query_each(arch: str) -> None:
     """cu_seqlens_q NULL, lse NULL: the same bits."""
     case = Case([300, 800, 1], [1] * 3, heads=(4, 2), head_dim=64, page=16, rotary=64, append=True)
     other = dataclasses.replace(case)
-    case.run("80")
+    case.run(arch)
     params = other.params()
     params.lse = params.cu_seqlens_q = None
-    run("attention_decode", "80", params, other.tensors())
+    run("attention_decode", arch, params, other.tensors())
     assert torch.equal(case.out, other.out) and other.lse.isnan().all()
 
 
@@ -559,39 +554,42 @@ def test_bits_depend_on_the_sequence_only() -> None:
     assert torch.equal(alone.out, batch.out[:2]) and torch.equal(alone.lse, batch.lse[:, :2])
 
 
-def test_one_block_may_take_several_splits() -> None:
+@main_loops
+def test_one_block_may_take_several_splits(arch: str) -> None:
     """A batch that fills the device gives each sequence fewer blocks than it has splits."""
     many = Case([1100] + [1] * 600, [1] * 601, heads=(8, 8), head_dim=64, page=128)
-    plan = abi.plan("attention_decode", many.params(), "80")
-    assert plan.grid[:] == [8, 1, 601]
     alone = dataclasses.replace(many, lengths=[1100], queries=[1], seeds=None)
-    assert abi.plan("attention_decode", alone.params(), "80").grid[:] == [8, 4, 1]
+    if arch != "gpu":
+        grids = [abi.plan("attention_decode", c.params(), arch).grid[:] for c in (many, alone)]
+        assert grids == [[8, 1, 601], [8, 4, 1]]
     for case in (many, alone):
-        case.run("80")
+        case.run(arch)
     assert torch.equal(many.out[:1], alone.out)
     alone.check()
 
 
-def test_order_of_arrival_has_no_influence_and_the_workspace_is_reused() -> None:
+@main_loops
+def test_order_of_arrival_has_no_influence_and_the_workspace_is_reused(arch: str) -> None:
     """Each launch leaves its counters 0; results of an earlier launch in it do no harm."""
     case = Case([1300, 900], [1, 1], heads=(8, 2), head_dim=64, page=32)
     results = []
     for seed in range(6):
         case.out.fill_(NAN)
-        case.run("80", seed)
+        case.run(arch, seed)
         assert not case.workspace[: case.num_counters].view(torch.int32).any()
         results.append(case.out.clone())
     assert all(torch.equal(result, results[0]) for result in results)
     case.check()
 
 
-def test_launches_of_all_shapes_share_a_workspace() -> None:
+@main_loops
+def test_launches_of_all_shapes_share_a_workspace(arch: str) -> None:
     """What a small batch left in it lies where a large one has no counter, and the reverse."""
     cases = [Case([1100] * n, [1] * n, heads=(8, 8), head_dim=64, page=128) for n in (1, 60, 2)]
     shared = max((c.workspace for c in cases), key=len)
     for case in cases:
         case.workspace = shared
-        case.run("80")
+        case.run(arch)
         case.check()
 
 
@@ -678,26 +676,59 @@ def faulty_library(folder: Path, arch: str, entry: str, old: str, new: str) -> c
     return load_emulated(path, [arch])
 
 
+# What is changed, and how the emulator or the comparison objects (nothing: it may not).
 FAULTS = {
-    "none": (r"ex2", "ex2"),
-    "no exponential": (r"ex2\.approx\.ftz\.f32", "mov.f32"),
-    "no transposition": (r"movmatrix\.sync\.aligned\.m8n8\.trans\.b16", "mov.b32"),
-    "waits too little": (r"cp\.async\.wait_group 2", "cp.async.wait_group 3"),
-    "no barrier": (r"bar(rier)?\.sync[^;]*;", ""),
-    "nobody combines": (r"atom\.global\.add\.u32 (%r\d+),[^;]*;", r"mov.u32 \1, 0;"),
+    "none": (r"ex2", "ex2", ""),
+    "no exponential": (r"ex2\.approx\.ftz\.f32", "mov.f32", r"^out: \d+ elements are NaN"),
+    "no transposition": (r"movmatrix\.sync\.aligned\.m8n8\.trans\.b16", "mov.b32", "^out: element"),
+    "waits too little": (
+        r"cp\.async\.wait_group 2",
+        "cp.async.wait_group 3",
+        "^asynchronous copy not waited for",
+    ),
+    "no barrier": (r"bar(rier)?\.sync[^;]*;", "", "^uninitialised shared memory"),
+    "nobody combines": (
+        r"atom\.global\.add\.u32 (%r\d+),[^;]*;",
+        r"mov.u32 \1, 0;",
+        r"^out: \d+ elements are NaN",
+    ),
 }
 TMA = r"cp\.async\.bulk\.tensor\.4d[^;]*;"
 FAULTS_SM90 = {
-    "none": (r"ex2", "ex2"),
-    "nothing is copied": (TMA, ""),
-    "waits for another unit": (r"(try_wait[^;]*\+) 0\]", r"\1 8]"),
-    "no wait": (r"(mbarrier\.try_wait[^;]*;) selp\.b32 (%r\d+), 1, 0, p;", r"mov.u32 \2, 1;"),
-    "fewer bytes": (r"(expect_tx[^;]*), %r\d+;", r"\1, 64;"),
-    "no barrier": (r"bar(rier)?\.sync[^;]*;", ""),
-    "no fence": (r"fence\.proxy\.async[^;]*;", ""),
-    "no wait for the launch before": (r"griddepcontrol\.wait;", ""),
-    "hints from L1": (r"ld\.global\.cg\.b32", "ld.global.b32"),  # what is read again may be stale
-    "edges are not waited for": (r"cp\.async\.mbarrier\.arrive[^;]*;", ""),
+    "none": (r"ex2", "ex2", ""),
+    "nothing is copied": (TMA, "", "^deadlock"),
+    "waits for another unit": (
+        r"(try_wait[^;]*\+) 0\]",
+        r"\1 8]",
+        "^shared-memory race.* no wait for its mbarrier",
+    ),
+    "no wait": (
+        r"(mbarrier\.try_wait[^;]*;) selp\.b32 (%r\d+), 1, 0, p;",
+        r"mov.u32 \2, 1;",
+        "^shared-memory race.* no wait for its mbarrier",
+    ),
+    "fewer bytes": (
+        r"(expect_tx[^;]*), %r\d+;",
+        r"\1, 64;",
+        "^mbarrier misuse.* more bytes arrived",
+    ),
+    "no barrier": (r"bar(rier)?\.sync[^;]*;", "", "^uninitialised shared memory"),
+    "no fence": (r"fence\.proxy\.async[^;]*;", "", "^missing proxy fence"),
+    "no wait for the launch before": (
+        r"griddepcontrol\.wait;",
+        "",
+        "^access before griddepcontrol.wait",
+    ),
+    "hints from L1": (  # what is read again may be stale
+        r"ld\.global\.cg\.b32",
+        "ld.global.b32",
+        "^access before griddepcontrol.wait",
+    ),
+    "edges are not waited for": (
+        r"cp\.async\.mbarrier\.arrive[^;]*;",
+        "",
+        "^asynchronous copy not waited for",
+    ),
 }
 
 
@@ -708,15 +739,15 @@ def test_planted_faults_are_found(arch: str, fault: str, tmp_path: Path) -> None
     # sm_90: 11 tiles of the warp that writes an edge first, so that TMA comes there again
     case = Case([1100 if arch == "80" else 700], [1], **MINITRON, rotary=128)
     entry = abi.plan("attention_decode", case.params(), arch).entry.decode()
-    faults = FAULTS if arch == "80" else FAULTS_SM90
-    lib = faulty_library(tmp_path, arch, entry, *faults[fault])
+    old, new, found = (FAULTS if arch == "80" else FAULTS_SM90)[fault]
+    lib = faulty_library(tmp_path, arch, entry, old, new)
 
     def attempt() -> None:
         run("attention_decode", arch, case.params(), case.tensors(), lib=lib)
         case.check()
 
-    if fault == "none":
+    if not found:
         attempt()
     else:
-        with pytest.raises(AssertionError):
+        with pytest.raises(AssertionError, match=found):
             attempt()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import re
+from collections.abc import Iterable
 
 import numpy as np
 import pytest
@@ -22,13 +23,22 @@ from tests.native_emulator import ARCHS, DEVICES, dtype_id, ptx_of, run, storage
 Tensor = torch.Tensor
 HALVES = (torch.bfloat16, torch.float16)
 
-archs = pytest.mark.parametrize(
-    "arch",
-    [
-        pytest.param(d, marks=pytest.mark.gpu) if d == "gpu" else pytest.param(d, id=f"emu-sm_{d}")
-        for d in DEVICES
-    ],
-)
+
+def on_devices(devices: Iterable[str]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize(
+        "arch",
+        [
+            pytest.param(d, marks=pytest.mark.gpu)
+            if d == "gpu"
+            else pytest.param(d, id=f"emu-sm_{d}")
+            for d in devices
+        ],
+    )
+
+
+archs = on_devices(DEVICES)
+# One architecture for each main loop of the tensor-core kernels, and a GPU.
+main_loops = on_devices(d for d in DEVICES if d in ("80", "90a", "gpu"))
 dtypes = pytest.mark.parametrize("dtype", HALVES, ids=lambda d: str(d).removeprefix("torch."))
 
 
