@@ -111,9 +111,10 @@ def check(status: int, lib: ctypes.CDLL | None = None) -> None:
         raise StatusError(status, lib or library())
 
 
-def plan(op: str, params: ctypes.Structure, arch: str) -> ctypes.Structure:
-    """mk_<op>_plan for one of DEVICES. Raises StatusError."""
+def plan(op: str, params: ctypes.Structure, on: str | ctypes.Structure) -> ctypes.Structure:
+    """mk_<op>_plan for one of DEVICES, or for an mk_device. Raises StatusError."""
     result = structs()["mk_plan"]()
+    where = device(on) if isinstance(on, str) else on
     plan_function = getattr(library(), f"mk_{op}_plan")
-    check(plan_function(ctypes.byref(params), ctypes.byref(device(arch)), ctypes.byref(result)))
+    check(plan_function(ctypes.byref(params), ctypes.byref(where), ctypes.byref(result)))
     return result

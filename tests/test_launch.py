@@ -701,6 +701,30 @@ def test_plan_and_entries_match(arch: str) -> None:
     assert reached == set(native.build_info()["entries"][arch])
 
 
+def test_plans_of_a_smaller_device_fit() -> None:
+    """sm_80's kernels serve an RTX 3090 and an RTX 5090, too, where a block has 99 KB of shared
+    memory, not 163."""
+    rows = {op: fields[0] for op, fields in PRODUCTS.items()}
+    rows |= {"linear_quant": "m", "linear_quant_swiglu": "m", "qkv_rope_append_quant": "tokens"}
+    for sms, op in itertools.product((82, 170), ops_of("80")):
+        device = abi.structs()["mk_device"](80, sms, 99 << 10)
+        changes: list[dict[str, Any]] = [{}]
+        if op in rows:
+            product = {"residual": None} if "residual" in fields_of(op) else {}
+            normed = [{rows[op]: m, **product} for m in (1, 16, 17, 64)]
+            alone = {**product, "norm_weight": None}
+            changes = normed + [{rows[op]: m, **alone} for m in (1, 16, 17, 64, 65, 256, 8192)]
+        if op in PRODUCTS:
+            _, columns, width, stride = PRODUCTS[op]
+            changes = [
+                {**c, columns: n // width, stride: n} for c in changes for n in (256, 4096, 23040)
+            ]
+        for change in changes:
+            plan = abi.plan(op, make_params(op, **change), device)
+            assert plan.smem_bytes <= device.smem_per_block, (op, change)
+            assert plan.entry.decode() in native.build_info()["entries"]["80"]
+
+
 @settings(max_examples=300, deadline=None)
 @given(
     arch=st.sampled_from(native.build_info()["archs"] or ["80"]),

@@ -96,10 +96,16 @@ mk_status check_product(const Product& a, const char* m, const char* k, int32_t 
 }
 
 // Blocks of `warps` strips of 8 columns, one block per SM. Of the largest number of warps that the
-// SMs have strips for, and down to half of it, that with the fewest strips on the busiest SM.
+// SMs have strips for, and a block has room for (devices with the kernels of another may have less
+// shared memory than that one), and down to half of it, that with the fewest strips on the busiest
+// SM.
 void plan_skinny(const Product& a, const mk_device& device, mk_plan* plan) {
     const int32_t strips = ceil_div(a.n, kSkinnyCols);
-    const int32_t most = std::min(ceil_div(strips, device.num_sms), kSkinnyMaxWarps);
+    const auto smem_bytes = [&](int32_t warps) {
+        return skinny_smem_bytes(device.sm, warps, std::min(a.m, kSkinnyRows), a.norm_weight, a.k);
+    };
+    int32_t most = std::min(ceil_div(strips, device.num_sms), kSkinnyMaxWarps);
+    while (most > 1 && smem_bytes(most) > device.smem_per_block) --most;
     int32_t warps = most, least = INT32_MAX;
     for (int32_t w = ceil_div(most, 2); w <= most; ++w) {
         const int32_t strips_per_sm = ceil_div(ceil_div(strips, w), device.num_sms) * w;
@@ -109,8 +115,7 @@ void plan_skinny(const Product& a, const mk_device& device, mk_plan* plan) {
     plan->grid[0] = ceil_div(tiles, ceil_div(tiles, device.num_sms));
     plan->grid[1] = std::min(ceil_div(a.m, kSkinnyRows), 65535);
     plan->block[0] = 32 * warps;
-    plan->smem_bytes =
-        skinny_smem_bytes(device.sm, warps, std::min(a.m, kSkinnyRows), a.norm_weight, a.k);
+    plan->smem_bytes = smem_bytes(warps);
 }
 
 int64_t gemm_blocks(const Product& a, const GemmTile& tile) {
@@ -119,14 +124,16 @@ int64_t gemm_blocks(const Product& a, const GemmTile& tile) {
 
 // The tile with the least work on the busiest SM. A middle tile's output costs 1.1 times, a small
 // one's 1.8 times as much as a large one's: their bytes from L2 and shared memory per MMA. Up to 64
-// rows it is the bytes of w that count, and small tiles read them with most in flight.
+// rows it is the bytes of w that count, and small tiles read them with most in flight. Without room
+// for a large one (A100's kernels on an RTX 3090): the others.
 const GemmTile& gemm_tile(const Product& a, const mk_device& device) {
     const GemmTiles& tiles = gemm_tiles(device.sm);
     if (a.m <= tiles.small.m) return tiles.small;
     const auto cost = [&](const GemmTile& t, int percent) {
         return ceil_div<int64_t>(gemm_blocks(a, t), device.num_sms) * t.m * t.n * percent;
     };
-    const int64_t large = cost(tiles.large, 100);
+    const bool has_room = gemm_smem_bytes(tiles.large) <= device.smem_per_block;
+    const int64_t large = has_room ? cost(tiles.large, 100) : INT64_MAX;
     const int64_t middle = cost(tiles.middle, 110);
     const int64_t small = cost(tiles.small, 180);
     if (large <= std::min(middle, small)) return tiles.large;

@@ -34,13 +34,15 @@ int64_t num_blocks(int32_t m, const mk_quant_matrix* w, int count, const Choice&
 
 // The tile with the least work on the busiest SM. A small one's output costs 1.5 times as much:
 // its bytes of shared memory per MMA. Up to 64 rows of x the bytes of w count, and small tiles have
-// most of them on their way.
+// most of them on their way. Without room for a large one (A100's kernels on an RTX 3090): small
+// ones.
 Choice choose(int32_t m, const mk_quant_matrix* w, int count, const mk_device& device) {
     const QuantGemmTiles& tiles = quant_gemm_tiles(device.sm);
     Choice small{&tiles.small, nullptr, 1, 0}, large{&tiles.large, nullptr, 1, 0};
     small.blocks = num_blocks(m, w, count, small);
     large.blocks = num_blocks(m, w, count, large);
-    if (m <= tiles.small.tokens) return small;
+    const bool has_room = quant_gemm_smem_bytes(tiles.large) <= device.smem_per_block;
+    if (m <= tiles.small.tokens || !has_room) return small;
     const auto cost = [&](const Choice& c, int percent) {
         return ceil_div<int64_t>(c.blocks, device.num_sms) * c.rows() * c.tokens() * percent;
     };
