@@ -101,6 +101,7 @@ def on(tensor: Tensor, device: str) -> Tensor:
     if device == "cuda":
         return tensor.cuda()
     assert _memory is not None
+    assert not _memory.reads_forbidden, "a copy to a GPU waits for it: make it before"
     _memory.add(tensor)
     return tensor
 
@@ -177,8 +178,9 @@ def both(
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """(kernel's outputs, CPU's outputs, kernel's versions of the tensor arguments)."""
     mine = [on_device(a, device) for a in args]
+    named = {k: on_device(v, device) for k, v in kwargs.items()}
     with no_host_reads(device):
-        got = function(*mine, **{k: on_device(v, device) for k, v in kwargs.items()})
+        got = function(*mine, **named)
     with on_cpu():
         expected = function(*args, **kwargs)
     return _tensors(got), _tensors(expected), _tensors(mine)
