@@ -470,6 +470,17 @@ def test_bad_descriptors() -> None:
         assert wgmma_faults(SETUP + change + RIGHT[len(SETUP) :]) == {kind}, change
 
 
+@pytest.mark.parametrize("extra", [WAIT, FENCE, COMMIT])
+def test_a_warp_alone_waits_fences_or_commits(extra: str) -> None:
+    """The four warps of a warpgroup execute the same of these, or none does."""
+    one = "setp.ne.u32 %p9, %warp, 2; @%p9 bra $on;" + extra + "$on:"
+    start = SETUP + ZERO + FENCE + MMA + COMMIT
+    end = MMA + COMMIT + WAIT + OUT
+    run(start + WAIT + extra + FENCE + end, threads=128)
+    assert wgmma_faults(start + one + FENCE + end) == {"bad wgmma"}
+    assert "have not executed the same" in last_report[0]
+
+
 def test_wgmma_of_half_a_warpgroup() -> None:
     part = "setp.ge.u32 %p9, %warp, 3; @%p9 bra $end;"
     body = SETUP + part + ZERO + FENCE + MMA + COMMIT + WAIT + OUT + "$end:"

@@ -185,21 +185,13 @@ struct AttnPrefillFp8Sm90 : AttnConsumerSm90<AttnRing<AttnPrefillFp8Args, 128>> 
                 release_k(k_place(number));
                 mask();
                 float factors[1][2];
-                if (softmax.follow(s, factors)) {
-                    // The part's weights have the references before. What it waits for here is
-                    // seldom needed, and factors that last until it is there take registers.
-                    ptx::wgmma_wait_group<0>();
-                    ptx::pin(part);
-                    add(acc, softmax, part);
-                    rescale(acc, softmax, factors);
-                    MK_UNROLL
-                    for (int i = 0; i < 4 * (kHeadDim / 8 + 1); ++i) part[i / 4][i % 4] = 0.f;
-                }
+                const bool is_rescaled = softmax.follow(s, factors);
                 softmax.weigh(s);
                 ptx::wgmma_wait_group<0>();
                 ptx::pin(part);
                 release_t(t_place(number - 1));
-                add(acc, softmax, part);
+                add(acc, softmax, part);  // whose weights have the references before
+                if (is_rescaled) rescale(acc, softmax, factors);
                 round(weights, s);
                 ptx::pin(weights);
             }

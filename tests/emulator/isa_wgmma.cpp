@@ -144,6 +144,10 @@ void mma_async(Warp& w, const Instr& in, Mask m) {
     if (first) clocks.next_operation(agent);
     if (!first && b.number == number && (b.a_bits != a_bits || b.b_bits != b_bits))
         fault("bad wgmma", "the warps of a warpgroup give different descriptors");
+    if (!first && b.number == number && b.path != state.path)
+        fault("bad wgmma",
+              "the warps of a warpgroup have not executed the same wgmma.fence, commit_group and "
+              "wait_group: conditions around them must be those of all four");
     Reading reading{w, clocks.warps_per_cta() + w.index / kWarps, number, first};
     const WgmmaOp& op = code.op;
     const auto k = static_cast<size_t>(op.k());
@@ -155,7 +159,7 @@ void mma_async(Warp& w, const Instr& in, Mask m) {
         read_matrix(reading, descriptor_of(b_bits), op.b, code.transpose_b, 0,
                     static_cast<uint32_t>(op.n / 8), unpacked ? nullptr : b.values.data(),
                     &b.pages);
-    b.number = number, b.a_bits = a_bits, b.b_bits = b_bits;
+    b.number = number, b.a_bits = a_bits, b.b_bits = b_bits, b.path = state.path;
 
     alignas(64) double a[32 * kWgmmaRows];
     if (code.a_in_registers) {
@@ -181,12 +185,21 @@ void mma_async(Warp& w, const Instr& in, Mask m) {
         if (other.wgmma.waits) return w.cta->cluster->wake(Wait::warpgroup, w.cta, kNone);
 }
 
-void fence(Warp& w, const Instr&, Mask m) {
-    if (whole_warp(w, m)) ++w.wgmma.fences;
+// An instruction that a warpgroup executes together, though its warps need not meet at it.
+void follow(WgmmaState& state, const Instr& in) {
+    state.path = (state.path + reinterpret_cast<uintptr_t>(&in)) * 0x9e3779b97f4a7c15;
 }
 
-void commit(Warp& w, const Instr&, Mask m) {
-    if (whole_warp(w, m)) w.wgmma.groups.push_back(w.wgmma.issued);
+void fence(Warp& w, const Instr& in, Mask m) {
+    if (!whole_warp(w, m)) return;
+    ++w.wgmma.fences;
+    follow(w.wgmma, in);
+}
+
+void commit(Warp& w, const Instr& in, Mask m) {
+    if (!whole_warp(w, m)) return;
+    w.wgmma.groups.push_back(w.wgmma.issued);
+    follow(w.wgmma, in);
 }
 
 // in.imm: groups that may stay under way
@@ -196,12 +209,13 @@ void wait(Warp& w, const Instr& in, Mask m) {
     const auto left = static_cast<size_t>(in.imm);
     if (left == 0 && s.issued > (s.groups.empty() ? s.retired : s.groups.back()))
         fault("bad wgmma", "wait_group 0 with a wgmma.mma_async that no commit_group follows");
-    if (s.groups.size() <= left) return;
+    if (s.groups.size() <= left) return follow(s, in);
     const uint32_t over = s.groups[s.groups.size() - 1 - left];
     for (const Warp& other : warpgroup_of(w)) {
         s.waits = other.wgmma.issued < over;
         if (s.waits) return w.block(Wait::warpgroup, 0, true);
     }
+    follow(s, in);
     s.retired = std::max(s.retired, over);
     s.groups.erase(s.groups.begin(), s.groups.end() - static_cast<long>(left));
     w.cta->cluster->clocks.retire(w.agent, reader_of(w), s.base + over);

@@ -304,6 +304,7 @@ struct WgmmaState {
     bool waits = false;            // for the other warps to issue
     std::vector<uint32_t> groups;  // `issued` at each commit
     uint32_t fences = 0;           // executed
+    uint64_t path = 0;             // of fence, commit_group and wait_group, up to here
     // By row / 32, sized in programs that need it: the wgmma that writes the register, and the
     // last one that reads it; `fences` when something else wrote it.
     std::vector<uint32_t> writes, reads, touched;
@@ -406,6 +407,7 @@ struct Mbarrier {
 struct WgmmaOperand {
     uint32_t number = 0;
     uint64_t a_bits = 0, b_bits = 0;  // descriptors
+    uint64_t path = 0;                // of the first warp (WgmmaState)
     std::vector<double> values;
     std::vector<uint32_t> pages;  // of shared memory, that it lies in
 };
