@@ -19,8 +19,9 @@ WHEELS = tuple(
     for name in ("nvidia-cuda-nvcc", "nvidia-nvvm", "nvidia-cuda-crt", "nvidia-cuda-runtime")
 )
 
-# The first toolkit whose ptxas knows sm_100a.
-MIN_VERSION = (12, 8)
+# The first toolkit that tells device code its exact architecture (common/entry.cuh); sm_100a is
+# known since 12.8.
+MIN_VERSION = (12, 9)
 
 
 class Nvcc(NamedTuple):
@@ -71,5 +72,5 @@ def find_nvcc() -> Nvcc | None:
             continue
         if tuple(map(int, version.split(".")[:2])) >= MIN_VERSION:
             return Nvcc(path, version)
-        print(f"{path} is CUDA {version}: too old for sm_100a (needs 12.8), not used", flush=True)
+        print(f"{path} is CUDA {version}: too old (needs 12.9), not used", flush=True)
     return None

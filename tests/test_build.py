@@ -85,13 +85,13 @@ def test_nvcc_is_searched_in_order(
     spec = type("Spec", (), {"submodule_search_locations": [str(tmp_path / "nvidia")]})
     monkeypatch.setattr(cuda.importlib.util, "find_spec", lambda name: spec)
     assert cuda.find_nvcc() == (wheel, "13.5.37")
-    old = fake_nvcc(tmp_path / "old", "12.4.131")
+    old = fake_nvcc(tmp_path / "old", "12.8.93")  # which has no __CUDA_ARCH_SPECIFIC__
     monkeypatch.setenv("PATH", f"{old.parent}:/usr/bin:/bin")
     assert cuda.find_nvcc() == (wheel, "13.5.37")
-    assert f"{old} is CUDA 12.4.131: too old" in capsys.readouterr().out
-    on_path = fake_nvcc(tmp_path / "path", "12.8.93")
+    assert f"{old} is CUDA 12.8.93: too old" in capsys.readouterr().out
+    on_path = fake_nvcc(tmp_path / "path", "12.9.86")
     monkeypatch.setenv("PATH", f"{on_path.parent}:/usr/bin:/bin")
-    assert cuda.find_nvcc() == (on_path, "12.8.93")
+    assert cuda.find_nvcc() == (on_path, "12.9.86")
     home = fake_nvcc(tmp_path / "home", "13.0.88")
     monkeypatch.setenv("CUDA_HOME", str(tmp_path / "home"))
     assert cuda.find_nvcc() == (home, "13.0.88")
