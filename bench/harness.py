@@ -139,7 +139,7 @@ def captured(call: Call) -> Call:
     with torch.cuda.stream(stream):
         call()
     torch.cuda.current_stream().wait_stream(stream)
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=stream):  # where scratch memory was made
         call()
     return graph.replay
 

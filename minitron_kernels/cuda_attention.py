@@ -18,6 +18,7 @@ HEAD_DIMS = (64, 128)
 PAGE_SIZES = (16, 32, 64, 128)
 MAX_HEADS = 1024
 MAX_DECODE_ROWS = 8  # rows of a sequence up to which the decode kernel takes it
+COUNTER_BYTES = 4 << 16  # of its workspace, at the start: the rest may hold anything
 
 # causal, window, softmax_scale, dtype, rope: the last fields of both ops' structs.
 _Options = tuple[bool, int, float, int, object]
@@ -145,7 +146,12 @@ class Workspaces:
         self._captured: dict[int, Tensor] = {}  # by address
 
     def get(self, q: Tensor, num_bytes: int) -> Tensor:
-        """At least ``num_bytes`` for a launch on the current stream of q's device, 0 at first."""
+        """At least ``num_bytes`` for a launch on the current stream of q's device, 0 at first.
+
+        Where a graph is captured on a stream that has none so large, as is usual after calls on
+        another one, it is the graph's own, whose counters each of its runs sets to 0: 256 KiB more
+        to write than if the call had been made once on this stream before.
+        """
         stream, captures = cuda_ops.emulated_stream, True  # the emulator does not tell
         if q.is_cuda:
             stream = torch._C._cuda_getCurrentRawStream(q.device.index)
@@ -153,11 +159,9 @@ class Workspaces:
         space = self._of_stream.get((q.device, stream))
         if space is None or space.numel() < num_bytes:
             if q.is_cuda and captures:
-                raise RuntimeError(
-                    f"attention_kvcache needs {num_bytes} bytes of workspace on this stream, which "
-                    f"has {0 if space is None else space.numel()}, and they cannot be made while a "
-                    "CUDA graph is captured: make the call once on this stream before it captures"
-                )
+                space = torch.empty(num_bytes, dtype=torch.uint8, device=q.device)
+                space[:COUNTER_BYTES].zero_()
+                return space
             size = max(num_bytes + num_bytes // 4, 1 << 16)  # so that it seldom grows
             space = torch.empty(size, dtype=torch.uint8, device=q.device).zero_()
             self._of_stream[q.device, stream] = space

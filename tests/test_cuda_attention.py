@@ -235,17 +235,47 @@ def test_a_workspace_grows_and_stays_where_a_graph_has_it(device: str) -> None:
     if stream is not None:
         with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=stream):
             assert spaces.get(x, 100) is small
-            with pytest.raises(RuntimeError, match="make the call once on this stream"):
-                spaces.get(x, small.numel() + 1)
     with torch.cuda.stream(stream):
         large = spaces.get(x, small.numel() + 1)
-    assert large.numel() > small.numel() and not large.any()
+        assert large.numel() > small.numel() and not large.any()
     size = small.numel()
     del small
     again = torch.empty(size, dtype=torch.uint8, device=x.device)
     assert again.data_ptr() != address
     with torch.cuda.stream(stream):
         assert spaces.get(x, 5) is large
+
+
+def test_a_graph_captured_on_a_stream_without_a_workspace_has_its_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """torch.cuda.graph() captures on a stream of its own, whichever the calls before it took."""
+
+    class Query:
+        is_cuda, device = True, torch.device("cpu")
+
+    capturing = False
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 7, raising=False)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    spaces: Any = cuda_attention.Workspaces()
+    small = spaces.get(Query(), 100)
+    capturing = True
+    assert spaces.get(Query(), 100) is small
+    counters = cuda_attention.COUNTER_BYTES
+    monkeypatch.setattr(torch, "empty", lambda *size, **how: torch.full(size, 77, **how))
+    own = spaces.get(Query(), counters + 4096)
+    assert own.numel() == counters + 4096 and not own[:counters].any() and own[counters:].all()
+    assert spaces.get(Query(), counters + 4096) is not own, "the next call may run meanwhile"
+    capturing = False
+    assert spaces.get(Query(), 100) is small
+
+
+def test_the_workspace_begins_with_counters() -> None:
+    """Its bytes are these, and as many for each sequence."""
+    one, two = (
+        cuda_attention.decode_workspace_bytes(batch, 32, 8, 128, (64, 128), 1) for batch in (1, 2)
+    )
+    assert 2 * one - two == cuda_attention.COUNTER_BYTES
 
 
 @pytest.mark.parametrize(
