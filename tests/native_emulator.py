@@ -146,23 +146,28 @@ def emulated_library() -> ctypes.CDLL:
         return load_emulated(copy_of_library(Path(folder) / "package"))
 
 
+def move_pointers(
+    params: ctypes.Structure, moves: Sequence[tuple[torch.Tensor, torch.Tensor]]
+) -> None:
+    """Pointers into the first tensor of a pair now point into the second, in all that is inside."""
+    for name, kind in params._fields_:
+        value = getattr(params, name)
+        for inner in value if isinstance(value, ctypes.Array) else [value]:
+            if isinstance(inner, ctypes.Structure):
+                move_pointers(inner, moves)
+        if kind is not ctypes.c_void_p or not value:
+            continue
+        for old, new in moves:
+            offset = value - old.data_ptr()
+            if 0 <= offset < max(old.nbytes, 1):
+                setattr(params, name, new.data_ptr() + offset)
+
+
 @contextlib.contextmanager
 def _on_gpu(params: ctypes.Structure, tensors: list[torch.Tensor]) -> Iterator[None]:
     """Copies of the tensors on the GPU, with the pointers of `params` moved to them."""
     copies = [t.cuda() for t in tensors]
-
-    def move(struct: ctypes.Structure) -> None:
-        for name, _ in struct._fields_:
-            value = getattr(struct, name)
-            if isinstance(value, ctypes.Structure):
-                move(value)
-            for host, copy in zip(tensors, copies, strict=True):
-                if struct._fields_ and dict(struct._fields_)[name] is ctypes.c_void_p and value:
-                    offset = value - host.data_ptr()
-                    if 0 <= offset < max(host.nbytes, 1):
-                        setattr(struct, name, copy.data_ptr() + offset)
-
-    move(params)
+    move_pointers(params, list(zip(tensors, copies, strict=True)))
     yield
     torch.cuda.synchronize()
     for host, copy in zip(tensors, copies, strict=True):

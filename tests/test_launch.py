@@ -22,7 +22,13 @@ from hypothesis import strategies as st
 from minitron_kernels import _native, native
 from tests import emulator
 from tests import native_abi as abi
-from tests.native_emulator import ARCHS, copy_of_library, emulated_library, make_current
+from tests.native_emulator import (
+    ARCHS,
+    copy_of_library,
+    emulated_library,
+    make_current,
+    move_pointers,
+)
 
 C = abi.constants()
 BUFFER = torch.zeros(1 << 16, dtype=torch.int64)  # what pointers of valid parameters point to
@@ -188,6 +194,27 @@ def make_params(op: str, **changes: Any) -> ctypes.Structure:
             target = target[int(step) if step.isdigit() else step]
         target[name] = value
     return make_struct(abi.params_type(op), fields)
+
+
+def pointers_of(value: Any) -> list[int]:
+    """All pointers in a struct, those in its arrays of structs, too."""
+    if isinstance(value, ctypes.Structure):
+        found = [
+            [getattr(value, name)] if kind is ctypes.c_void_p else pointers_of(getattr(value, name))
+            for name, kind in value._fields_
+        ]
+        return [p for part in found for p in part if p]
+    inner = value if isinstance(value, ctypes.Array) else []
+    return [p for each in inner for p in pointers_of(each)]
+
+
+@pytest.mark.parametrize("op", abi.OPS)
+def test_all_pointers_move_to_a_gpu(op: str) -> None:
+    """What tests on a GPU do with parameters: one that stayed would be an illegal address there."""
+    params, copy = make_params(op), torch.zeros(64)
+    assert set(pointers_of(params)) == {POINTER}
+    move_pointers(params, [(BUFFER, copy)])
+    assert set(pointers_of(params)) == {copy.data_ptr()}
 
 
 # ----------------------------------------------------------------------------------- validation
