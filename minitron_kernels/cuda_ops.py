@@ -123,12 +123,12 @@ def _empty(x: Tensor) -> Tensor:
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    rows, out = rows_of(x), _empty(x)
+    rows, weight, out = rows_of(x), weight.contiguous(), _empty(x)
     call(
         "rms_norm",
         x,
         rows.data_ptr(),
-        weight.contiguous().data_ptr(),
+        weight.data_ptr(),
         out.data_ptr(),
         rows.stride(0),
         rows.shape[1],
@@ -142,14 +142,14 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Also updates residual, which may have any strides: one it cannot view is copied back."""
-    rows, total = rows_of(x), rows_of(residual)
+    rows, total, weight = rows_of(x), rows_of(residual), weight.contiguous()
     out = _empty(x)
     call(
         "add_rms_norm",
         x,
         rows.data_ptr(),
         total.data_ptr(),
-        weight.contiguous().data_ptr(),
+        weight.data_ptr(),
         out.data_ptr(),
         rows.stride(0),
         total.stride(0),

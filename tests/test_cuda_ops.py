@@ -25,6 +25,7 @@ from tests.cuda_device import (
     on_cpu,
     on_device,
 )
+from tests.emulated_device import DEVICE, emulated
 from tests.test_kernels_memory import assert_close, rope_scale
 
 Tensor = torch.Tensor
@@ -70,6 +71,17 @@ def test_add_rms_norm_writes_a_strided_residual(device: str) -> None:
     expected = (x.to(total.device) + total).cpu()
     ops.add_rms_norm(on(x, device), total, on(weight, device), 1e-5)
     assert torch.equal(total.cpu(), expected)
+
+
+def test_a_copy_of_a_strided_weight_lives_until_the_launch() -> None:
+    """This device forgets memory that was freed."""
+    with emulated("sm_80"):
+        x, residual, wide = (randn(*s).to(DEVICE) for s in ((6, 64), (6, 64), (128,)))
+        weight = wide[::2]
+        for op, rest in ((ops.rms_norm, ()), (ops.add_rms_norm, (residual,))):
+            got = op(x, *(t.clone() for t in rest), weight, 1e-5)
+            expected = op(x, *(t.clone() for t in rest), weight.contiguous(), 1e-5)
+            assert torch.equal(got.cpu(), expected.cpu())
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
