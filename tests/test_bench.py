@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import re
@@ -9,6 +10,7 @@ import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -177,6 +179,33 @@ def test_the_flush_is_larger_than_the_cache() -> None:
     meter.flush()
     assert meter._buffer is not None
     assert meter._buffer.nbytes >= 2 * machine.cache_bytes("cpu") >= 2 << 20
+
+
+def test_a_graph_is_captured_where_the_call_was_warmed_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scratch memory that an op keeps is that of a stream."""
+    streams: list[Any] = []
+
+    class Stream:
+        def wait_stream(self, other: Any) -> None:
+            pass
+
+    class Graph:
+        def replay(self) -> None:
+            pass
+
+    @contextlib.contextmanager
+    def on(stream: Any) -> Iterator[None]:
+        streams.append(stream)
+        yield
+
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "stream", on)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, stream=None: on(stream))
+    calls: list[int] = []
+    harness.captured(lambda: calls.append(len(streams)))
+    assert calls == [1, 2] and streams[0] is streams[1]
 
 
 def test_a_turn_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
