@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -20,6 +21,7 @@ from hypothesis import strategies as st
 from minitron_kernels import fp8, reference
 from tests import native_abi as abi
 from tests.cuda_device import both, cuda_device, on_cpu
+from tests.fp8_sums import narrow_sum
 from tests.linear_cases import magnitude
 from tests.native_emulator import (
     BUILT,
@@ -75,8 +77,15 @@ def assert_product(
     op: str, out: Tensor, x: Tensor, w: Tensor, residual: Tensor | None = None
 ) -> None:
     """out [m, n] is the product of the expanded operands: at most twice the error of PyTorch's
-    product of these in bf16, and one unit of the output's dtype."""
-    exact, rounded, scale = x @ w.T, (x.bfloat16() @ w.bfloat16().T).double(), magnitude(x, w)
+    product of these in the output's dtype, and one unit of that. Sums of 128 k keep about 14 bits,
+    so that an fp32 output is held to float16's error; test_sums_have_the_bits_of_tensor_cores holds
+    it to the bits. Of few outputs PyTorch's error may be small by luck: products of the same
+    values, which meet in another order, count with them."""
+    copies = -(-1024 // out.numel()) if out.numel() else 1
+    x = torch.cat([x.roll(i, 1) for i in range(copies)])
+    residual = None if residual is None else residual.repeat(copies, 1)
+    dtype = F16 if out.dtype == F32 else out.dtype
+    exact, rounded, scale = x @ w.T, (x.to(dtype) @ w.to(dtype).T).double(), magnitude(x, w)
     if op == "linear_fp8_swiglu":
         (gate, up), (g, u) = ((y[:, ::2], y[:, 1::2]) for y in (exact, scale))
         silu = torch.nn.functional.silu(gate)
@@ -85,7 +94,8 @@ def assert_product(
     if residual is not None:
         exact, rounded = exact + residual.double(), rounded + residual.double()
         scale = scale + residual.double().abs()
-    assert_close(out, exact, rounded.to(BF16), "out", scale + exact.abs())
+    got = torch.cat([out, exact[len(out) :].to(out.dtype)])
+    assert_close(got, exact, rounded.to(dtype), "out", scale + exact.abs())
 
 
 @dataclass
@@ -176,16 +186,16 @@ class Product:
 
 # Tile -> m and n whose tiles have tails in both directions, on an H100.
 SIZES = {"m128_n64": (77, 200), "m128_n128": (371, 3300), "m128_n192": (890, 2910)}
-KINDS = ("plain", "residual", "f16", "f32", "swiglu")
+KINDS = ("plain", "residual", "f16", "f32", "swiglu", "residual f16", "swiglu f16")
 SCALES = ("blocks", "transposed", "rows", "one")
 
 
 def arguments(kind: str, of: Product, padding: int) -> tuple[str, Tensor, Tensor | None]:
-    op = "linear_fp8_swiglu" if kind == "swiglu" else "linear_fp8"
-    out = of.out(op, {"f16": F16, "f32": F32}.get(kind, BF16), padding)
+    op = "linear_fp8_swiglu" if "swiglu" in kind else "linear_fp8"
+    out = of.out(op, {"f16": F16, "f32": F32}.get(kind.split()[-1], BF16), padding)
     residual = None
-    if kind == "residual":
-        residual = strided(values(*out.shape, dtype=BF16, seed=7), padding)
+    if "residual" in kind:
+        residual = strided(values(*out.shape, dtype=out.dtype, seed=7), padding)
     return op, out, residual
 
 
@@ -243,7 +253,7 @@ def test_strides(
     arch: str, kind: str, scales: str, m: int, n: int, k: int, padding: int, out_padding: int,
     seed: int,
 ) -> None:  # fmt: skip
-    product = Product.random(m, 2 * n if kind == "swiglu" else n, k, scales, padding, seed)
+    product = Product.random(m, 2 * n if "swiglu" in kind else n, k, scales, padding, seed)
     op, out, residual = arguments(kind, product, out_padding)
     product.check(op, arch, out, residual, seed)
 
@@ -283,6 +293,33 @@ def test_sums_of_a_block_are_scaled_and_added_in_order(arch: str, size: str) -> 
         scale = product.x_scale[:, b, None] * columns  # rounded to fp32
         sums = (x[:, k] @ w[:, k].T * scale.double() + sums.double()).float()
     assert torch.equal(out, sums)
+
+
+@on_hopper
+@pytest.mark.parametrize("size", SIZES)
+def test_sums_have_the_bits_of_tensor_cores(arch: str, size: str) -> None:
+    """Rows at the edges of warps, warpgroups and tiles, whose outputs are the header's sums bit by
+    bit: of 128 k by four MMAs of 32, as fp8_sums.py adds them, and by one FMA a block. k ends
+    inside an MMA."""
+    if arch == "gpu":
+        pytest.skip("an MMA may drop other bits than the model does")
+    m, n = SIZES[size]
+    product = Product.random(m, n, 304)
+    out = product.out("linear_fp8", F32)
+    assert product.entry("linear_fp8", out).endswith(size)
+    product.run("linear_fp8", arch, out)
+    rows = [0, 8, 63, 64, m - 1]
+    x, w = product.x[rows].double().numpy(), product.w.double().numpy()
+    sums = np.zeros((len(rows), n))
+    for b in range(blocks(304)):
+        block = np.zeros_like(sums)
+        for k in range(128 * b, min(128 * b + 128, 304), 32):
+            step = slice(k, k + 32)
+            block = narrow_sum(x[:, step], w[:, step].T, block, "e4m3", "e4m3", "f32")
+        columns = product.w_scale[:, b].repeat_interleave(128)[:n]
+        scale = product.x_scale[rows, b, None] * columns  # rounded to fp32
+        sums = (block * scale.double().numpy() + sums).astype(np.float32).astype(np.float64)
+    assert torch.equal(out[rows].double(), torch.from_numpy(sums))
 
 
 @on_hopper

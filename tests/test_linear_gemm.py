@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 
 from tests import emulator, native_emulator
 from tests import native_abi as abi
-from tests.linear_cases import Qkv, canonical, check_linear, in_turn, run_linear
-from tests.native_emulator import BUILT, DEVICES, dtype_id
+from tests.linear_cases import Qkv, canonical, check_linear, run_linear
+from tests.native_emulator import BUILT, DEVICES, dtype_id, on_own_and_alike
 from tests.test_kernels_memory import HALVES, archs, dtypes, poisoned, strided, values
 
 Tensor = torch.Tensor
@@ -82,16 +82,18 @@ def check_tile(arch: str, size: str, kind: str, dtype: torch.dtype, k: int) -> N
 
 
 @pytest.mark.parametrize(
-    "arch, size, kind, dtype", in_turn([(s, k, d) for s in SIZES for k in KINDS for d in HALVES])
+    "arch, size, kind, dtype",
+    on_own_and_alike([(s, k, d) for s in SIZES for k in KINDS for d in HALVES]),
 )
 def test_gemm_tile(arch: str, size: str, kind: str, dtype: torch.dtype) -> None:
     check_tile(arch, size, kind, dtype, k=104 if kind == "plain" else 72)
 
 
 @pytest.mark.skipif("90a" not in BUILT, reason="sm_90a is not in this build")
+@dtypes
 @pytest.mark.parametrize("kind", KINDS, ids="emu-sm_90a-{}".format)
-def test_gemm_sm90_wide_tile(kind: str) -> None:
-    check_tile("90a", "m128_n192", kind, BF16 if kind in ("plain", "qkv") else F16, k=72)
+def test_gemm_sm90_wide_tile(kind: str, dtype: torch.dtype) -> None:
+    check_tile("90a", "m128_n192", kind, dtype, k=72)
 
 
 @pytest.mark.skipif("90a" not in BUILT, reason="sm_90a is not in this build")
@@ -136,7 +138,7 @@ SHAPES = [  # op, m, n, k: Minitron-8B's and SmolLM2's, cut in n
 
 @pytest.mark.parametrize(
     "arch, op, m, n, k, dtype",
-    in_turn([(*shape, HALVES[i % 2]) for i, shape in enumerate(SHAPES)]),
+    on_own_and_alike([(*shape, HALVES[i % 2]) for i, shape in enumerate(SHAPES)]),
 )
 def test_gemm_model_shapes(arch: str, op: str, m: int, n: int, k: int, dtype: torch.dtype) -> None:
     x, w = values(m, k, dtype=dtype), values(n, k, dtype=dtype, seed=1)
@@ -155,7 +157,7 @@ QKV_SHAPES = [  # tokens, hidden, heads, head_dim, rotary_dim, interleaved
 
 @pytest.mark.parametrize(
     "arch, tokens, hidden, heads, head_dim, rotary_dim, interleaved, dtype",
-    in_turn([(*shape, HALVES[i % 2]) for i, shape in enumerate(QKV_SHAPES)]),
+    on_own_and_alike([(*shape, HALVES[i % 2]) for i, shape in enumerate(QKV_SHAPES)]),
 )
 def test_gemm_qkv_shapes(
     arch: str, tokens: int, hidden: int, heads: tuple[int, int], head_dim: int, rotary_dim: int,
@@ -200,12 +202,9 @@ def test_gemm_strides(
 # -------------------------------------------------------------------------------------- bits
 
 
-@pytest.mark.parametrize("arch, size, dtype", in_turn([(s, d) for s in SIZES for d in HALVES]))
-def test_gemm_sums_in_the_canonical_order(arch: str, size: str, dtype: torch.dtype) -> None:
+def check_canonical_order(arch: str, size: str, dtype: torch.dtype) -> None:
     """fp32 outputs, bit by bit. k ends inside a stage and inside a group of 16."""
-    if arch == "gpu":
-        pytest.skip("the order is the same, but an MMA may drop low bits that the model keeps")
-    m, heads = SIZES[size]
+    m, heads = SM90_SIZES[size]
     x, w = values(m, 104, dtype=dtype), values(heads * 128, 104, dtype=dtype, seed=1)
     assert entry_of(arch, "linear", x, len(w), F32).endswith(size_on(arch, size))
     out = out_of("linear", x, len(w), F32)
@@ -214,8 +213,23 @@ def test_gemm_sums_in_the_canonical_order(arch: str, size: str, dtype: torch.dty
 
 
 @pytest.mark.parametrize(
+    "arch, size, dtype", on_own_and_alike([(s, d) for s in SIZES for d in HALVES])
+)
+def test_gemm_sums_in_the_canonical_order(arch: str, size: str, dtype: torch.dtype) -> None:
+    if arch == "gpu":
+        pytest.skip("the order is the same, but an MMA may drop low bits that the model keeps")
+    check_canonical_order(arch, size, dtype)
+
+
+@pytest.mark.skipif("90a" not in BUILT, reason="sm_90a is not in this build")
+@dtypes
+def test_gemm_sm90_wide_tile_sums_in_the_canonical_order(dtype: torch.dtype) -> None:
+    check_canonical_order("90a", "m128_n192", dtype)
+
+
+@pytest.mark.parametrize(
     "arch, op, dtype",
-    in_turn([(op, d) for op in ("linear", "linear_swiglu") for d in HALVES]),
+    on_own_and_alike([(op, d) for op in ("linear", "linear_swiglu") for d in HALVES]),
 )
 def test_gemm_rows_have_the_same_bits_in_any_batch(arch: str, op: str, dtype: torch.dtype) -> None:
     """Of 1 row (the skinny kernel), and of 16 to 871 in each tile."""
@@ -311,17 +325,39 @@ def test_gemm_large_tile_meets_the_bars(arch: str) -> None:
     assert counters.write_sectors == counters.unique_write_sectors == m * n * 2 // 32
 
 
+# Tile -> m, n, and the blocks that multiply, in clusters of 2 x 1: of 128 x 256 the last is half
+# empty.
+LARGE_TILES = {
+    "m128_n256": (896, 3328, 104),
+    "m128_n192": (512, 4608, 96),
+    "m128_n128": (512, 3072, 96),
+}
+# The bar is .15. Where a tile misses it, it may not get worse: what is done once a tile is a larger
+# part of a smaller one.
+SMALLER_TILES = [
+    ("m128_n192", "plain", 0.15),
+    ("m128_n192", "qkv", 0.165),
+    ("m128_n128", "plain", 0.165),
+]
+
+
 @pytest.mark.skipif("90a" not in BUILT, reason="sm_90a is not in this build")
-@pytest.mark.parametrize("kind", KINDS, ids="emu-sm_90a-{}".format)
-def test_gemm_sm90_large_tile_meets_the_bars(kind: str) -> None:
-    """At k = 4096, by what a tile and a stage of it take at smaller k: issue slots at most .15 of
-    the tensor pipe's time, 1024 clocks of 4 slots a stage. Each sector from DRAM once."""
-    m, n = 896, 3328  # 91 tiles of 128 x 256 in clusters of 2 x 1, the last of them half empty
+@pytest.mark.parametrize(
+    "size, kind, bar",
+    [
+        *(pytest.param("m128_n256", k, 0.15, id=f"emu-sm_90a-m128_n256-{k}") for k in KINDS),
+        *(pytest.param(*c, id="-".join(("emu-sm_90a", *c[:2]))) for c in SMALLER_TILES),
+    ],
+)
+def test_gemm_sm90_large_tile_meets_the_bars(size: str, kind: str, bar: float) -> None:
+    """At k = 4096, by what a tile and a stage of it take at smaller k: issue slots as a share of
+    the tensor pipe's time, 4 clocks of 4 slots a stage and column. Each sector from DRAM once."""
+    m, n, blocks = LARGE_TILES[size]
     op = "linear_swiglu" if kind == "swiglu" else "linear"
     issued = []
     for k in (64, 192):
         if kind == "qkv":
-            qkv = Qkv.random(m, k, (22, 2), 128, 128, dtype=BF16)
+            qkv = Qkv.random(m, k, (n // 128 - 4, 2), 128, 128, dtype=BF16)
             qkv.slots[:] = torch.arange(m)
             counters = qkv.run("90a")
             read = qkv.x.nbytes + qkv.w.nbytes
@@ -329,23 +365,23 @@ def test_gemm_sm90_large_tile_meets_the_bars(kind: str) -> None:
             written = m * n * 2
         else:
             x, w = values(m, k, dtype=BF16), values(n, k, dtype=BF16, seed=1)
-            assert entry_of("90a", op, x, n).endswith("m128_n256")
+            assert entry_of("90a", op, x, n).endswith(size)
             out = out_of(op, x, n, F32 if kind == "f32" else None)
             residual = values(m, n, dtype=BF16, seed=2) if kind == "residual" else None
             counters = run_linear(op, "90a", x, w, out, residual=residual)
             read = x.nbytes + w.nbytes + (0 if residual is None else residual.nbytes)
             extra, written = 0, out.nbytes
         assert counters is not None
-        blocks, stages = 104, k // 64
-        assert counters.issued["mma"] == blocks * stages * 4 * 8
+        assert counters.issued["mma"] == blocks * k // 64 * 4 * 8
         assert counters.shared_wavefronts == counters.shared_wavefronts_min
         assert read // 32 <= counters.unique_read_sectors <= read // 32 + extra
         assert counters.write_sectors == counters.unique_write_sectors == written // 32
         issued.append(counters.instructions - counters.issued["mov"])
     stage = (issued[1] - issued[0]) / 2
-    ratio = (issued[0] + 63 * stage) / (blocks * 64 * 1024 * 4)
-    print(f"{kind} issue/t {ratio:.3f}")
-    assert ratio <= 0.15
+    clocks = 4 * int(size.rpartition("n")[2])
+    ratio = (issued[0] + 63 * stage) / (blocks * 64 * clocks * 4)
+    print(f"{size} {kind} issue/t {ratio:.3f}")
+    assert ratio <= bar
 
 
 @pytest.mark.parametrize("kind", KINDS)
