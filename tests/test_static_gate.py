@@ -39,11 +39,15 @@ CLAIMED_BLOCKS = {
 }
 
 
-def mma_entries(arch: str) -> list[str]:
-    """Those with mma.sync; test_ptx.py names the ones with wgmma."""
+def entries_with(instruction: str, arch: str) -> list[str]:
     if arch not in BUILT:
         pytest.skip(f"sm_{arch} is not in this build")
-    return [name for name, ptx in ptx_by_entry(arch).items() if re.search(r"\bmma\.sync\.", ptx)]
+    found = re.compile(rf"\b{instruction}\.")
+    return [name for name, ptx in ptx_by_entry(arch).items() if found.search(ptx)]
+
+
+def mma_entries(arch: str) -> list[str]:
+    return entries_with(r"mma\.sync", arch)
 
 
 def code(arch: str) -> dict[str, list[sass.Instruction]]:
@@ -99,6 +103,50 @@ def test_mma_entries_use_the_tensor_core_in_their_main_loop(arch: str) -> None:
         assert loop is not None and loop.hmma >= 2, name
 
 
+# By the start of an entry's name: wgmma's opcode, and how many a turn of the main loop has at least
+# (64 or 128 k of a product; of attention, of both products).
+WGMMAS = {
+    r"(linear|linear_swiglu|qkv_rope_append)_sm90_(?P<dtype>\w+?)_m\d+_n(?P<n>\d+)": (
+        r"HGMMA.64x{n}x16.F32{dtype}", 4
+    ),
+    r"linear_fp8_sm90_e4m3_m128_n(?P<n>\d+)": (r"QGMMA.64x{n}x32.F32.E4M3.E4M3", 4),
+    r"quant_gemm_sm90_b16_rows128": (r"HGMMA.64x64x16.F32", 4),
+    r"attention_sm90_(?P<dtype>\w+?)_hd128": (r"HGMMA.64x128x16.F32{dtype}", 16),
+    r"attention_sm90_(?P<dtype>\w+?)_hd64": (r"HGMMA.64x(64|128)x16.F32{dtype}", 12),
+    # Eight columns of V more, of ones: the sums of P.
+    r"attention_fp8_sm90_\w+_hd128": (r"QGMMA.64x(128|136)x32.F32.E4M3.E4M3", 8),
+}  # fmt: skip
+
+
+def wgmma_fault(name: str, code: list[sass.Instruction]) -> str | None:
+    """What is not as WGMMAS tells."""
+    (match, (opcode, count)), *others = (
+        (found, row) for entry, row in WGMMAS.items() if (found := re.match("mk_" + entry, name))
+    )
+    assert not others, name
+    words = match.groupdict()
+    words["dtype"] = ".BF16" if words.get("dtype") == "bf16" else ""  # F16 is not written
+    opcode = opcode.replace(".", r"\.").format(**words)
+    wrong = {i.opcode for i in code if "MMA" in i.name and not re.fullmatch(opcode, i.opcode)}
+    if wrong:
+        return f"other MMAs: {wrong}"
+    loop = sass.main_loop(code)
+    if loop is None or loop.hmma < count:
+        return f"main loop: {loop}"
+    return None
+
+
+@pytest.mark.skipif("90a" not in BUILT, reason="sm_90a is not in this build")
+def test_wgmma_entries_use_the_tensor_core_in_their_main_loop() -> None:
+    """Of the entry's own dtype and tile, with fp32 sums, and no mma.sync beside it; of quantised
+    weights f16."""
+    names = entries_with(r"wgmma\.mma_async", "90a")
+    faults = {name: fault for name in names if (fault := wgmma_fault(name, code("90a")[name]))}
+    assert not faults
+    for entry in WGMMAS:
+        assert any(re.match("mk_" + entry, name) for name in names), entry
+
+
 @archs
 def test_operands_come_by_16_byte_copies_and_ldmatrix(arch: str) -> None:
     """cp.async of 16 bytes past L1, ldmatrix, and no bank-conflicting scalar loads in the loop."""
@@ -117,6 +165,19 @@ def test_the_gate_can_fail() -> None:
     wgmma = "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {%f1, %f2}, %rd1, %rd2, p;"
     assert mma_flop(wgmma) == 64 * 128 * 16 * 2 // 4
     assert sass.main_loop(sass.parse("/*0000*/ HMMA.16816.F32 R0, R1, R2, R0 ;")) is None
+    turn = [f"HGMMA.64x64x16.F32.BF16 R24, gdesc[UR{i}], R24 ;" for i in range(4)] + ["BRA 0x0 ;"]
+    good = "\n".join(f"/*{16 * i:04x}*/ {line}" for i, line in enumerate(turn))
+    fault = {
+        name: wgmma_fault(f"mk_linear_sm90_{name}", sass.parse(text))
+        for name, text in {
+            "bf16_m128_n64": good,
+            "f16_m128_n64": good,
+            "bf16_m128_n128": good,
+            "bf16_m64_n64": good.replace("HGMMA", "IMAD", 1),
+            "bf16_m256_n64": good.replace("BRA 0x0", "EXIT"),
+        }.items()
+    }
+    assert [name for name, found in fault.items() if not found] == ["bf16_m128_n64"]
     assert GPUS["89"].occupancy(256, 255, 99 << 10) == 1
     assert GPUS["89"].occupancy(256, 255, 100 << 10) == 0
     assert GPUS["80"].occupancy(512, 255, 0) == 0
