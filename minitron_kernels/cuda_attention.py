@@ -163,7 +163,7 @@ class Workspaces:
                 space[:COUNTER_BYTES].zero_()
                 return space
             size = max(num_bytes + num_bytes // 4, 1 << 16)  # so that it seldom grows
-            space = torch.empty(size, dtype=torch.uint8, device=q.device).zero_()
+            space = cuda_ops.lasting_zeros(size, torch.uint8, q.device)
             self._of_stream[q.device, stream] = space
         if captures:
             self._captured[space.data_ptr()] = space

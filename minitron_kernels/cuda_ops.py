@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -248,6 +249,22 @@ def rope_append(
     )
 
 
+def lasting_zeros(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[count] zeros to keep from call to call, in place on the current stream.
+
+    While torch.compile warms a CUDA graph up (mode "reduce-overhead"), all that its thread
+    allocates is of the graph's memory, which others get again: so another thread asks for these.
+    """
+    if device.type != "cuda":
+        return torch.empty(count, dtype=dtype, device=device).zero_()
+    with ThreadPoolExecutor(1) as other:  # whose current stream is the default one
+        made = other.submit(lambda: torch.empty(count, dtype=dtype, device=device)).result()
+    stream = torch.cuda.current_stream(device)
+    stream.wait_stream(torch.cuda.default_stream(device))
+    made.record_stream(stream)
+    return made.zero_()
+
+
 _zero_positions: dict[tuple[torch.device, int], list[Tensor]] = {}
 
 
@@ -262,10 +279,10 @@ def _zeros(count: int, device: torch.device) -> Tensor:
     made = _zero_positions.setdefault((device, stream), [])
     if made and made[-1].shape[0] >= count:
         return made[-1][:count]
-    zeros = torch.zeros(max(count, 1 << 16), dtype=torch.int32, device=device)
-    if not (zeros.is_cuda and torch.cuda.is_current_stream_capturing()):
-        made.append(zeros)
-    return zeros[:count]
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return torch.zeros(count, dtype=torch.int32, device=device)
+    made.append(lasting_zeros(max(count, 1 << 16), torch.int32, device))
+    return made[-1][:count]
 
 
 def append_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:

@@ -6,6 +6,7 @@ kernels' own tests are in test_kernels_memory.py; here it is pointers, strides a
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -315,6 +316,35 @@ def test_what_no_kernel_takes_is_computed_and_told(
     with on_cpu():
         assert torch.equal(q.cpu(), ops.qkv_rope_append(*arguments)) or device == "cuda"
     assert "qkv_rope_append takes head_dim 16, 32, ... 256, it is 24" in caplog.text
+
+
+def test_memory_that_lasts_is_asked_for_by_another_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that this one allocates may be a graph's, as in the warm-up of torch.compile's."""
+    done: list[Any] = []
+
+    class Memory:
+        def record_stream(self, stream: Any) -> None:
+            done.append(("used on", stream))
+
+        def zero_(self) -> Memory:
+            done.append("zero")
+            return self
+
+    def empty(*size: int, **how: Any) -> Memory:
+        assert size == (40,) and how == {"dtype": torch.int32, "device": torch.device("cuda", 1)}
+        assert threading.current_thread() is not threading.main_thread()
+        return Memory()
+
+    class Stream:
+        def wait_stream(self, other: Any) -> None:
+            done.append(("waits for", other))
+
+    stream = Stream()
+    monkeypatch.setattr(torch, "empty", empty)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda device: f"default of {device}")
+    cuda_ops.lasting_zeros(40, torch.int32, torch.device("cuda", 1))
+    assert done == [("waits for", "default of cuda:1"), ("used on", stream), "zero"]
 
 
 def test_limits_are_those_of_the_header() -> None:
