@@ -27,6 +27,7 @@ from minitron_kernels import architectures
 from minitron_kernels.config import ModelConfig
 from minitron_kernels.generate import Engine, affordable_tokens
 from minitron_kernels.info import activations_info, cpu_info, peak_memory, versions, weights_info
+from minitron_kernels.loaders.files import check_folder
 from minitron_kernels.model import MinitronForCausalLM
 from minitron_kernels.sampling_params import SamplingParams
 
@@ -168,8 +169,9 @@ class Workload:
 
     def __post_init__(self) -> None:
         for name in ("prompt", "generate", "repeat"):
-            if getattr(self, name) < (2 if name == "generate" else 1):
-                raise ValueError(f"{name} is {getattr(self, name)}; one more token is the least")
+            value, least = getattr(self, name), 2 if name == "generate" else 1
+            if value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
         if not self.batches or min(self.batches) < 1:
             raise ValueError(f"batch sizes must be positive, got {list(self.batches)}")
 
@@ -344,11 +346,12 @@ def _cell(value: float | None, width: int, digits: int = 1) -> str:
 
 
 def check_plot(path: Path) -> None:
-    """Raises ValueError where `plot` would."""
+    """Raises ValueError or OSError where `plot` would, before anything is measured."""
     if importlib.util.find_spec("matplotlib") is None:
         raise ValueError("a plot needs matplotlib (pip install matplotlib)")
     if path.suffix not in PLOT_TYPES:
         raise ValueError(f"{path} must end with one of {', '.join(PLOT_TYPES)}")
+    check_folder(path)
 
 
 def plot(report: dict[str, Any], path: Path) -> None:

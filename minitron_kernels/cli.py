@@ -31,6 +31,7 @@ import click
 
 from minitron_kernels.config import DTYPES
 from minitron_kernels.loaders.hub import SMOLLM2
+from minitron_kernels.native import MAX_THREADS
 
 if TYPE_CHECKING:
     from minitron_kernels.generate import GenerationResult, Timings, TokenStream
@@ -55,33 +56,45 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # show the escape of what the encoding lacks
             stream.reconfigure(errors="backslashreplace")
+    if sys.stdin is None:  # closed by the caller: as if it were empty
+        sys.stdin = io.TextIOWrapper(io.BytesIO())
     collects = gc.isenabled()
     gc.disable()  # until a model is loaded: what imports and headers make stays, and is much
     try:
+        if sys.stdout is None:
+            raise ValueError("standard output is closed")
         with _silence() if _rank() else nullcontext():
             return cli.main(args=argv, prog_name="minitron", standalone_mode=False) or 0
     except click.Abort:
         return EXIT_INTERRUPTED
-    except USER_ERRORS as error:
+    except (*USER_ERRORS, RuntimeError) as error:
+        is_first = _is_first_to_fail()  # else another process has failed, and told why
+        if is_first and not (isinstance(error, USER_ERRORS) or _is_out_of_memory(error)):
+            raise
         if os.environ.get("MK_TRACEBACK") == "1":
             traceback.print_exc()
-        if _is_first_to_fail():
+        if is_first:
             click.echo(f"error: {_one_line(error)}", err=True)
         return EXIT_USAGE
-    except RuntimeError:
-        if _is_first_to_fail():
-            raise
-        return EXIT_USAGE  # another process has failed, and told why
     finally:
         if collects:
             gc.enable()
 
 
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether torch found no memory, which it tells by a RuntimeError."""
+    return type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error)
+
+
 def _one_line(error: Exception) -> str:
     if isinstance(error, click.ClickException):
         message = error.format_message()
-    elif isinstance(error, OSError) and error.filename is not None and error.strerror:
-        message = f"{error.filename}: {error.strerror}"
+    elif isinstance(error, OSError) and error.strerror:
+        message = (
+            error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
+        )
+    elif isinstance(error, MemoryError) or _is_out_of_memory(error):
+        message = f"out of memory: {error}" if str(error) else "out of memory"
     else:
         message = str(error)
     return "; ".join(line.strip() for line in message.splitlines() if line.strip()) or repr(error)
@@ -92,7 +105,7 @@ def _one_line(error: Exception) -> str:
 
 def _rank() -> int | None:
     """This process's number among those that torchrun started; None: it is the only one."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:  # so that torch is not imported
+    if os.environ.get("WORLD_SIZE", "1") == "1":  # so that torch is not imported
         return None
     from minitron_kernels import parallel
 
@@ -159,6 +172,9 @@ _dtype_option = click.option(
 _expand_option = click.option(
     "--expand", is_flag=True, help="Expand quantised matrices to --dtype while loading."
 )
+_num_threads_option = click.option(
+    "--num-threads", type=click.IntRange(1, MAX_THREADS), help="CPU threads.  [default: all cores]"
+)
 _json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 
 
@@ -185,7 +201,7 @@ class ModelOptions:
                 f"for the 8B model: {command} --model minitron-8b",
                 err=True,
             )
-        path = resolve(self.model or SMOLLM2, self.revision)
+        path = resolve(SMOLLM2 if self.model is None else self.model, self.revision)
         opened = None
         if path.suffix == ".gguf" and _rank() is None:  # one of several looks at its part alone
             from minitron_kernels.startup import OpenedGGUF
@@ -250,9 +266,7 @@ def _model_options(
             help="Round activations to 8 bits for products with quantised matrices on the CPU: "
             "faster, and less exact.",
         ),
-        click.option(
-            "--num-threads", type=click.IntRange(min=1), help="CPU threads.  [default: PyTorch's]"
-        ),
+        _num_threads_option,
     )
     @functools.wraps(command)
     def run(**options: Any) -> Any:
@@ -329,8 +343,11 @@ def _decode(data: bytes, what: str) -> str:
 
 
 def _write(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, "standard output") from None
 
 
 def _print_json(value: Mapping[str, Any]) -> None:
@@ -474,19 +491,17 @@ class Request:
             )
         overrides = dict(self.overrides)
         try:
-            # JSON has neither tuples nor integer keys.
-            if "stop" in overrides:
-                stop = overrides["stop"]
-                overrides["stop"] = (stop,) if isinstance(stop, str) else tuple(stop)
-            if "stop_token_ids" in overrides:
-                overrides["stop_token_ids"] = tuple(overrides["stop_token_ids"])
-            if "logit_bias" in overrides:
-                bias = overrides["logit_bias"]
-                overrides["logit_bias"] = {int(token): value for token, value in bias.items()}
+            if isinstance(overrides.get("stop"), str):
+                overrides["stop"] = (overrides["stop"],)
+            bias = overrides.get("logit_bias")
+            if isinstance(bias, dict):  # JSON has no integer keys
+                overrides["logit_bias"] = {
+                    int(token) if token.isdecimal() else token: bias[token] for token in bias
+                }
             if "max_length" in overrides:
                 overrides.setdefault("max_new_tokens", None)
             return dataclasses.replace(defaults, **overrides)
-        except (ValueError, TypeError, AttributeError) as error:
+        except ValueError as error:
             raise ValueError(f"{self.origin}{error}") from None
 
 
@@ -735,7 +750,7 @@ def info(model: str | None, revision: str | None, dtype: str, expand: bool, as_j
 )
 @click.option("--pure", is_flag=True, help="All matrices in one type; by default as llama.cpp.")
 @click.option("--force", is_flag=True, help="Replace OUT if it is there.")
-@click.option("--num-threads", type=click.IntRange(min=1), help="[default: all cores]")
+@_num_threads_option
 @_revision_option
 @_json_option
 def quantize(

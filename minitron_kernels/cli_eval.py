@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import sys
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -19,6 +18,7 @@ from minitron_kernels.cli import (
     _write,
     cli,
 )
+from minitron_kernels.loaders.files import check_folder
 
 
 @cli.command("eval")
@@ -77,10 +77,10 @@ def evaluate(
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     if not names:
         raise click.UsageError("--tasks names none")
-    if limit is not None and limit >= 1 and limit != int(limit):
+    if limit is not None and not (limit < 1 or limit.is_integer()):
         raise click.UsageError(f"--limit takes a whole number or a share below 1, got {limit}")
-    if output is not None and not os.access(output.absolute().parent, os.W_OK):
-        raise FileNotFoundError(f"{output}: there is no such folder, or it is not writable")
+    if output is not None:
+        check_folder(output)
     with redirect_stdout(sys.stderr):
         try:
             from minitron_kernels.integrations import lm_eval

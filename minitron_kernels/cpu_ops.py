@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 
 from minitron_kernels import _native
+from minitron_kernels.native import MAX_THREADS
 
 Tensor = torch.Tensor
 
@@ -21,6 +22,11 @@ DTYPES = {
     torch.int64: _native.I64,
 }
 _MOST = 2**31 - 1
+
+
+def num_threads() -> int:
+    """torch's, as far as the kernels take so many."""
+    return min(torch.get_num_threads(), MAX_THREADS)
 
 
 def _adjoining(t: Tensor) -> Tensor:
@@ -65,7 +71,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = No
         hidden,
         eps,
         DTYPES[x.dtype],
-        torch.get_num_threads(),
+        num_threads(),
     )
     return out
 
@@ -84,7 +90,7 @@ def silu_and_mul(gate_up: Tensor) -> Tensor:
             rows.shape[0],
             size,
             DTYPES[out.dtype],
-            torch.get_num_threads(),
+            num_threads(),
         )
     return out
 
@@ -105,7 +111,7 @@ def embedding(ids: Tensor, table: Tensor) -> Tensor:
         hidden,
         DTYPES[ids.dtype],
         DTYPES[table.dtype],
-        torch.get_num_threads(),
+        num_threads(),
     )
     return out
 
@@ -186,7 +192,7 @@ def rope_append(
         cos.shape[0],
         2 * cos.shape[1],
         interleaved,
-        torch.get_num_threads(),
+        num_threads(),
     )
 
 
@@ -278,6 +284,6 @@ def attention(
         0 if window is None else min(window, _MOST),
         scale,
         DTYPES[q.dtype],
-        torch.get_num_threads(),
+        num_threads(),
     )
     return out, lse

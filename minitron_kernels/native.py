@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+MAX_THREADS = 256  # that a CPU kernel takes: csrc/cpu/pool.h
+
 _PACKAGE = Path(__file__).resolve().parent
 
 

@@ -63,8 +63,9 @@ _KINDS = (ValueError, TypeError, FileNotFoundError, OSError, NotImplementedError
 
 def is_launched() -> bool:
     """Whether torchrun (or what sets its variables) started this process as one of several."""
-    variables = os.environ
-    return int(variables.get("WORLD_SIZE", "1")) > 1 and {"RANK", "MASTER_ADDR"} <= variables.keys()
+    size = os.environ.get("WORLD_SIZE", "1")
+    others = {"RANK", "MASTER_ADDR"} <= os.environ.keys()
+    return others and size.isdecimal() and int(size) > 1
 
 
 def join() -> ProcessGroup:

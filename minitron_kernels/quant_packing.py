@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from minitron_kernels import _native
+from minitron_kernels import _native, cpu_ops
 from minitron_kernels.block_types import GGML_NUMBERS, block_type
 from minitron_kernels.quantized import QuantizedTensor
 
@@ -227,7 +227,7 @@ def _move(
         GGML_NUMBERS[quant_type],
         rows,
         cols,
-        min(torch.get_num_threads(), 256),
+        cpu_ops.num_threads(),
         blocks_up=0 if up is None else up.data_ptr(),
         row_up_bytes=0 if up is None else up.shape[1],
     )

@@ -7,6 +7,7 @@ more bits. Matrices are read, encoded and written a million weights at a time, o
 
 from __future__ import annotations
 
+import errno
 import functools
 import logging
 import os
@@ -30,6 +31,7 @@ from minitron_kernels.block_types import QUANT_TYPES
 from minitron_kernels.config import ModelConfig
 from minitron_kernels.loaders import gguf_writer
 from minitron_kernels.loaders.checkpoint import TORCH_DTYPES, Checkpoint, open_checkpoint
+from minitron_kernels.loaders.files import check_folder
 from minitron_kernels.loaders.gguf import GGUFCheckpoint, gguf_name
 from minitron_kernels.loaders.gguf_file import GGUFFile
 from minitron_kernels.loaders.gguf_writer import TensorHead
@@ -362,10 +364,11 @@ def storable_type(wanted: str, cols: int) -> str:
 def _check_out(out: Path, force: bool) -> None:
     if out.is_dir():
         raise ValueError(f"{out}: is a folder; name a file")
+    if out.exists() and not out.is_file():
+        raise ValueError(f"{out}: is no regular file, and is not replaced")
     if out.exists() and not force:
         raise ValueError(f"{out}: already there; --force replaces it")
-    if not out.absolute().parent.is_dir():
-        raise FileNotFoundError(f"{out.parent}: no such folder")
+    check_folder(out)
 
 
 @contextmanager
@@ -380,9 +383,11 @@ def _new_file(out: Path, force: bool) -> Iterator[BinaryIO]:
             os.fsync(stream.fileno())
         _check_out(out, force)  # it may have come up meanwhile
         part.replace(out)
-    except BaseException:
+    except BaseException as error:
         with suppress(FileNotFoundError):
             part.unlink()
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise OSError(error.errno, error.strerror, str(out)) from None
         raise
 
 

@@ -14,6 +14,7 @@ import torch
 
 from minitron_kernels import _native
 from minitron_kernels.block_types import GGML_NUMBERS, block_type
+from minitron_kernels.cpu_ops import num_threads
 
 Tensor = torch.Tensor
 
@@ -264,7 +265,7 @@ def nonfinite_scale_row(blocks: Tensor, quant_type: str) -> int | None:
     rows, row_nbytes = blocks.shape
     cols = row_nbytes // block.nbytes * block.elements
     matrix = blocks.data_ptr(), blocks.stride(0), rows, cols, GGML_NUMBERS[quant_type]
-    (row,) = _native.cpu_nonfinite_scales([matrix], torch.get_num_threads())
+    (row,) = _native.cpu_nonfinite_scales([matrix], num_threads())
     return None if row < 0 else row
 
 

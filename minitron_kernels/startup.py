@@ -17,6 +17,7 @@ from pathlib import Path
 
 from minitron_kernels.loaders.gguf_file import GGUFFile, ScaleScan, open_parts
 from minitron_kernels.loaders.tokenizer import Tokenizer
+from minitron_kernels.native import MAX_THREADS
 
 
 @dataclass
@@ -35,7 +36,7 @@ class OpenedGGUF:
         scales = None
         if scan_scales:  # one core is left to the import
             cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-            scales = ScaleScan(files, max(1, min(num_threads or cores, 256) - 1))
+            scales = ScaleScan(files, max(1, min(num_threads or cores, MAX_THREADS) - 1))
         return cls(files, Tokenizer.from_gguf(files[0].metadata, str(path)), scales)
 
 

@@ -172,7 +172,7 @@ def matmul(
         w.shape[0],
         w.shape[1],
         cpu_ops.DTYPES[x.dtype],
-        torch.get_num_threads(),
+        cpu_ops.num_threads(),
         epilogue,
         0 if other is out else other.data_ptr(),
         0 if other is out else other.stride(0),
@@ -270,7 +270,7 @@ def _cpu_products(x: Tensor, products: list[_native.CpuQuantProduct], int8: bool
         k,
         cpu_ops.DTYPES[x.dtype],
         products,
-        torch.get_num_threads(),
+        cpu_ops.num_threads(),
         x_bits=8 if int8 else 0,
     )
 
@@ -292,7 +292,7 @@ def embedding_quant(ids: Tensor, table: Tensor, kind: str, dtype: torch.dtype) -
         out.stride(0),
         len(ids),
         cpu_ops.DTYPES[dtype],
-        torch.get_num_threads(),
+        cpu_ops.num_threads(),
         ids.data_ptr(),
         _native.I32 if ids.dtype == torch.int32 else _native.I64,
     )

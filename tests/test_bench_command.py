@@ -147,11 +147,12 @@ def test_what_a_side_cannot_run_is_told(model: MinitronForCausalLM) -> None:
     [
         (["--batch", "1,x"], "not integers with commas"),
         (["--batch", "0"], "batch sizes must be positive"),
-        (["--generate", "1"], "generate is 1"),
-        (["--repeat", "0"], "repeat is 0"),
+        (["--generate", "1"], "generate must be at least 2, got 1"),
+        (["--repeat", "0"], "repeat must be at least 1, got 0"),
         (["--prompt", "510", "--generate", "9"], "519 tokens exceed the model's context of 512"),
         (["--compare", "vllm"], "cannot compare with 'vllm'"),
         (["--plot", "x.gif"], "must end with one of .svg"),
+        (["--plot", "/nowhere/x.svg"], "cannot write /nowhere/x.svg: no such folder"),
         (["--cpu-time", "--num-threads", "2"], "--cpu-time needs --device cpu --num-threads 1"),
     ],
 )

@@ -128,6 +128,8 @@ def test_version_and_bare_command(minitron: Callable[..., Any]) -> None:
         (["generate", "hi", "--dtype", "int3"], "int3"),
         (["generate", "hi", "--device", "abacus"], "abacus"),
         (["generate", "hi", "--num-threads", "0"], "--num-threads"),
+        (["generate", "hi", "--num-threads", "257"], "1<=x<=256"),
+        (["generate", "hi", "--model", ""], "model source is empty"),
         (["generate", "hi", "--top-p", "2"], "top_p"),
         (["generate", "hi", "--temperature", "nan"], "temperature"),
         (["generate", "hi", "--max-new-tokens", "0"], "max_new_tokens"),
@@ -191,6 +193,64 @@ def test_bug_is_not_reported_as_a_mistake(
     monkeypatch.setattr(MinitronForCausalLM, "forward", broken)
     with pytest.raises(AssertionError, match="a bug"):
         minitron("generate", "hi", "--model", tiny)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA: tried to allocate 1 GiB"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+    ],
+)
+def test_too_little_memory_is_told(
+    minitron: Callable[..., Any], tiny: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def exhausted(*args: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(MinitronForCausalLM, "forward", exhausted)
+    code, out, err = minitron("generate", "hi", "--model", tiny, "--json")
+    assert (code, out) == (2, "")
+    assert err.startswith("error: out of memory") and err.count("\n") == 1
+
+
+@pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="there is no /dev/full")
+def test_full_disk_under_the_output_is_told(tiny: Path) -> None:
+    for args in (["--json"], []):
+        with Path("/dev/full").open("w") as full:
+            process = popen(
+                *("score", "--ids", "1,2", "--model", tiny, *args),
+                stdout=full,
+                stderr=subprocess.PIPE,
+            )
+            err = process.communicate(timeout=60)[1]
+        assert (process.returncode, err) == (
+            2,
+            b"error: standard output: No space left on device\n",
+        )
+
+
+@pytest.mark.parametrize(
+    ("closed", "message"),
+    [(0, b"error: the prompt is empty\n"), (1, b"error: standard output is closed\n")],
+)
+def test_closed_streams(tiny: Path, closed: int, message: bytes) -> None:
+    process = popen(
+        *("generate", "--model", tiny),
+        stdin=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        preexec_fn=lambda: os.close(closed),
+    )
+    err = process.communicate(timeout=60)[1]
+    assert (process.returncode, err) == (2, message)
+
+
+def test_a_variable_of_torchrun_that_is_no_number(
+    minitron: Callable[..., Any], tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "many")
+    assert minitron("score", "--ids", "1,2", "--model", tiny)[0] == 0
 
 
 # --- generate ---
@@ -376,9 +436,11 @@ def test_generate_from_a_batch_of_requests(
         ('{"prompt": "x", "temprature": 1}', "temprature"),
         ('{"prompt": "x", "temperature": "hot"}', "temperature"),
         ('{"prompt": "x", "temperature": NaN}', "temperature"),
-        ('{"prompt": "x", "stop": 5}', "int"),
-        ('{"prompt": "x", "logit_bias": [1]}', "list"),
-        ('{"prompt": "x", "logit_bias": {"a": 1}}', "'a'"),
+        ('{"prompt": "x", "stop": 5}', "stop must be a sequence, got 5"),
+        ('{"prompt": "x", "stop_token_ids": 5}', "stop_token_ids must be a sequence, got 5"),
+        ('{"prompt": "x", "logit_bias": [1]}', "must map token ids to numbers, got [1]"),
+        ('{"prompt": "x", "logit_bias": {"a": 1}}', "token ids as keys, got 'a'"),
+        ('{"prompt": "x", "logit_bias": {"-1": 1}}', "token ids as keys, got '-1'"),
         ('{"prompt": [99999]}', "99999"),
         (json.dumps({"prompt": "x" * 600}), "512"),
     ],

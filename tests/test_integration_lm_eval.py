@@ -394,6 +394,7 @@ def test_interrupt(
         (["--tasks", "helaswag"], "unknown task 'helaswag'; did you mean hellaswag"),
         (["--tasks", ","], "--tasks names none"),
         (["--tasks", "toy_choice", "--limit", "2.5"], "--limit takes a whole number"),
+        (["--tasks", "toy_choice", "--limit", "nan"], "--limit takes a whole number"),
         (["--tasks", "toy_choice", "--limit", "0"], "'--limit'"),
         (["--tasks", "toy_choice", "--batch-size", "0"], "'--batch-size'"),
         (["--tasks", "toy_choice", "--output", "/nowhere/out.json"], "/nowhere/out.json"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import shutil
 import signal
 import struct
@@ -612,6 +613,9 @@ def test_out_that_cannot_be_written_is_refused(folder: Path, tmp_path: Path) -> 
     refused(tmp_path, folder, "no such folder", out=tmp_path / "missing" / "out.gguf")
     refused(tmp_path, folder, "no such folder", out=taken / "out.gguf")
     refused(tmp_path, tmp_path / "nowhere", "nowhere")
+    os.mkfifo(pipe := tmp_path / "pipe.gguf")
+    refused(tmp_path, folder, "is no regular file", out=pipe, force=True)
+    assert pipe.is_fifo()
     quantize.quantize(folder, taken, "Q8_0", force=True)
     assert open_checkpoint(taken).config.hidden_size == 256
 
@@ -654,7 +658,8 @@ def test_a_file_size_limit_leaves_nothing(folder: Path, tmp_path: Path) -> None:
     )
     command = ["quantize", str(folder), str(tmp_path / "out.gguf"), "--type", "Q8_0"]
     run = subprocess.run([sys.executable, "-c", script, *command], capture_output=True, text=True)
-    assert run.returncode == 2 and "File too large" in run.stderr
+    assert run.returncode == 2
+    assert run.stderr.splitlines()[-1] == f"error: {tmp_path}/out.gguf: File too large"
     assert list(tmp_path.iterdir()) == []
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,15 @@ def require_file(path: Path) -> None:
         raise FileNotFoundError(f"{path}: no such file")
     if not path.is_file():  # opening a pipe would wait forever
         raise ValueError(f"{path}: not a regular file")
+
+
+def check_folder(path: Path) -> None:
+    """Raise OSError when there is no folder for ``path``, a new file, or none to write in."""
+    folder = path.absolute().parent
+    if not folder.is_dir():
+        raise FileNotFoundError(f"cannot write {path}: no such folder: {folder}")
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(f"cannot write {path}: no permission to write in {folder}")
 
 
 def read_json_object(path: Path) -> dict[str, Any]:

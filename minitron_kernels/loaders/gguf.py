@@ -16,6 +16,7 @@ import torch
 
 from minitron_kernels.block_types import QUANT_TYPES
 from minitron_kernels.config import ModelConfig
+from minitron_kernels.cpu_ops import num_threads
 from minitron_kernels.loaders.checkpoint import (
     TORCH_DTYPES,
     TensorInfo,
@@ -119,7 +120,7 @@ class GGUFCheckpoint:
         blocks = torch.from_numpy(rows)
         if not allow_nonfinite:
             if self._scales is None:
-                self._scales = ScaleScan(self.files, torch.get_num_threads())
+                self._scales = ScaleScan(self.files, num_threads())
             check_scale_row(self._scales.first_row(stored_name), info)
         if (heads := self._permuted_heads(name)) and not interleaved:
             blocks = torch.from_numpy(_unpermute_rows(rows, heads, info))
