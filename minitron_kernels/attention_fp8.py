@@ -13,14 +13,13 @@ import torch
 
 from minitron_kernels import cuda_ops, torch_ops
 from minitron_kernels.checks import (
-    check_cu_seqlens,
-    check_heads,
-    check_max_seqlen,
-    check_window,
+    check_device,
+    check_dtype,
+    check_packed,
     shape_of,
     starts_of,
 )
-from minitron_kernels.cuda_attention import _int32
+from minitron_kernels.cuda_attention import as_int32, outputs
 from minitron_kernels.library import op
 
 Tensor = torch.Tensor
@@ -108,32 +107,28 @@ def _attention_fp8(
     return_lse: bool,
 ) -> tuple[Tensor, Tensor]:
     for name, t in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(t, Tensor) or t.dtype is not E4M3:
-            got = t.dtype if isinstance(t, Tensor) else type(t).__name__
-            raise TypeError(f"{name} must be a tensor of {E4M3}, got {got}")
-        if t.device != q.device:
-            raise ValueError(f"{name} is on {t.device} but q is on {q.device}")
-    check_heads(q, k, v)
+        check_dtype(name, t, E4M3)
+        check_device(name, t, q.device)
+    check_packed(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, window)
     if out_dtype not in (torch.bfloat16, torch.float16):
         raise TypeError(f"out_dtype must be bfloat16 or float16, got {out_dtype}")
-    check_window(window)
-    check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, q.device)
-    check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, q.device)
-    if cu_seqlens_q.shape != cu_seqlens_k.shape:
-        raise ValueError(
-            f"cu_seqlens_q has {len(cu_seqlens_q) - 1} sequences, "
-            f"cu_seqlens_k {len(cu_seqlens_k) - 1}"
-        )
-    check_max_seqlen(max_seqlen_q)
     batch, (heads, kv_heads) = len(cu_seqlens_q) - 1, (q.shape[1], k.shape[1])
     _check_descale("q_descale", q_descale, batch, {kv_heads, heads}, q)
     _check_descale("k_descale", k_descale, batch, {kv_heads}, q)
     _check_descale("v_descale", v_descale, batch, {kv_heads}, q)
     scale = 1 / math.sqrt(q.shape[2]) if softmax_scale is None else softmax_scale
-    cu_seqlens, descales = (cu_seqlens_q, cu_seqlens_k), (q_descale, k_descale, v_descale)
-    options = max_seqlen_q, causal, scale, window, return_lse
-    implementation = _on_gpu if q.is_cuda or cuda_ops.emulate else _on_cpu
-    return implementation(q, k, v, cu_seqlens, descales, out_dtype, *options)
+    cu_seqlens = cu_seqlens_q, cu_seqlens_k
+    options = max_seqlen_q, causal, scale, window
+    if q.is_cuda or cuda_ops.emulate:
+        descales = q_descale, k_descale, v_descale
+        return _on_gpu(q, k, v, cu_seqlens, descales, out_dtype, *options, return_lse)
+    starts_of("cu_seqlens_q", cu_seqlens_q, q.shape[0], "q")
+    starts_of("cu_seqlens_k", cu_seqlens_k, k.shape[0], "k")
+    q = _dequantised(q, cu_seqlens_q, q_descale)
+    k = _dequantised(k, cu_seqlens_k, k_descale)
+    v = _dequantised(v, cu_seqlens_k, v_descale)
+    out, lse = torch_ops.packed_attention(q, k, v, cu_seqlens, *options, None, return_lse)
+    return out.to(out_dtype), lse
 
 
 def _check_descale(
@@ -141,49 +136,12 @@ def _check_descale(
 ) -> None:
     if descale is None:
         return
-    if not isinstance(descale, Tensor) or descale.dtype is not torch.float32:
-        got = descale.dtype if isinstance(descale, Tensor) else type(descale).__name__
-        raise TypeError(f"{name} must be a float32 tensor, got {got}")
-    if descale.device != q.device:
-        raise ValueError(f"{name} is on {descale.device} but q is on {q.device}")
+    check_dtype(name, descale, torch.float32)
+    check_device(name, descale, q.device)
     good = descale.ndim in (1, 2) and descale.shape[-1] in heads
     if not good or (descale.ndim == 2 and descale.shape[0] != batch):
         counts = " or ".join(f"[{n}] or [{batch}, {n}]" for n in sorted(heads))
         raise ValueError(f"{name} must be {counts}, got {shape_of(descale)}")
-
-
-_Descales = tuple[Tensor | None, Tensor | None, Tensor | None]
-
-
-def _on_cpu(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens: tuple[Tensor, Tensor],
-    descales: _Descales,
-    out_dtype: torch.dtype,
-    max_seqlen_q: int | None,
-    causal: bool,
-    scale: float,
-    window: int | None,
-    return_lse: bool,
-) -> tuple[Tensor, Tensor]:
-    cu_q, cu_k = cu_seqlens
-    starts_of("cu_seqlens_q", cu_q, q.shape[0], "q")
-    starts_of("cu_seqlens_k", cu_k, k.shape[0], "k")
-    out, lse = torch_ops.packed_attention(
-        _dequantised(q, cu_q, descales[0]),
-        _dequantised(k, cu_k, descales[1]),
-        _dequantised(v, cu_k, descales[2]),
-        cu_seqlens,
-        max_seqlen_q,
-        causal,
-        scale,
-        window,
-        None,
-        return_lse,
-    )
-    return out.to(out_dtype), lse
 
 
 def _dequantised(x: Tensor, cu_seqlens: Tensor, descale: Tensor | None) -> Tensor:
@@ -202,7 +160,7 @@ def _on_gpu(
     k: Tensor,
     v: Tensor,
     cu_seqlens: tuple[Tensor, Tensor],
-    descales: _Descales,
+    descales: tuple[Tensor | None, Tensor | None, Tensor | None],
     out_dtype: torch.dtype,
     max_seqlen_q: int | None,
     causal: bool,
@@ -215,14 +173,12 @@ def _on_gpu(
         raise NotImplementedError(
             f"attention of {E4M3} takes head_dim {HEAD_DIM} on a GPU, it is {head_dim}"
         )
-    out = torch.empty(q.shape, dtype=out_dtype, device=q.device)
-    lse_shape = (heads, num_rows) if return_lse else (0,)
-    lse = torch.empty(lse_shape, dtype=torch.float32, device=q.device)
+    out, lse = outputs(q, return_lse, torch.empty(q.shape, dtype=out_dtype, device=q.device))
     largest = num_rows if max_seqlen_q is None else min(max_seqlen_q, num_rows)
     if q.numel() == 0 or largest == 0:
         return out, lse
     q, k, v = _wide(q), _wide(k), _wide(v)
-    cu_q, cu_k = _int32(cu_seqlens[0]), _int32(cu_seqlens[1])
+    cu_q, cu_k = as_int32(cu_seqlens[0]), as_int32(cu_seqlens[1])
     kept = [None if t is None else t.contiguous() for t in descales]
     cuda_ops.call(
         "attention_fp8",

@@ -84,6 +84,7 @@ class PagedKVCache:
         self.v = torch.empty(shape, dtype=dtype, device=device)
 
     def pages_for(self, num_tokens: int) -> int:
+        """Pages that hold so many tokens."""
         return -(-num_tokens // self.page_size)
 
     def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -19,7 +19,22 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def shape_of(t: Tensor) -> str:
+    """As messages have it: "4x128"."""
     return "x".join(map(str, t.shape)) or "scalar"
+
+
+def _kind(t: object) -> object:
+    return t.dtype if isinstance(t, Tensor) else type(t).__name__
+
+
+def check_dtype(name: str, t: Tensor, dtype: torch.dtype) -> None:
+    if not isinstance(t, Tensor) or t.dtype is not dtype:
+        raise TypeError(f"{name} must be a {str(dtype)[6:]} tensor, got {_kind(t)}")
+
+
+def check_device(name: str, t: Tensor, device: torch.device) -> None:
+    if t.device != device:
+        raise ValueError(f"{name} is on {t.device}, expected {device}")
 
 
 def on_host(t: Tensor) -> bool:
@@ -43,12 +58,31 @@ def check_float(**tensors: Tensor) -> None:
             raise ValueError(f"{name} is on {t.device} but {first} is on {device}")
 
 
+def check_operands(
+    x: Tensor, residual: Tensor | None, norm_weight: Tensor | None, **others: Tensor
+) -> None:
+    """check_float of what a product takes; norm_weight fits x, which has at least one dimension."""
+    tensors = {"x": x, **others}
+    if residual is not None:
+        tensors["residual"] = residual
+    if norm_weight is not None:
+        tensors["norm_weight"] = norm_weight
+    check_float(**tensors)
+    if norm_weight is not None:
+        check_norm(x, norm_weight)
+    elif x.ndim == 0:
+        raise ValueError("x must have at least one dimension")
+
+
+def check_shape(name: str, t: Tensor, shape: tuple[int, ...]) -> None:
+    if t.shape != shape:
+        raise ValueError(f"{name} must be {'x'.join(map(str, shape))}, got {shape_of(t)}")
+
+
 def check_index(name: str, t: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
     if not isinstance(t, Tensor) or t.dtype not in (torch.int32, torch.int64):
-        got = t.dtype if isinstance(t, Tensor) else type(t).__name__
-        raise TypeError(f"{name} must be an int32 or int64 tensor, got {got}")
-    if t.device != device:
-        raise ValueError(f"{name} is on {t.device}, expected {device}")
+        raise TypeError(f"{name} must be an int32 or int64 tensor, got {_kind(t)}")
+    check_device(name, t, device)
     if tuple(t.shape) != shape:
         raise ValueError(f"{name} must have shape {'x'.join(map(str, shape))}, got {shape_of(t)}")
 
@@ -78,11 +112,10 @@ def check_range(name: str, t: Tensor, low: int, high: int) -> None:
 
 def check_cu_seqlens(name: str, cu_seqlens: Tensor, device: torch.device) -> None:
     if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"{name} must be an int32 or int64 tensor")
+        raise TypeError(f"{name} must be an int32 or int64 tensor, got {_kind(cu_seqlens)}")
     if cu_seqlens.ndim != 1 or cu_seqlens.numel() < 1:
         raise ValueError(f"{name} must have shape [batch + 1], got {shape_of(cu_seqlens)}")
-    if cu_seqlens.device != device:
-        raise ValueError(f"{name} is on {cu_seqlens.device}, expected {device}")
+    check_device(name, cu_seqlens, device)
 
 
 def starts_of(name: str, cu_seqlens: Tensor, total: int, what: str) -> list[int]:
@@ -116,6 +149,28 @@ def check_heads(q: Tensor, k: Tensor, v: Tensor, kv_ndim: int = 3) -> None:
 def check_window(window: int | None) -> None:
     if window is not None and window <= 0:
         raise ValueError(f"window must be positive or None, got {window}")
+
+
+def check_packed(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int | None,
+    window: int | None,
+) -> None:
+    """What attention over packed sequences takes, but for the dtype."""
+    check_heads(q, k, v)
+    check_window(window)
+    check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, q.device)
+    check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, q.device)
+    if cu_seqlens_q.shape != cu_seqlens_k.shape:
+        raise ValueError(
+            f"cu_seqlens_q has {len(cu_seqlens_q) - 1} sequences, "
+            f"cu_seqlens_k {len(cu_seqlens_k) - 1}"
+        )
+    check_max_seqlen(max_seqlen_q)
 
 
 def check_norm(x: Tensor, weight: Tensor) -> None:

@@ -43,7 +43,7 @@ def serves(q: Tensor, k_cache: Tensor | None = None) -> bool:
     return cuda_ops.serves_within(q, limits)
 
 
-def _int32(t: Tensor) -> Tensor:
+def as_int32(t: Tensor) -> Tensor:
     return t.to(torch.int32).contiguous()  # both return t itself where they can
 
 
@@ -56,7 +56,7 @@ def _wide(x: Tensor) -> Tensor:
     return torch.empty(x.shape, dtype=x.dtype, device=x.device).copy_(x)
 
 
-def _outputs(q: Tensor, return_lse: bool, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def outputs(q: Tensor, return_lse: bool, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
     if out is None:
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse_shape = (q.shape[1], q.shape[0]) if return_lse else (0,)
@@ -83,13 +83,13 @@ def attention(
     return_lse: bool,
 ) -> tuple[Tensor, Tensor]:
     """ops.attention: out, lse. With rope, k is rotated by a launch of its own, q in the kernel."""
-    out, lse = _outputs(q, return_lse)
+    out, lse = outputs(q, return_lse)
     num_rows = q.shape[0]
     largest = num_rows if max_seqlen_q is None else min(max_seqlen_q, num_rows)
     if q.numel() == 0 or largest == 0:
         return out, lse
     q, k, v = _wide(q), _wide(k), _wide(v)
-    cu_q, cu_k = _int32(cu_seqlens[0]), _int32(cu_seqlens[1])
+    cu_q, cu_k = as_int32(cu_seqlens[0]), as_int32(cu_seqlens[1])
     turn = NO_ROPE
     if rope is not None:
         cos, sin, _, interleaved = contiguous_rope(rope)
@@ -205,14 +205,14 @@ def attention_kvcache(
     `decode_workspace_bytes` of uint8, 0 at first, in place of the stream's own; launches that share
     one must not overlap.
     """
-    out, lse = _outputs(q, return_lse, out)
+    out, lse = outputs(q, return_lse, out)
     num_rows, (smallest, largest) = q.shape[0], bounds
     if cu_seqlens_q is None:
         smallest = largest = 1
     largest = num_rows if largest is None else min(largest, num_rows)
     if q.numel() == 0 or largest == 0:
         return out, lse
-    q, block_table, cache_seqlens = _wide(q), _int32(block_table), _int32(cache_seqlens)
+    q, block_table, cache_seqlens = _wide(q), as_int32(block_table), as_int32(cache_seqlens)
     if new is not None:
         new = _wide(new[0]), _wide(new[1])
     turn = NO_ROPE
@@ -221,7 +221,7 @@ def attention_kvcache(
         turn = native_rope(*rope)
     cache = k_cache, v_cache, block_table, cache_seqlens
     options = causal, window or 0, scale, DTYPES[q.dtype], turn
-    cu_seqlens = None if cu_seqlens_q is None else _int32(cu_seqlens_q)
+    cu_seqlens = None if cu_seqlens_q is None else as_int32(cu_seqlens_q)
     if cu_seqlens is not None and largest > MAX_DECODE_ROWS:
         if new is not None:
             _append(new, *cache, cu_seqlens, rope)

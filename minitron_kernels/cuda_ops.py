@@ -228,8 +228,15 @@ def rope_append(
     v_cache: Tensor,
     slots: Tensor,
 ) -> None:
-    k, v = _features_adjoin(k), _features_adjoin(v)
-    cos, sin, positions, slots = (t.contiguous() for t in (cos, sin, positions, slots))
+    cos, sin, positions = (t.contiguous() for t in (cos, sin, positions))
+    _append(k, v, k_cache, v_cache, slots, native_rope(cos, sin, positions, interleaved))
+
+
+def _append(
+    k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor, rope: object
+) -> None:
+    """mk_rope_append, k rotated by an mk_rope."""
+    k, v, slots = _features_adjoin(k), _features_adjoin(v), slots.contiguous()
     num_pages, page, heads, head_dim = k_cache.shape
     call(
         "rope_append",
@@ -245,7 +252,7 @@ def rope_append(
         page,
         DTYPES[slots.dtype],
         DTYPES[k.dtype],
-        native_rope(cos, sin, positions, interleaved),
+        rope,
     )
 
 
@@ -287,26 +294,10 @@ def _zeros(count: int, device: torch.device) -> Tensor:
 
 def append_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
     """rope_append by the angle 0, whose cosine is 1: k as it is, but for the sign of a zero."""
-    k, v, slots = _features_adjoin(k), _features_adjoin(v), slots.contiguous()
-    num_pages, page, heads, head_dim = k_cache.shape
     zeros = _zeros(k.shape[0], k.device)
-    rotary_dim = 16 if head_dim % 16 == 0 else 2
-    call(
-        "rope_append",
-        k,
-        *(t.data_ptr() for t in (k, v, k_cache, v_cache, slots)),
-        *k.stride()[:2],
-        *v.stride()[:2],
-        *k_cache.stride()[:3],
-        k.shape[0],
-        heads,
-        head_dim,
-        num_pages,
-        page,
-        DTYPES[slots.dtype],
-        DTYPES[k.dtype],
-        _native.Rope(0, 0, 0, zeros.data_ptr(), _native.I32, 1, rotary_dim, False, 2.0),
-    )
+    rotary_dim = 16 if k.shape[2] % 16 == 0 else 2
+    rope = _native.Rope(0, 0, 0, zeros.data_ptr(), _native.I32, 1, rotary_dim, False, 2.0)
+    _append(k, v, k_cache, v_cache, slots, rope)
 
 
 def silu_and_mul(gate_up: Tensor) -> Tensor:
@@ -476,7 +467,14 @@ def qkv_then_rope(
         y = torch.empty((x.shape[0], w.shape[0]), dtype=x.dtype, device=x.device)
         _product(rows, w, y, None, norm_weight, eps)
         projected.append(y.view(x.shape[0], w.shape[0] // head_dim, head_dim))
-    q, k, v = projected
+    return rotated_q(projected, rope, k_cache, v_cache, slots)
+
+
+def rotated_q(
+    qkv: Sequence[Tensor], rope: Rope, k_cache: Tensor, v_cache: Tensor, slots: Tensor
+) -> Tensor:
+    """rope_append of k and v [T, Hk, D], then q [T, Hq, D], rotated: two launches."""
+    q, k, v = qkv
     cos, sin, positions, interleaved = rope
     assert positions is not None
     rope_append(k, v, cos, sin, positions, interleaved, k_cache, v_cache, slots)

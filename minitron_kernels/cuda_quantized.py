@@ -15,13 +15,12 @@ from minitron_kernels import _native
 from minitron_kernels.block_types import GGML_NUMBERS
 from minitron_kernels.cuda_ops import (
     DTYPES,
-    apply_rope,
     call,
     contiguous_rope,
     native_rope,
     pointer,
     rms_norm,
-    rope_append,
+    rotated_q,
     rows_of,
     silu_and_mul,
 )
@@ -204,11 +203,7 @@ def qkv_then_rope(
         y = torch.empty((x.shape[0], w.rows), dtype=x.dtype, device=x.device)
         _product(rows, w, y, None, norm_weight, eps)
         projected.append(y.view(x.shape[0], w.rows // head_dim, head_dim))
-    q, k, v = projected
-    cos, sin, positions, interleaved = rope
-    assert positions is not None
-    rope_append(k, v, cos, sin, positions, interleaved, k_cache, v_cache, slots)
-    return apply_rope(q, k[:, :0], cos, sin, positions, interleaved)[0]
+    return rotated_q(projected, rope, k_cache, v_cache, slots)
 
 
 def embedding(ids: Tensor, table: Tiles, cols: int, dtype: torch.dtype) -> Tensor:

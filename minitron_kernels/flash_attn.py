@@ -181,7 +181,9 @@ def flash_attn_with_kvcache(
 
     ``rotary_cos`` and ``_sin`` [positions, R/2] (fp32, or converted to it) rotate k by its place;
     and q by cache_seqlens + its row, or, where there is neither a causal mask nor a window, all of
-    it by cache_seqlens. Returns out [B, Sq, Hq, D], and lse fp32 [B, Hq, Sq] if it is asked for.
+    it by cache_seqlens. ``num_splits`` is not looked at: the kernel splits by the lengths, so that
+    results are the same in every batch. Returns out [B, Sq, Hq, D], and lse fp32 [B, Hq, Sq] if it
+    is asked for.
     """
     _refuse(0.0, softcap, alibi_slopes)
     if cache_leftpad is not None:

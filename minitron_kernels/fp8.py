@@ -16,7 +16,13 @@ import math
 import torch
 
 from minitron_kernels import cuda_ops, torch_ops
-from minitron_kernels.checks import check_float, shape_of
+from minitron_kernels.checks import (
+    check_device,
+    check_dtype,
+    check_float,
+    check_shape,
+    shape_of,
+)
 from minitron_kernels.cuda_ops import call, pointer, rows_of
 from minitron_kernels.library import op
 
@@ -210,20 +216,14 @@ def linear_fp8_swiglu(
 
 
 def _check_scale(name: str, scale: Tensor, device: torch.device) -> None:
-    if not isinstance(scale, Tensor) or scale.dtype != torch.float32:
-        got = scale.dtype if isinstance(scale, Tensor) else type(scale).__name__
-        raise TypeError(f"{name} must be a float32 tensor, got {got}")
-    if scale.device != device:
-        raise ValueError(f"{name} is on {scale.device}, expected {device}")
+    check_dtype(name, scale, torch.float32)
+    check_device(name, scale, device)
 
 
 def _check(x: Tensor, w: Tensor, x_scale: Tensor, w_scale: Tensor) -> None:
     for name, t in (("x", x), ("w", w)):
-        if not isinstance(t, Tensor) or t.dtype != E4M3:
-            got = t.dtype if isinstance(t, Tensor) else type(t).__name__
-            raise TypeError(f"{name} must be a float8_e4m3fn tensor, got {got}")
-    if w.device != x.device:
-        raise ValueError(f"w is on {w.device}, expected {x.device}")
+        check_dtype(name, t, E4M3)
+    check_device("w", w, x.device)
     if w.ndim != 2:
         raise ValueError(f"w must be [N, K], got {shape_of(w)}")
     n, k = w.shape
@@ -265,15 +265,9 @@ def _linear_fp8(
     _check(x, w, x_scale, w_scale)
     shape = (*x.shape[:-1], w.shape[0])
     if residual is not None:
-        if not isinstance(residual, Tensor) or residual.dtype != out_dtype:
-            got = residual.dtype if isinstance(residual, Tensor) else type(residual).__name__
-            raise TypeError(f"residual must have the out_dtype {out_dtype}, got {got}")
-        if tuple(residual.shape) != shape:
-            raise ValueError(
-                f"residual must be {'x'.join(map(str, shape))}, got {shape_of(residual)}"
-            )
-        if residual.device != x.device:
-            raise ValueError(f"residual is on {residual.device}, expected {x.device}")
+        check_dtype("residual", residual, out_dtype)
+        check_shape("residual", residual, shape)
+        check_device("residual", residual, x.device)
     if x.is_cuda or cuda_ops.emulate:
         out = torch.empty(shape, dtype=out_dtype, device=x.device)
         _product("linear_fp8", x, w, x_scale, w_scale, out, (residual,))

@@ -229,6 +229,7 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
+        """Whether a request waits or runs."""
         return bool(self._waiting or self._running)
 
     def _admit(self) -> None:
@@ -397,6 +398,7 @@ class TokenStream(Iterator[TokenEvent]):
         return self._events.popleft()
 
     def close(self) -> None:
+        """End the run; the results keep what they have."""
         self._engine = None  # and with it the cache
         self._events.clear()
 
@@ -501,8 +503,9 @@ def score(
         raise ValueError(
             f"ids must hold 1..{config.max_position_embeddings} tokens, got {len(ids)}"
         )
-    if not all(0 <= i < config.vocab_size for i in ids):
-        raise ValueError(f"ids must lie in 0..{config.vocab_size - 1}")
+    for i in ids:
+        if not 0 <= i < config.vocab_size:
+            raise ValueError(f"ids must lie in 0..{config.vocab_size - 1}, got {i}")
     affordable_tokens(model, [len(ids)])
     cache = model.new_cache(len(ids))
     pages = cache.allocator.allocate(cache.pages_for(len(ids)))
@@ -537,7 +540,8 @@ def generate_ids(
         raise ValueError("give token ids either as inputs or as input_ids")
     inputs = input_ids if inputs is None else inputs
     if not isinstance(inputs, Tensor) or inputs.ndim != 2 or inputs.is_floating_point():
-        raise ValueError("inputs must be an integer tensor [B, S]")
+        got = f"{inputs.dtype} {list(inputs.shape)}" if isinstance(inputs, Tensor) else type(inputs)
+        raise ValueError(f"inputs must be an integer tensor [B, S], got {got}")
     if attention_mask is None:
         attention_mask = torch.ones_like(inputs)
     if attention_mask.shape != inputs.shape:

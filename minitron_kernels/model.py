@@ -224,6 +224,8 @@ def _reorder(
 
 
 class DecoderLayer(nn.Module):
+    """x + attention(norm(x)), then that + mlp(norm of it); x [T, H]."""
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -237,6 +239,8 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
+    """What state dicts call ``model``; MinitronForCausalLM.forward runs it."""
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
@@ -286,11 +290,11 @@ class MinitronForCausalLM(nn.Module):
         """Load a model.
 
         ``source``: a folder with config.json and safetensors, a .gguf or .nemo file, a Hub id (also
-        ``repo:QUANT`` and ``repo/file.gguf`` for GGUF repositories), or a built-in name
-        (smollm2-135m, minitron-8b, minitron-8b:Q4_K_M), or an open checkpoint. ``dtype`` ("auto":
-        as stored, bfloat16 for quantised GGUF) and ``device`` also go by transformers' names
-        torch_dtype and device_map.
-        ``progress`` shows a bar (None: on a terminal, when there is much to do).
+        ``repo:QUANT`` and ``repo/file.gguf`` for GGUF repositories), a built-in name (smollm2-135m,
+        minitron-8b, minitron-8b:Q4_K_M) or an open checkpoint; ``revision`` is a Hub repository's.
+        ``dtype`` (None, "auto": as stored, bfloat16 for quantised GGUF) and ``device`` (None,
+        "auto": cuda if there is one, else cpu) also go by transformers' names torch_dtype and
+        device_map. ``progress`` shows a bar (None: on a terminal, when there is much to do).
 
         Quantised matrices of a GGUF file stay so (`QuantizedTensor`), and ``dtype`` is that of
         activations, norms and cache; ``expand`` decodes them to it. An infinite or NaN block scale
@@ -413,7 +417,7 @@ class MinitronForCausalLM(nn.Module):
 
         For the CPU: prompts take about half the time then, but an activation is off by up to 1/254
         of the largest of its 32. Raises ValueError for a model on a GPU, and for one without
-        quantised matrices.
+        quantised matrices, NotImplementedError for one that several processes share.
         """
         if on and self.shard is not None:
             raise NotImplementedError("int8_activations is for a model of one process")
@@ -471,7 +475,10 @@ class MinitronForCausalLM(nn.Module):
         return logits if self.shard is None else self.shard.join(logits)
 
     def logits(self, ids: Tensor) -> Tensor:
-        """Logits [B, S, V] of unpadded sequences ``ids`` [B, S], with a cache of their own."""
+        """Logits fp32 [B, S, V] of unpadded sequences ``ids`` [B, S], with a cache of their own.
+
+        Raises ValueError for more tokens than the model's context.
+        """
         if ids.ndim != 2 or ids.shape[1] > self.config.max_position_embeddings:
             raise ValueError(
                 f"ids must be [B, S] with S <= {self.config.max_position_embeddings}, "
@@ -493,7 +500,8 @@ class MinitronForCausalLM(nn.Module):
         do_sample, pad_token_id, eos_token_id, input_ids (for inputs), cuda_graphs (see `Engine`).
         Greedy unless do_sample or a temperature is given; without max_length and max_new_tokens,
         128 new tokens at the most. Returns int64 [B, S + longest continuation], shorter ones padded
-        on the right.
+        on the right. Raises TypeError for an unknown option, NotImplementedError for one that is
+        known and has no code, ValueError for what contradicts or does not fit.
         """
         from minitron_kernels.generate import generate_ids
 

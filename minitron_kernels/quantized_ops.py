@@ -22,11 +22,12 @@ from minitron_kernels.checks import (
     check_cache,
     check_float,
     check_index,
-    check_norm,
+    check_operands,
     check_out_dtype,
     check_positions,
     check_range,
     check_rope,
+    check_shape,
     shape_of,
 )
 from minitron_kernels.cuda_quantized import Tiles
@@ -48,6 +49,7 @@ _log = logging.getLogger(__name__)
 
 
 def is_quantized(w: object) -> TypeGuard[Matrix]:
+    """Whether w is a QuantizedTensor or a PackedQuantizedTensor."""
     return isinstance(w, _MATRICES)
 
 
@@ -128,16 +130,9 @@ def _check_products(
     matrices: Sequence[tuple[str, Tensor, str, int]],
 ) -> None:
     """``matrices``: name, bytes, type and rows of each."""
-    tensors = {"x": x}
-    if residual is not None:
-        tensors["residual"] = residual
-    if norm_weight is not None:
-        tensors["norm_weight"] = norm_weight
-    check_float(**tensors)
+    check_operands(x, residual, norm_weight)
     for name, w, kind, rows in matrices:
         _check_matrix(name, x, w, kind, rows)
-    if norm_weight is not None:
-        check_norm(x, norm_weight)
 
 
 def check_int8_activations(x: Tensor) -> None:
@@ -196,8 +191,8 @@ def _linear(
         check_int8_activations(x)
     _check_products(x, norm_weight, residual, [("w", w, kind, rows)])
     shape = (*x.shape[:-1], rows)
-    if residual is not None and residual.shape != shape:
-        raise ValueError(f"residual must be {'x'.join(map(str, shape))}, got {shape_of(residual)}")
+    if residual is not None:
+        check_shape("residual", residual, shape)
     out_dtype = check_out_dtype(x, out_dtype, residual)
     cols = x.shape[-1]
     if cuda_ops.serves(x):

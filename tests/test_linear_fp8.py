@@ -640,7 +640,7 @@ GOOD: dict[str, Any] = {
         ({"x_scale": 1.0}, TypeError, "x_scale must be a float32"),
         ({"w_scale": torch.ones(130, 2)}, ValueError, "w_scale must have .* 2x2, got 130x2"),
         ({"w_scale": torch.ones(2, 2, device="meta")}, ValueError, "w_scale is on meta"),
-        ({"residual": torch.zeros(4, 130)}, TypeError, "residual must have the out_dtype"),
+        ({"residual": torch.zeros(4, 130)}, TypeError, "residual must be a bfloat16 tensor"),
         ({"residual": torch.zeros(4, 131).bfloat16()}, ValueError, "residual must be 4x130"),
         ({"out_dtype": torch.int8}, ValueError, "out_dtype must be bfloat16"),
     ],

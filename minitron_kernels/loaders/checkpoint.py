@@ -87,6 +87,27 @@ class Checkpoint(Protocol):
         ...
 
 
+class FloatCheckpoint(Checkpoint):
+    """A checkpoint of a format that has no quantised matrices."""
+
+    def load_quantized(
+        self, name: str, *, interleaved: bool = False, allow_nonfinite: bool = False
+    ) -> QuantizedTensor:
+        """See Checkpoint.load_quantized: raises ValueError for every name."""
+        info = check_load_quantized(self, name)
+        raise AssertionError(f"{info.type} passed for a quantised type")
+
+    def ram_needed(
+        self, dtype: torch.dtype, *, keep_quantized: bool = False, interleaved: bool = False
+    ) -> int:
+        """See Checkpoint.ram_needed."""
+        return sum(
+            info.numel * dtype.itemsize
+            for name, info in self.tensors.items()
+            if self.copies(name, dtype)
+        )
+
+
 def open_checkpoint(path: Path) -> Checkpoint:
     """Open a folder of config.json and safetensors, a GGUF file (any part of a split one) or .nemo.
 

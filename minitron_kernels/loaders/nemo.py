@@ -21,15 +21,14 @@ import torch
 from minitron_kernels.config import ModelConfig
 from minitron_kernels.loaders.checkpoint import (
     TORCH_DTYPES,
+    FloatCheckpoint,
     TensorInfo,
     check_load,
-    check_load_quantized,
     convert,
 )
 from minitron_kernels.loaders.nemo_archive import Member, opened
 from minitron_kernels.loaders.nemo_weights import Stored, open_weights
 from minitron_kernels.loaders.tokenizer import Tokenizer
-from minitron_kernels.quantized import QuantizedTensor
 
 CONFIG = "model_config.yaml"
 
@@ -39,7 +38,7 @@ _MAX_TOKENIZER_BYTES = 256 << 20
 _TYPES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 
-class NemoCheckpoint:
+class NemoCheckpoint(FloatCheckpoint):
     """A .nemo file, or the folder with its content (see Checkpoint).
 
     Raises OSError for a missing file, ValueError naming file and field for a damaged or hostile
@@ -93,13 +92,6 @@ class NemoCheckpoint:
         stored = pieces[0] if len(pieces) == 1 else torch.cat(pieces, part.axis or 0)
         return convert(stored.contiguous(), dtype, info)
 
-    def load_quantized(
-        self, name: str, *, interleaved: bool = False, allow_nonfinite: bool = False
-    ) -> QuantizedTensor:
-        """See Checkpoint.load_quantized: there is no quantised matrix, so this raises."""
-        info = check_load_quantized(self, name)
-        raise AssertionError(f"{info.type} passed for a quantised type")
-
     def copies(self, name: str, dtype: torch.dtype) -> bool:
         """See Checkpoint.copies."""
         part = self._parts[name]
@@ -108,16 +100,6 @@ class NemoCheckpoint:
         split = part.of_qkv and self.config.num_key_value_heads > 1
         is_converted = TORCH_DTYPES[self.tensors[name].type] != dtype
         return joined or split or not is_view or is_converted
-
-    def ram_needed(
-        self, dtype: torch.dtype, *, keep_quantized: bool = False, interleaved: bool = False
-    ) -> int:
-        """See Checkpoint.ram_needed."""
-        return sum(
-            info.numel * dtype.itemsize
-            for name, info in self.tensors.items()
-            if self.copies(name, dtype)
-        )
 
     def _describe(self, name: str, shape: tuple[int, ...]) -> TensorInfo:
         """The tensor under its Hugging Face name; the ranks' parts of it are checked."""

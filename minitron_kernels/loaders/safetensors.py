@@ -11,18 +11,17 @@ import torch
 from minitron_kernels.config import ModelConfig
 from minitron_kernels.loaders.checkpoint import (
     TORCH_DTYPES,
+    FloatCheckpoint,
     TensorInfo,
     check_load,
-    check_load_quantized,
     convert,
 )
 from minitron_kernels.loaders.files import MAX_JSON_BYTES, read_json_object, require_file
-from minitron_kernels.quantized import QuantizedTensor
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
-class SafetensorsCheckpoint:
+class SafetensorsCheckpoint(FloatCheckpoint):
     """A folder with config.json and model.safetensors, or shards under an index (see Checkpoint).
 
     The safetensors library maps the files into memory (copy on write) and hands out views of them.
@@ -58,26 +57,9 @@ class SafetensorsCheckpoint:
         info = check_load(self, name, dtype)
         return convert(self._handles[info.file].get_tensor(name), dtype, info)
 
-    def load_quantized(
-        self, name: str, *, interleaved: bool = False, allow_nonfinite: bool = False
-    ) -> QuantizedTensor:
-        """See Checkpoint.load_quantized: safetensors hold no quantised matrix, so this raises."""
-        info = check_load_quantized(self, name)
-        raise AssertionError(f"{info.type} passed for a quantised type")
-
     def copies(self, name: str, dtype: torch.dtype) -> bool:
         """See Checkpoint.copies."""
         return TORCH_DTYPES[self.tensors[name].type] != dtype
-
-    def ram_needed(
-        self, dtype: torch.dtype, *, keep_quantized: bool = False, interleaved: bool = False
-    ) -> int:
-        """See Checkpoint.ram_needed."""
-        return sum(
-            info.numel * dtype.itemsize
-            for name, info in self.tensors.items()
-            if self.copies(name, dtype)
-        )
 
     def _add(self, file: Path, names: list[str] | None) -> None:
         """Open a file and list its tensors: those called ``names``, or all."""
