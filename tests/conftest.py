@@ -33,6 +33,22 @@ def smollm2_gguf() -> Path:
 
 
 @pytest.fixture(scope="session")
+def models() -> Callable[..., Any]:
+    """`transformers_models.random_model`, each model made once."""
+    from tests.transformers_models import random_model
+
+    made: dict[Any, Any] = {}
+
+    def get(kind: str = "mistral", **options: Any) -> Any:
+        key = kind, *sorted(options.items())
+        if key not in made:
+            made[key] = random_model(kind, **options)
+        return made[key]
+
+    return get
+
+
+@pytest.fixture(scope="session")
 def make_hf_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Any, Path]]:
     """Make a random transformers model and save it: (model in fp32, its folder)."""
 

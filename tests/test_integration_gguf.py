@@ -17,10 +17,10 @@ from minitron_kernels.integrations import transformers_attention
 from minitron_kernels.integrations.transformers import QuantizedLinear, from_gguf, patch, unpatch
 from minitron_kernels.quantized import QuantizedTensor
 from tests.emulated_device import emulated
-from tests.test_integration_transformers import compiled, ops_in
 from tests.test_loaders_gguf import in_file_mapping
 from tests.test_model_emulated import check_logits
 from tests.test_model_quantized import LAYERS, UNIFORM, VOCAB, random_ids, write_model
+from tests.transformers_models import compiled, ops_in
 
 Tensor = torch.Tensor
 

@@ -32,7 +32,7 @@ from transformers.models.mistral.modeling_mistral import MistralAttention, Mistr
 
 from minitron_kernels import build_info
 from minitron_kernels.integrations import transformers_attention
-from tests.test_integration_transformers import check, padding, random_ids, random_model
+from tests.transformers_models import check, padding, random_ids, random_model
 
 ROOT = Path(__file__).parents[1]
 LAYERS = ("RMSNorm", "SwiGLUMLP", "MinitronAttention")
