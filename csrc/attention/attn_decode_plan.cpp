@@ -3,6 +3,7 @@
 #include <string>
 
 #include "attention/attn_decode_tiles.h"
+#include "attention/attn_map.h"
 #include "launch/op.h"
 
 namespace mk {
@@ -224,28 +225,15 @@ struct AttentionDecode {
         static_cast<AttnDecodeArgs&>(*to) = args(p);
         to->has_maps = 0;
         if (p.tokens == 0 || p.batch == 0 || p.num_pages == 0) return MK_OK;
-        // A dimension of one has no stride, but must be given one.
-        const auto bytes = [&](int64_t elements, int32_t count) {
-            return static_cast<uint64_t>(count > 1 ? 2 * elements : 2 * p.head_dim);
+        const auto map = [&](const void* cache, TensorMap* to_map, int32_t* has_map) {
+            return attn_map(p.dtype, p.head_dim, cache,
+                            {p.cache_head_stride, p.cache_stride, p.cache_page_stride},
+                            {p.num_kv_heads, p.page_size, p.num_pages}, kAttnDecodeTileKeys, to_map,
+                            has_map);
         };
-        const uint64_t dims[] = {
-            static_cast<uint64_t>(p.head_dim), static_cast<uint64_t>(p.num_kv_heads),
-            static_cast<uint64_t>(p.page_size), static_cast<uint64_t>(p.num_pages)};
-        const uint64_t strides[] = {bytes(p.cache_head_stride, p.num_kv_heads),
-                                    bytes(p.cache_stride, p.page_size),
-                                    bytes(p.cache_page_stride, p.num_pages)};
-        if (overlap(dims, strides)) return MK_OK;
-        const uint32_t box[] = {64, 1, kAttnDecodeTileKeys, 1};
-        const uint32_t ones[] = {1, 1, 1, 1};
-        const cuda::Driver* driver = nullptr;
-        MK_TRY(cuda::get_driver(&driver));
-        for (const bool is_k : {true, false}) {
-            MK_CUDA(*driver, cuTensorMapEncodeTiled, is_k ? &to->k_map : &to->v_map,
-                    p.dtype == MK_BF16 ? cuda::kTensorMapBfloat16 : cuda::kTensorMapFloat16, 4,
-                    is_k ? p.k_cache : p.v_cache, dims, strides, box, ones, 0,
-                    cuda::kTensorMapSwizzle128B, cuda::kTensorMapL2Promotion256B, 0);
-        }
-        to->has_maps = 1;
+        int32_t has_k = 0;
+        MK_TRY(map(p.k_cache, &to->k_map, &has_k));
+        MK_TRY(map(p.v_cache, &to->v_map, &to->has_maps));  // their strides are the same
         return MK_OK;
     }
 
@@ -255,20 +243,6 @@ struct AttentionDecode {
                std::to_string(p.num_kv_heads) + " head_dim " + std::to_string(p.head_dim) +
                " queries " + std::to_string(p.max_seqlen_q) + " pages " +
                std::to_string(p.max_pages) + "x" + std::to_string(p.page_size);
-    }
-
-  private:
-    // Whether elements of a tensor map share memory, which TMA does not allow.
-    static bool overlap(const uint64_t (&dims)[4], const uint64_t (&strides)[3]) {
-        int order[] = {0, 1, 2};
-        std::sort(order, order + 3, [&](int a, int b) { return strides[a] < strides[b]; });
-        uint64_t below = 2 * dims[0];
-        for (const int i : order) {
-            if (dims[i + 1] == 1) continue;
-            if (strides[i] < below) return true;
-            below += strides[i] * (dims[i + 1] - 1);
-        }
-        return false;
     }
 };
 

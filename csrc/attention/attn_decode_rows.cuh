@@ -129,6 +129,21 @@ struct DecodeRows {
         }
     }
 
+    // From the products s of a tile to weights. key: the first of the tile; all: the keys that
+    // every row sees.
+    __device__ __forceinline__ void weigh(const AttnDecodeArgs& args, const DecodeWork& work,
+                                          const int2& all, int key, float (&s)[kNTiles][4],
+                                          uint32_t (&p)[kNTiles][2]) {
+        MK_UNROLL
+        for (int n = 0; n < kNTiles; ++n) {
+            MK_UNROLL
+            for (int i = 0; i < 4; ++i) s[n][i] *= args.scale_log2;
+        }
+        if (key < all.x || key + kAttnDecodeTileKeys > all.y) mask(args, work, key, s);
+        raise_maxima(s);
+        weights(s, p);
+    }
+
     // o += V^T P^T for the 16 values at `smem`.
     __device__ __forceinline__ void add_values(uint32_t smem, const uint32_t (&p)[kNTiles][2]) {
         const int lane = threadIdx.x % 32;

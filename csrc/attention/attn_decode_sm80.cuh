@@ -57,16 +57,8 @@ __device__ __forceinline__ void attn_decode_sm80(const AttnDecodeArgs& args) {
             float s[kRows / 8][4];
             rows.scores(ring.wait(), s);
             ring.template load<false>(kEven, tile + kUnits / 2);
-            MK_UNROLL
-            for (int n = 0; n < kRows / 8; ++n) {
-                MK_UNROLL
-                for (int i = 0; i < 4; ++i) s[n][i] *= args.scale_log2;
-            }
-            const int key = ring.key_of_tile(tile);
-            if (key < all.x || key + kAttnDecodeTileKeys > all.y) rows.mask(args, work, key, s);
-            rows.raise_maxima(s);
             uint32_t p[kRows / 8][2];
-            rows.weights(s, p);
+            rows.weigh(args, work, all, ring.key_of_tile(tile), s, p);
             rows.add_values(ring.wait(), p);
             ring.template load<false>(!kEven, tile + (kUnits + 1) / 2);
         }

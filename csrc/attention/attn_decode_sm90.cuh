@@ -179,16 +179,8 @@ __device__ __forceinline__ void attn_decode_sm90(const AttnDecodeSm90Args& args)
             float s[kRows / 8][4];
             rows.scores(ring.template wait<true>(), s);
             ring.template load<true, false>(tile + Tile::kSlots, ring.slot);
-            MK_UNROLL
-            for (int n = 0; n < kRows / 8; ++n) {
-                MK_UNROLL
-                for (int i = 0; i < 4; ++i) s[n][i] *= args.scale_log2;
-            }
-            const int key = ring.key_of_tile(tile);
-            if (key < all.x || key + kAttnDecodeTileKeys > all.y) rows.mask(args, work, key, s);
-            rows.raise_maxima(s);
             uint32_t p[kRows / 8][2];
-            rows.weights(s, p);
+            rows.weigh(args, work, all, ring.key_of_tile(tile), s, p);
             rows.add_values(ring.template wait<false>(), p);
             ring.template load<false, false>(tile + Tile::kSlots, ring.slot);
             ring.next_slot();

@@ -3,6 +3,7 @@
 // the ring of loads, let sm_89 hold two blocks, sm_80 three, sm_90 and sm_100 four.
 #pragma once
 
+#include "common/tensor_map.h"
 #include "minitron_kernels.h"
 
 #ifdef __CUDACC__
@@ -151,9 +152,7 @@ struct AttnDecodeArgs {
 // 64 elements of one head and 16 keys. has_maps is 0 where strides overlap, which TMA does not
 // take.
 struct AttnDecodeSm90Args : AttnDecodeArgs {
-    struct alignas(64) TensorMap {
-        uint64_t opaque[16];
-    } k_map, v_map;
+    TensorMap k_map, v_map;
     int32_t has_maps;
 };
 

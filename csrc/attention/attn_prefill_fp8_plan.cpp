@@ -127,7 +127,7 @@ struct AttentionFp8 {
 
         const auto map = [&](const char* name, const void* tensor, int64_t head_stride,
                              int64_t stride, int32_t heads, int32_t tokens, int32_t box_rows,
-                             bool is_kv, AttnPrefillSm90Args::TensorMap* map) -> mk_status {
+                             bool is_kv, TensorMap* map) -> mk_status {
             int32_t has_map = 0;
             const auto strides = {head_stride / 2, stride / 2, int64_t{0}};
             MK_TRY(is_kv ? attn_map(MK_BF16, p.head_dim / 2, tensor, strides, {heads, tokens, 1},

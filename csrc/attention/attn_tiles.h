@@ -1,6 +1,7 @@
 // Tiles of attention, shared by the plans and the kernels.
 #pragma once
 
+#include "common/tensor_map.h"
 #include "minitron_kernels.h"
 
 namespace mk {
@@ -38,9 +39,6 @@ struct AttnPrefillArgs {
 // sm_90's: what its blocks, which come in clusters of two, share out (attn_schedule.cuh), and
 // tensor maps for TMA.
 struct AttnPrefillSm90Args : AttnPrefillArgs {
-    struct alignas(64) TensorMap {
-        uint64_t opaque[16];
-    };
     // Dimensions element, head, row (packed: token, else row of a page) and page; boxes of 64
     // elements x box_rows.
     TensorMap k_map, v_map;

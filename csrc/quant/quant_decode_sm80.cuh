@@ -355,16 +355,7 @@ __device__ __forceinline__ void multiply_round(const QuantDecodeMatrix* w, const
     case type:                                                         \
         multiply_columns<type, kTokenTiles>(at, x_bytes, smem_scales); \
         break;
-            MK_QUANT_CASE(MK_Q4_0)
-            MK_QUANT_CASE(MK_Q4_1)
-            MK_QUANT_CASE(MK_Q5_0)
-            MK_QUANT_CASE(MK_Q5_1)
-            MK_QUANT_CASE(MK_Q8_0)
-            MK_QUANT_CASE(MK_Q2_K)
-            MK_QUANT_CASE(MK_Q3_K)
-            MK_QUANT_CASE(MK_Q4_K)
-            MK_QUANT_CASE(MK_Q5_K)
-            MK_QUANT_CASE(MK_Q6_K)
+            MK_FOR_EACH_QUANT_TYPE(MK_QUANT_CASE)
 #undef MK_QUANT_CASE
             default:
                 __builtin_unreachable();

@@ -191,26 +191,13 @@ __device__ __forceinline__ void quant_embedding(const mk_embedding_quant_params&
     }
     const int row = static_cast<int>(id);
     switch (p.table.type) {
-        case MK_Q4_0:
-            return quant_embedding_tile<Dtype, MK_Q4_0>(p, row, j, out, in_eights);
-        case MK_Q4_1:
-            return quant_embedding_tile<Dtype, MK_Q4_1>(p, row, j, out, in_eights);
-        case MK_Q5_0:
-            return quant_embedding_tile<Dtype, MK_Q5_0>(p, row, j, out, in_eights);
-        case MK_Q5_1:
-            return quant_embedding_tile<Dtype, MK_Q5_1>(p, row, j, out, in_eights);
-        case MK_Q8_0:
-            return quant_embedding_tile<Dtype, MK_Q8_0>(p, row, j, out, in_eights);
-        case MK_Q2_K:
-            return quant_embedding_tile<Dtype, MK_Q2_K>(p, row, j, out, in_eights);
-        case MK_Q3_K:
-            return quant_embedding_tile<Dtype, MK_Q3_K>(p, row, j, out, in_eights);
-        case MK_Q4_K:
-            return quant_embedding_tile<Dtype, MK_Q4_K>(p, row, j, out, in_eights);
-        case MK_Q5_K:
-            return quant_embedding_tile<Dtype, MK_Q5_K>(p, row, j, out, in_eights);
+#define MK_QUANT_CASE(type) \
+    case type:              \
+        return quant_embedding_tile<Dtype, type>(p, row, j, out, in_eights);
+        MK_FOR_EACH_QUANT_TYPE(MK_QUANT_CASE)
+#undef MK_QUANT_CASE
         default:
-            return quant_embedding_tile<Dtype, MK_Q6_K>(p, row, j, out, in_eights);
+            __builtin_unreachable();
     }
 }
 

@@ -296,16 +296,7 @@ __device__ __forceinline__ void quant_gemm(const QuantGemmArgs& args) {
     case type:                                        \
         quant_gemm_sums<type, T>(block, smem, total); \
         break;
-        MK_QUANT_CASE(MK_Q4_0)
-        MK_QUANT_CASE(MK_Q4_1)
-        MK_QUANT_CASE(MK_Q5_0)
-        MK_QUANT_CASE(MK_Q5_1)
-        MK_QUANT_CASE(MK_Q8_0)
-        MK_QUANT_CASE(MK_Q2_K)
-        MK_QUANT_CASE(MK_Q3_K)
-        MK_QUANT_CASE(MK_Q4_K)
-        MK_QUANT_CASE(MK_Q5_K)
-        MK_QUANT_CASE(MK_Q6_K)
+        MK_FOR_EACH_QUANT_TYPE(MK_QUANT_CASE)
 #undef MK_QUANT_CASE
     }
     ptx::cp_async_wait_group<0>();

@@ -358,16 +358,7 @@ struct QuantGemmSm90 {
     case type:                     \
         multiply<type>(at, total); \
         break;
-                MK_QUANT_CASE(MK_Q4_0)
-                MK_QUANT_CASE(MK_Q4_1)
-                MK_QUANT_CASE(MK_Q5_0)
-                MK_QUANT_CASE(MK_Q5_1)
-                MK_QUANT_CASE(MK_Q8_0)
-                MK_QUANT_CASE(MK_Q2_K)
-                MK_QUANT_CASE(MK_Q3_K)
-                MK_QUANT_CASE(MK_Q4_K)
-                MK_QUANT_CASE(MK_Q5_K)
-                MK_QUANT_CASE(MK_Q6_K)
+                MK_FOR_EACH_QUANT_TYPE(MK_QUANT_CASE)
 #undef MK_QUANT_CASE
             }
             write(ring.tile(ptx::mov_b32(i)), total);  // found again: registers are short

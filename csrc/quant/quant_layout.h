@@ -61,6 +61,19 @@ constexpr int kQuantTileRows = 16;
 constexpr int kQuantTileK = 256;
 constexpr int kQuantQuarterK = 64;
 
+// CASE(type) for each type that has kernels.
+#define MK_FOR_EACH_QUANT_TYPE(CASE) \
+    CASE(MK_Q4_0)                    \
+    CASE(MK_Q4_1)                    \
+    CASE(MK_Q5_0)                    \
+    CASE(MK_Q5_1)                    \
+    CASE(MK_Q8_0)                    \
+    CASE(MK_Q2_K)                    \
+    CASE(MK_Q3_K)                    \
+    CASE(MK_Q4_K)                    \
+    CASE(MK_Q5_K)                    \
+    CASE(MK_Q6_K)
+
 struct QuantFormat {
     int block_k, block_bytes;  // of a GGUF block
     int bits;                  // of a weight

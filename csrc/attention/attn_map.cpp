@@ -1,13 +1,13 @@
-// Work units and tensor maps of sm_90's kernels of attention for prompts.
+#include "attention/attn_map.h"
+
 #include <algorithm>
 
-#include "attention/attn_prefill_plan.h"
 #include "launch/op.h"
 
 namespace mk {
 namespace {
 
-// Whether elements of a tensor map share memory.
+// Whether elements of a tensor map share memory, which TMA does not allow.
 bool overlap(const uint64_t (&dims)[4], const uint64_t (&strides)[3]) {
     int order[] = {0, 1, 2};
     std::sort(order, order + 3, [&](int a, int b) { return strides[a] < strides[b]; });
@@ -22,20 +22,9 @@ bool overlap(const uint64_t (&dims)[4], const uint64_t (&strides)[3]) {
 
 }  // namespace
 
-AttnUnits attn_units(int32_t num_q_heads, int32_t num_kv_heads) {
-    const bool pairs = num_q_heads / num_kv_heads % kAttnPrefillCluster == 0;
-    return pairs ? AttnUnits{num_q_heads / kAttnPrefillCluster, kAttnPrefillTileM}
-                 : AttnUnits{num_q_heads, kAttnPrefillTileM * kAttnPrefillCluster};
-}
-
-int32_t attn_blocks(int64_t num_items, const mk_device& device) {
-    const int64_t clusters = std::max(device.num_sms / kAttnPrefillCluster, 1);
-    return static_cast<int32_t>(kAttnPrefillCluster * std::min(num_items, clusters));
-}
-
 mk_status attn_map(int32_t dtype, int32_t head_dim, const void* tensor,
                    std::initializer_list<int64_t> strides, std::initializer_list<int32_t> counts,
-                   int32_t box_rows, AttnPrefillSm90Args::TensorMap* to, int32_t* has_map) {
+                   int32_t box_rows, TensorMap* to, int32_t* has_map) {
     uint64_t dims[4] = {static_cast<uint64_t>(head_dim), 1, 1, 1}, steps[3] = {};
     const uint32_t box[4] = {64, 1, static_cast<uint32_t>(box_rows), 1};
     const uint32_t ones[4] = {1, 1, 1, 1};
