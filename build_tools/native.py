@@ -226,6 +226,7 @@ def build(package: Path) -> list[Path]:
     files = [package / LIBRARY, package / EXTENSION]
     for file in files:
         file.parent.mkdir(parents=True, exist_ok=True)
+        file.unlink(missing_ok=True)  # a process that runs it keeps it
         shutil.copy2(ROOT / BUILD / file.name, file)
     if package.parent != ROOT:
         (package / "include").mkdir(parents=True, exist_ok=True)
