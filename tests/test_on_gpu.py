@@ -112,28 +112,52 @@ TESTS_OF = {
 }
 
 
-def test_the_short_list_has_every_op(tmp_path: Path) -> None:
-    """As pytest collects it where torch finds a device."""
+def short_list() -> tuple[list[str], str]:
+    """Files of the short list, and which of their tests."""
     text = SCRIPT.read_text()
     files = re.search(r"^short_tests=\(([^)]*)\)", text, re.MULTILINE)
     groups = re.search(r"^short_groups=\(([^)]*)\)", text, re.MULTILINE)
     names = re.search(r"^short_names=\"([^\"]*)\"", text, re.MULTILINE)
     assert files and groups and names
     assert len(groups[1].split()) == len(re.findall(r'"[^"]+"', files[1]))
-    plugin = tmp_path / "pretended_gpu.py"
-    plugin.write_text("import torch\ntorch.cuda.is_available = lambda: True\n")
-    command = [sys.executable, "-m", "pytest", "-p", "pretended_gpu", "-p", "no:cacheprovider"]
-    command += ["-q", "--collect-only", "-m", "gpu and not slow", "-k", " ".join(names[1].split())]
-    env = os.environ | {"PYTHONPATH": str(tmp_path)}
-    done = subprocess.run(
-        [*command, *files[1].replace('"', "").split()],
-        cwd=ROOT,
-        env=env,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout[-2000:]
-    found = Counter(re.findall(r"::(\w+)\[.*\bgpu\b", done.stdout))
+    return files[1].replace('"', "").split(), " ".join(names[1].split())
+
+
+def run_pretended(names: str, *options: str) -> str:
+    """The short list's tests of these names on an emulated device in the place of the GPU."""
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-p",
+        "tests.pretended_gpu",
+        "-p",
+        "no:cacheprovider",
+    ]
+    command += ["-q", "-m", "gpu and not slow", "-k", names, *options, *short_list()[0]]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    return done.stdout
+
+
+@needs_kernels
+def test_what_surrounds_a_launch_works_on_a_gpu() -> None:
+    """Of each way to it a case: pointers in a struct, and in an array of structs; tensors."""
+    told = run_pretended("(test_qkv_of_three_types and Q6_K and not 768) or test_swiglu_mlp")
+    assert re.search(r"gpu \d{2}\b", told), told
+
+
+@pytest.mark.slow
+@needs_kernels
+def test_the_short_list_passes_on_an_emulated_device() -> None:
+    found = re.search(r"gpu (\d+)\b", run_pretended(short_list()[1]))
+    assert found and int(found[1]) > 100
+
+
+def test_the_short_list_has_every_op() -> None:
+    """As pytest collects it where torch finds a device."""
+    told = run_pretended(short_list()[1], "--collect-only")
+    found = Counter(re.findall(r"::(\w+)\[.*\bgpu\b", told))
     assert set(TESTS_OF) == set(native_abi.OPS)
     assert {op: t for op, t in TESTS_OF.items() if not found[t]} == {}
     assert sum(found.values()) <= 250, "a short list"
