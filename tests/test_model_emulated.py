@@ -155,7 +155,7 @@ def test_state_dict_of_a_packed_model(place: str, checkpoints: Any) -> None:
 # ---------------------------------------------------------------------------------------- logits
 
 
-@places("sm_80", "sm_89")
+@places("sm_80", "sm_90", slow=["sm_89", "sm_100"])
 @pytest.mark.parametrize("shape", list(SHAPES))
 def test_logits_match_transformers(place: str, shape: str, checkpoints: Any) -> None:
     """Whole prompt, and the same in chunks and single tokens over scattered, poisoned pages."""
@@ -180,7 +180,7 @@ def test_logits_match_transformers(place: str, shape: str, checkpoints: Any) -> 
     check_logits(torch.cat(parts), eager, exact)
 
 
-@places("sm_80")
+@places("sm_80", "sm_90")
 def test_a_planted_fault_is_seen(place: str, checkpoints: Any) -> None:
     """Two features of one head of V exchanged, in one layer of three."""
     theirs, folder = checkpoints("gqa2-hd64")
@@ -212,7 +212,7 @@ MINITRON_LAYER = ModelConfig(
 )
 
 
-@places("sm_80", slow=["sm_89", "sm_90", "sm_100"])
+@places("sm_80", "sm_90", slow=["sm_89", "sm_100"])
 def test_minitron_8b_layer(place: str) -> None:
     """Prefill of 64 tokens, and one token at context 1024, against the CPU path.
 
@@ -267,7 +267,7 @@ def told(results: list[GenerationResult]) -> list[Any]:
     return [(r.token_ids, r.logprobs, r.finish_reason) for r in results]
 
 
-@places("sm_80", "sm_89", slow=["sm_90", "sm_100"])
+@places("sm_80", "sm_90", slow=["sm_89", "sm_100"])
 def test_batches_graphs_and_chunks_change_no_bit(place: str, checkpoints: Any) -> None:
     """Every prompt alone and uncaptured is what all together give, captured or not."""
     _, folder = checkpoints("gqa2-hd64")
@@ -393,7 +393,7 @@ def test_any_batch_changes_no_bit(place: str, checkpoints: Any, data: st.DataObj
             assert told(alone) == told(together[i : i + 1])
 
 
-@places("sm_80")
+@places("sm_80", "sm_90")
 @pytest.mark.parametrize("shape", ["gqa3-odd-sizes-tied"])
 @pytest.mark.parametrize("rows, per_layer, others", [(17, 5, 3), (65, 7, 4)])
 def test_many_rows(
