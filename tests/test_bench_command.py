@@ -16,14 +16,8 @@ import torch
 from minitron_kernels import MinitronForCausalLM, architectures, bench, bench_peers
 from minitron_kernels.bench import Ours, RunTimes, Workload
 from minitron_kernels.cli import main
-from tests.tiny_checkpoint import write_tiny_checkpoint
 
 SIZES = ["--prompt", "20", "--generate", "5", "--repeat", "2"]
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_checkpoint(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(scope="module")

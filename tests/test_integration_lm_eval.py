@@ -23,7 +23,6 @@ from lm_eval.utils import make_table
 from tokenizers.processors import TemplateProcessing
 
 from minitron_kernels import AutoTokenizer, MinitronForCausalLM, scoring
-from minitron_kernels.cli import main
 from minitron_kernels.generate import score
 from minitron_kernels.integrations import lm_eval
 from minitron_kernels.loaders.tokenizer import Tokenizer
@@ -311,15 +310,6 @@ def test_chat_template_leaves_the_last_message_open(
 
 
 # ---- the command line
-
-
-@pytest.fixture
-def minitron(capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    def run(*args: str | Path) -> tuple[int, str, str]:
-        code = main([str(arg) for arg in args])
-        return code, *capfd.readouterr()
-
-    return run
 
 
 def test_command_line(
