@@ -56,15 +56,17 @@ void by_space(const LaneAddresses& a, Space space, F f) {
     }
 }
 
+inline uint32_t clock_of(const Warp& w) { return w.cta->cluster->clocks.time(); }
+
 // Takes the window off generic addresses, by the AddressBits of an operand; a fault for other
 // spaces.
 void remove_shared_window(LaneAddresses& a, uint8_t form);
 
 // Splits shared addresses by the CTA whose memory they are of, takes the rank off and calls f(cta,
-// offsets) for each part. Only .shared::cluster and generic addresses (`any`) may name another CTA.
-// Addresses of other spaces pass as they are.
+// offsets) for each part. Only .shared::cluster and generic addresses (`any`) may name another CTA,
+// which must not end while it `stays` there. Addresses of other spaces pass as they are.
 template <class F>
-void by_cta(Warp& w, Space space, const LaneAddresses& a, bool any, F f) {
+void by_cta(Warp& w, Space space, const LaneAddresses& a, bool any, F f, bool stays = true) {
     if (space != Space::shared) return f(*w.cta, a);
     uint64_t high = 0;
     for (int l = 0; l < kLanes; ++l) high |= a.at[l] >> kRankShift;
@@ -89,7 +91,9 @@ void by_cta(Warp& w, Space space, const LaneAddresses& a, bool any, F f) {
                       std::to_string(w.cta->shared.size()),
                   first);
         left &= ~sub.mask;
-        f(rank == w.cta->rank ? *w.cta : cta_of_rank(w, static_cast<uint32_t>(rank), first), sub);
+        Cta& cta = cta_of_rank(w, static_cast<uint32_t>(rank), first);
+        if (&cta != w.cta && stays) cta.visits[static_cast<size_t>(w.agent)] = clock_of(w) + 1;
+        f(cta, sub);
     }
 }
 

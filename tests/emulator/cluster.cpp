@@ -137,7 +137,13 @@ void Cluster::barrier_arrive(Warp& warp, Mask lanes, bool release) {
               std::countr_zero(warp.cluster_arrived & lanes));
     warp.cluster_arrived |= lanes;
     warp.cluster_pending |= lanes;
-    if (release) clocks.arrive(warp.agent, clock);
+    if (release)
+        clocks.arrive(warp.agent, clock);
+    else if (warp.released_to_cluster)
+        clocks.pass_on(clock, warp.released);
+    for (auto& [address, b] : warp.cta->mbarriers)
+        if (b.init_warp == warp.agent && b.fenced && b.published == ~0u)
+            b.published = clocks.issued(clocks.cluster_barrier()) + 1;
     barrier_check();
 }
 
@@ -149,12 +155,30 @@ void Cluster::barrier_check() {
     if (late || !any) return;
     for (auto& cta : ctas)
         for (Warp& w : cta->warps) w.cluster_pending = 0;
+    if (clocks.async())
+        clocks.reader_over(clocks.cluster_barrier(),
+                           clocks.next_operation(clocks.cluster_barrier()), clock);
     completed = clock;
     wake(Wait::cluster_barrier, nullptr, kNone);
 }
 
+// Whoever used the shared memory of a CTA that ends has said so to one of its warps.
+void Cta::check_visits() const {
+    for (size_t agent = 0; agent < visits.size(); ++agent) {
+        const auto knows = [&](const Warp& w) {
+            return visits[agent] <= cluster->clocks.over(w.agent)[agent];
+        };
+        if (!visits[agent] || std::any_of(warps.begin(), warps.end(), knows)) continue;
+        const size_t rank = agent / warps.size();
+        fault("shared-memory race", "the CTA ends, and nothing says that warp " +
+                                        std::to_string(agent % warps.size()) + " of CTA rank " +
+                                        std::to_string(rank) + " is done with its shared memory");
+    }
+}
+
 // Nothing may still be on its way to the shared memory of a CTA that ends, nor out of it.
 void Cta::finish() {
+    if (launch->config.shared.check_races) check_visits();
     for (const AsyncWork& work : cluster->under_way)
         if (work.target == this)
             fault("asynchronous copy not waited for",

@@ -442,6 +442,7 @@ void Cta::start(Launch& l, Cluster& c, uint32_t cta_rank, Dim3 cta_id, Counters&
     const auto threads = static_cast<uint32_t>(config.block.count());
     const auto num_warps = (threads + kLanes - 1) / kLanes;
     mbarriers_made = 0;
+    visits.assign(config.cluster.count() * num_warps, 0);
     shared.reset(std::max(p.static_smem, p.dynamic_smem_at + config.dynamic_smem), p.granule_shift,
                  c.clocks, static_cast<int>(rank), config.shared);
     for (Barrier& b : barriers) b = Barrier{};
@@ -473,6 +474,7 @@ void Cta::start(Launch& l, Cluster& c, uint32_t cta_rank, Dim3 cta_id, Counters&
         w.committed.fill(0);
         w.bulk_stores.clear();
         w.bulk_committed.fill(0);
+        w.released.clear(), w.to_acquire.clear();
         w.cluster_arrived = w.cluster_pending = 0;
         w.max_registers = 0;
         w.wgmma = {};

@@ -59,8 +59,7 @@ void decode_getctarank(Decode& d) {
            Class::alu, {d.dst(0, Type::u32), from});
 }
 
-// ---- barrier.cluster
-// ------------------------------------------------------------------------------
+// ---- barrier.cluster ----------------------------------------------------------------------------
 
 // in.a: .aligned; in.b: orders no memory (.relaxed)
 void cluster_arrive(Warp& w, const Instr& in, Mask m) {
@@ -78,8 +77,7 @@ void cluster_wait(Warp& w, const Instr& in, Mask m) {
     w.cta->cluster->clocks.join(w.agent, w.cta->cluster->completed);
 }
 
-// ---- asynchronous stores
-// --------------------------------------------------------------------------
+// ---- asynchronous stores ------------------------------------------------------------------------
 
 struct Target {
     Cta* cta;
@@ -158,8 +156,7 @@ void take_async_qualifiers(Decode& d) {
         d.unknown("only to .shared::cluster with .mbarrier::complete_tx::bytes");
 }
 
-// ---- setmaxnreg
-// -----------------------------------------------------------------------------------
+// ---- setmaxnreg ---------------------------------------------------------------------------------
 
 constexpr uint32_t kRegisters = 65536;  // of an SM
 

@@ -29,13 +29,24 @@ Mbarrier& Cta::mbarrier(const Warp& w, uint32_t address, int lane) {
         fault("mbarrier misuse", "no mbarrier was initialised at shared address " + hex(address),
               lane);
     Mbarrier& b = found->second;
-    if (b.init_warp != w.agent && b.init_time >= cluster->clocks.seen(w.agent)[b.init_warp] &&
-        launch->config.shared.check_races)
+    const uint32_t* seen = cluster->clocks.seen(w.agent);
+    const bool own = b.init_warp == w.agent && (b.init_lane == lane || lane < 0);
+    if (!own && b.init_time >= seen[b.init_warp] &&
+        b.published > seen[cluster->clocks.cluster_barrier()] && launch->config.shared.check_races)
         fault("shared-memory race",
               "the mbarrier at shared address " + hex(address) +
-                  " is used with nothing that orders this after its initialisation",
+                  " is used with nothing that orders this after its initialisation by warp " +
+                  std::to_string(b.init_warp % static_cast<int>(warps.size())) + " lane " +
+                  std::to_string(b.init_lane) + " of CTA rank " + std::to_string(rank),
               lane);
     return b;
+}
+
+// Those that this thread has initialised are so for the cluster from its next barrier on, even if
+// the arrival there is relaxed.
+void Cta::fence_mbarrier_init(const Warp& w, Mask lanes) {
+    for (auto& [address, b] : mbarriers)
+        b.fenced |= b.init_warp == w.agent && (lanes >> b.init_lane & 1);
 }
 
 void Mbarrier::arrive(uint32_t count, int32_t bytes, uint32_t address, int lane) {
@@ -58,6 +69,7 @@ void Cta::mbarrier_check(uint32_t address) {
     ++b.phase;
     b.pending = b.expected;
     b.completed = b.clock;
+    b.remote_completed = b.remote;
     b.unseen_copies = std::exchange(b.copies, false);
     cluster->wake(Wait::mbarrier, this, address);
 }
@@ -77,14 +89,21 @@ void Cta::mbarrier_complete(uint32_t address, int engine, uint32_t bytes) {
 namespace {
 
 enum Kind : uint8_t { kInit, kInval, kArrive, kExpectTx, kCompleteTx, kPendingCount, kAsyncArrive };
-enum Flags : uint8_t { kRelaxed = 1, kNoComplete = 2, kDrop = 4, kTakesTx = 8, kNoInc = 16 };
+enum Flags : uint8_t {
+    kRelaxed = 1,
+    kNoComplete = 2,
+    kDrop = 4,
+    kTakesTx = 8,
+    kNoInc = 16,
+    kClusterScope = 32
+};
 
 // Calls f(cta, address, lane) for the lanes in turn.
 template <class F>
 void for_each_barrier(Warp& w, const Instr& in, Mask m, F f) {
     LaneAddresses all = lane_addresses(w, in.op[0], in.c & kWideAddress, in.imm, m);
     remove_shared_window(all, in.c);
-    by_cta(w, Space::shared, all, in.c & kAnyCta, [&](Cta& cta, const LaneAddresses& a) {
+    const auto each = [&](Cta& cta, const LaneAddresses& a) {
         for_each_lane(a.mask, [&](int l) {
             if (a.at[l] + 8 > cta.shared.size())
                 fault("out of bounds",
@@ -93,7 +112,8 @@ void for_each_barrier(Warp& w, const Instr& in, Mask m, F f) {
                       l);
             f(cta, static_cast<uint32_t>(a.at[l]), l);
         });
-    });
+    };
+    by_cta(w, Space::shared, all, in.c & kAnyCta, each, !(in.a & kRelaxed));
 }
 
 void init(Warp& w, const Instr& in, Mask m) {
@@ -108,7 +128,7 @@ void init(Warp& w, const Instr& in, Mask m) {
         Mbarrier b;
         b.expected = b.pending = count;
         b.engine = w.cta->cluster->clocks.engine(static_cast<int>(cta.rank), cta.mbarriers_made++);
-        b.init_warp = w.agent;
+        b.init_warp = w.agent, b.init_lane = l;
         b.init_time = w.cta->cluster->clocks.time();
         cta.mbarriers[address] = std::move(b);
     });
@@ -122,12 +142,24 @@ void inval(Warp& w, const Instr& in, Mask m) {
     });
 }
 
+// What an arrival publishes: to another CTA only with .cluster scope that there is something to
+// read, else that accesses are over.
+void publish(Warp& w, const Instr& in, Cta& cta, Mbarrier& b) {
+    Clocks& clocks = w.cta->cluster->clocks;
+    const bool remote = &cta != w.cta, wide = in.a & kClusterScope;
+    if (in.a & kRelaxed)
+        clocks.pass_on(remote && wide ? b.remote : b.clock, w.released,
+                       !remote || (wide && w.released_to_cluster));
+    else
+        clocks.arrive(w.agent, remote && wide ? b.remote : b.clock, !remote || wide);
+}
+
 // op: address, state (or none), count or bytes
 void arrive(Warp& w, const Instr& in, Mask m) {
     Mbarrier* published = nullptr;
     for_each_barrier(w, in, m, [&](Cta& cta, uint32_t address, int l) {
         Mbarrier& b = cta.mbarrier(w, address, l);
-        if (&b != published && !(in.a & kRelaxed)) w.cta->cluster->clocks.arrive(w.agent, b.clock);
+        if (&b != published) publish(w, in, cta, b);
         published = &b;
         const uint64_t state = uint64_t{b.phase} << 32 | b.pending;
         const uint32_t value = in.op[2] == kNone ? 1 : w.row<uint32_t>(in.op[2])[l];
@@ -183,7 +215,15 @@ void wait(Warp& w, const Instr& in, Mask m) {
             return;
         }
         done |= 1u << l;
-        if (!(in.a & kRelaxed)) w.cta->cluster->clocks.join(w.agent, b.completed);
+        Clocks& clocks = w.cta->cluster->clocks;
+        const bool wide = in.a & kClusterScope;
+        if (in.a & kRelaxed) {
+            clocks.pass_on(w.to_acquire, b.completed);
+            clocks.pass_on(w.to_acquire, b.remote_completed, wide);
+        } else {
+            clocks.join(w.agent, b.completed);
+            clocks.join(w.agent, b.remote_completed, wide);
+        }
         b.unseen_copies = false;
     });
     Group& group = w.groups[w.current];
@@ -291,7 +331,7 @@ void decode_mbarrier(Decode& d) {
     if (needs_90 && d.device().capability < 90) d.unknown("needs sm_90");
     if (d.take("relaxed")) flags |= kRelaxed;
     d.take_one({"acquire", "release"}, -1);
-    d.take_one({"cta", "cluster"}, -1);
+    if (d.take_one({"cta", "cluster"}, 0) == 1) flags |= kClusterScope;
     d.take("b64");
     const bool has_result = waits || tries || kind == kArrive;
     const Address a = d.address(has_result ? 1 : 0);

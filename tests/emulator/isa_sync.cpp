@@ -115,7 +115,27 @@ void decode_bar(Decode& d) {
 }
 
 // A cluster runs on one host thread in program order: most fences have nothing to do but be there.
-void fence(Warp&, const Instr&, Mask) { std::atomic_thread_fence(std::memory_order_seq_cst); }
+void nothing(Warp&, const Instr&, Mask) { std::atomic_thread_fence(std::memory_order_seq_cst); }
+
+enum Order : uint8_t { kAcquires = 1, kReleases = 2 };
+
+// For relaxed waits before it and relaxed arrivals after it. in.a: Order; in.b: beyond the CTA
+void fence(Warp& w, const Instr& in, Mask m) {
+    nothing(w, in, m);
+    Clocks& clocks = w.cta->cluster->clocks;
+    if (!clocks.async()) return;
+    if (in.a & kAcquires) {
+        clocks.join(w.agent, w.to_acquire);
+        w.to_acquire.clear();
+    }
+    if (in.a & kReleases) {
+        w.released.clear();
+        clocks.arrive(w.agent, w.released);
+        w.released_to_cluster = in.b;
+    }
+}
+
+void fence_mbarrier_init(Warp& w, const Instr&, Mask m) { w.cta->fence_mbarrier_init(w, m); }
 
 // fence.proxy.async: what this warp knows to have been written is there for TMA and wgmma, too.
 void fence_async(Warp& w, const Instr&, Mask) { w.cta->cluster->clocks.fence_proxy(w.agent); }
@@ -131,13 +151,19 @@ void decode_fence(Decode& d) {
         !d.take_prefix("async::generic"))
         d.unknown("proxy");
     const bool init = d.take("mbarrier_init");
-    d.take_one({"sc", "acq_rel", "acquire", "release"}, -1);
+    const int order = d.take_one({"sc", "acq_rel", "acquire", "release"}, 0);
     d.take_prefix("sync_restrict");
     const bool global = async && d.take("global");
     d.take_one({"shared::cta", "shared::cluster"}, -1);
-    d.take_one({"cta", "cluster", "gpu", "sys", "gl"}, -1);
-    const bool both = (async && !global) || init;
-    d.emit(both ? fence_async : fence, Class::sync);
+    const int scope = d.take_one({"cta", "cluster", "gpu", "sys", "gl"}, 0);
+    Instr& in = d.emit(init              ? fence_mbarrier_init
+                       : async && global ? nothing
+                       : async           ? fence_async
+                       : proxy           ? nothing
+                                         : fence,
+                       Class::sync);
+    in.a = order == 2 ? kAcquires : order == 3 ? kReleases : kAcquires | kReleases;
+    in.b = scope != 0;
 }
 
 }  // namespace
@@ -153,7 +179,7 @@ const Isa& isa_sync() {
         {"griddepcontrol",
          [](Decode& d) {
              const bool waits = d.take_one({"wait", "launch_dependents"}, 0) == 0;
-             d.emit(waits ? wait_for_earlier_kernels : fence, Class::sync);
+             d.emit(waits ? wait_for_earlier_kernels : nothing, Class::sync);
          }},
     };
     return isa;

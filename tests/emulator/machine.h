@@ -345,6 +345,10 @@ struct Warp {
     std::array<uint32_t, kLanes> committed{};  // cp.async groups closed so far, by lane
     std::vector<BulkStore> bulk_stores;
     std::array<uint32_t, kLanes> bulk_committed{};
+    // Of fences, for relaxed arrivals and waits: what the last one released, whether it reaches the
+    // cluster, and what waits have seen that the next one acquires.
+    SharedMemory::Clock released, to_acquire;
+    bool released_to_cluster = false;
     Mask cluster_arrived = 0;    // lanes between barrier.cluster.arrive and .wait
     Mask cluster_pending = 0;    // ... whose phase is not over
     uint32_t max_registers = 0;  // setmaxnreg; 0: as launched
@@ -389,8 +393,10 @@ struct Barrier {
 };
 
 struct Mbarrier {
-    int init_warp = 0;  // agent that initialised it, and when
+    int init_warp = 0, init_lane = 0;  // agent and lane that initialised it, and when
     uint32_t init_time = 0;
+    bool fenced = false;         // by a fence.mbarrier_init of theirs
+    uint32_t published = ~0u;    // ... by the end of this phase of barrier.cluster
     uint32_t expected = 0;       // arrivals of the next phase
     uint32_t pending = 0;        // arrivals that this phase still needs
     int32_t tx = 0;              // bytes that this phase still needs
@@ -398,7 +404,10 @@ struct Mbarrier {
     int engine = 0;              // of the copies that complete here
     bool copies = false;         // something was copied in this phase
     bool unseen_copies = false;  // ... in the last one, for which nobody has waited
+    // What arrivals publish in this phase, and published up to the last one: to every wait, and
+    // from other CTAs with .cluster scope to waits of that scope.
     SharedMemory::Clock clock, completed;
+    SharedMemory::Clock remote, remote_completed;
     std::string describe(uint32_t address) const;
     void arrive(uint32_t count, int32_t bytes, uint32_t address, int lane);
 };
@@ -424,6 +433,7 @@ struct Cta {
     std::array<Barrier, 16> barriers;
     std::map<uint32_t, Mbarrier> mbarriers;
     int mbarriers_made = 0;
+    std::vector<uint32_t> visits;  // by agent of another CTA: when it was here last, + 1
     std::vector<std::array<WgmmaOperand, kWgmmaSlots>> wgmma_operands;  // by warpgroup
 
     void end();  // what the CTA that ran here left behind
@@ -433,10 +443,12 @@ struct Cta {
     void barrier_check(uint32_t id);
     // The barrier at an address; a fault if there is none.
     Mbarrier& mbarrier(const Warp& warp, uint32_t address, int lane);
+    void fence_mbarrier_init(const Warp& warp, Mask lanes);
     void mbarrier_check(uint32_t address);                                 // is its phase over?
     void mbarrier_complete(uint32_t address, int engine, uint32_t bytes);  // complete_tx of a copy
     bool finished() const;
     void finish();  // its last warp has ended
+    void check_visits() const;
 };
 
 // Work under way in the asynchronous proxy.

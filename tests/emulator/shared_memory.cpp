@@ -16,7 +16,7 @@ void Clocks::reset(int ctas, int warps_per_cta, bool async) {
     if (warps != warps_ || warps_per_cta != per_cta_ || async != async_ || time_ > 1u << 31) {
         warps_ = warps, per_cta_ = warps_per_cta, async_ = async;
         engines_ = async ? ctas * kEngines : 0;
-        agents_ = warps_ + engines_ + (async ? ctas * readers_per_cta() : 0);
+        agents_ = warps_ + engines_ + (async ? ctas * readers_per_cta() + 1 : 0);
         time_ = 0;
         ++epoch_;
         issued_.assign(static_cast<size_t>(agents_), 0);
@@ -28,6 +28,8 @@ void Clocks::reset(int ctas, int warps_per_cta, bool async) {
         for (int r = warps_ + engines_; r < agents_; ++r)
             row(seen_, w)[r] = issued_[static_cast<size_t>(r)];
     if (async) proxied_ = seen_;
+    over_.clear();
+    if (async && ctas > 1) over_ = seen_;
 }
 
 namespace {
@@ -36,17 +38,36 @@ void merge(uint32_t* into, const uint32_t* from, int count) {
 }
 }  // namespace
 
-void Clocks::arrive(int warp, Clock& clock) {
-    clock.resize(static_cast<size_t>(agents_) * (async_ ? 2 : 1), 0);
+uint32_t Clocks::tick(int warp) {
     row(seen_, warp)[warp] = ++time_;
-    merge(clock.data(), row(seen_, warp), agents_);
-    if (async_) merge(clock.data() + agents_, row(proxied_, warp), agents_);
+    if (!over_.empty()) row(over_, warp)[warp] = time_;
+    return time_;
 }
 
-void Clocks::join(int warp, const Clock& clock) {
+void Clocks::arrive(int warp, Clock& clock, bool enough_scope) {
+    clock.resize(clock_size(), 0);
+    tick(warp);
+    uint32_t* to = clock.data();
+    const int first = enough_scope ? 0 : warps_;
+    merge(to + first, row(seen_, warp) + first, agents_ - first);
+    if (async_) merge(to + agents_, row(proxied_, warp), agents_);
+    if (!over_.empty()) merge(to + 2 * agents_, row(over_, warp), agents_);
+}
+
+void Clocks::join(int warp, const Clock& clock, bool enough_scope) {
     if (clock.empty()) return;  // nothing was published
-    merge(row(seen_, warp), clock.data(), agents_);
-    if (async_) merge(row(proxied_, warp), clock.data() + agents_, agents_);
+    const uint32_t* from = clock.data();
+    const int first = enough_scope ? 0 : warps_;
+    merge(row(seen_, warp) + first, from + first, agents_ - first);
+    if (async_) merge(row(proxied_, warp), from + agents_, agents_);
+    if (!over_.empty()) merge(row(over_, warp), from + 2 * agents_, agents_);
+}
+
+void Clocks::pass_on(Clock& to, const Clock& from, bool enough_scope) const {
+    if (from.empty()) return;
+    to.resize(clock_size(), 0);
+    const int first = enough_scope ? 0 : warps_;
+    merge(to.data() + first, from.data() + first, static_cast<int>(from.size()) - first);
 }
 
 void Clocks::fence_proxy(int warp) {
@@ -62,20 +83,20 @@ void Clocks::retire(int warp, int reader, uint32_t count) {
 }
 
 void Clocks::reader_over(int reader, uint32_t number, Clock& clock) const {
-    clock.resize(static_cast<size_t>(agents_) * 2, 0);
+    clock.resize(clock_size(), 0);
     uint32_t& known = clock[static_cast<size_t>(reader)];
     known = std::max(known, number);
 }
 
-void Clocks::warp_arrive(int warp, Clock& clock) {
-    clock.resize(static_cast<size_t>(agents_) * 2, 0);
-    clock[static_cast<size_t>(warp)] = row(seen_, warp)[warp] = ++time_;
+void Clocks::set(Clock& clock, int agent, uint32_t time) const {
+    clock.resize(clock_size(), 0);
+    clock[static_cast<size_t>(agent)] = time;
+    if (!over_.empty()) clock[static_cast<size_t>(2 * agents_ + agent)] = time;
 }
 
-void Clocks::engine_arrive(int engine, Clock& clock) {
-    clock.resize(static_cast<size_t>(agents_) * 2, 0);
-    clock[static_cast<size_t>(engine)] = ++time_;
-}
+void Clocks::warp_arrive(int warp, Clock& clock) { set(clock, warp, tick(warp)); }
+
+void Clocks::engine_arrive(int engine, Clock& clock) { set(clock, engine, ++time_); }
 
 // ---- shared memory ----------------------------------------------------------------------------
 
@@ -152,9 +173,10 @@ void SharedMemory::access(Access kind, int warp, int lane, uint32_t address, uin
     const bool strong =
         kind == Access::atomic || kind == Access::strong_read || kind == Access::strong_write;
     const bool only_writes = kind == Access::write || kind == Access::async_write;
+    const uint32_t* over = clocks_->over(warp);
     for (uint32_t g = first; g <= last; ++g) {
         const bool fine =
-            only_writes ? write_time_[g] < seen[(writer_[g] & ~kAtomic) >> 5] : ordered(g);
+            only_writes ? write_time_[g] < over[(writer_[g] & ~kAtomic) >> 5] : ordered(g);
         if (!fine)
             slow_check(kind, warp, lane, g, value ? value + ((g << shift_) - address) : nullptr);
     }
@@ -201,7 +223,7 @@ void SharedMemory::check_readers(int warp, int lane, uint32_t first, uint32_t la
         if (std::all_of(page(first), page(last) + 1, [&](uint32_t t) { return t < start_; }))
             return;
     }
-    const uint32_t* limits = clocks_->seen(warp);
+    const uint32_t* limits = clocks_->over(warp);
     for (uint32_t g = first & ~3u; g <= last; g += 4) {
         // Four granules at once; those outside the access are looked at only when one is late.
         const uint32_t* reads = reads_of(0, g);
@@ -269,18 +291,19 @@ void SharedMemory::slow_check(Access kind, int warp, int lane, uint32_t granule,
     if (value && std::memcmp(value, data_.data() + (static_cast<size_t>(granule) << shift_),
                              size_t{1} << shift_) == 0)
         return;
+    const bool handed_over = t < clocks_->over(warp)[writer];  // but it is a read
     fault("shared-memory race",
           std::string(reads ? "read of " : "write to ") + at() + ", which " +
-              describe_writer(granule) + " wrote with no " +
-              (writer == warp     ? "__syncwarp"
-               : writer >= warps_ ? "wait for its mbarrier"
-                                  : "barrier") +
+              describe_writer(granule) + " wrote with " +
+              (writer == warp     ? "no __syncwarp"
+               : writer >= warps_ ? "no wait for its mbarrier"
+               : handed_over      ? "an arrival or a wait of .cta scope, not .cluster,"
+                                  : "no barrier") +
               " in between",
           lane);
 }
 
-// ---- the asynchronous proxy
-// ----------------------------------------------------------------------
+// ---- the asynchronous proxy ---------------------------------------------------------------------
 
 void SharedMemory::check_async_readers(int warp, int lane, uint32_t address, uint32_t bytes) {
     const int base = clocks_->first_reader(cta_);
@@ -386,13 +409,13 @@ void SharedMemory::mark_read(int reader, uint32_t number, uint32_t address, uint
 void SharedMemory::bulk_write(int warp, int lane, int engine, uint32_t address, uint32_t bytes,
                               bool generic) {
     const uint32_t first = address >> shift_, last = (address + bytes - 1) >> shift_;
-    const uint32_t* seen = clocks_->seen(warp);
+    const uint32_t* over = clocks_->over(warp);
     const uint32_t* proxied = clocks_->proxied(warp);
     for (uint32_t g = first; g <= last; ++g) {
         const uint32_t t = write_time_[g];
         const int writer = (writer_[g] & ~kAtomic) >> 5;
         if (t < start_) continue;  // of an earlier CTA
-        if (t >= seen[writer]) slow_check(Access::async_write, warp, lane, g, nullptr);
+        if (t >= over[writer]) slow_check(Access::async_write, warp, lane, g, nullptr);
         if (!generic && writer < warps_ && t >= proxied[writer] && options_.check_races)
             check_proxy(warp, lane, g, "an asynchronous write to");
     }

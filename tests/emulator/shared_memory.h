@@ -15,13 +15,15 @@ using Mask = uint32_t;
 // Logical time of a cluster, which each synchronisation advances. seen(w, a) is the time up to
 // which warp w has synchronised with agent a, so what a did at time t is ordered before what w does
 // now if t < seen(w, a). proxied(w, a) is the same for what also went through a fence.proxy.async
-// on its way: the asynchronous proxy (TMA, wgmma) sees only that.
+// on its way: the asynchronous proxy (TMA, wgmma) sees only that. over(w, a) is the same for what
+// is known to be over, so that its bytes may be overwritten, though perhaps not read: all that an
+// arrival of .cta scope says to another CTA.
 //
 // Agents: the warps of the cluster, CTA by CTA; then, in programs with asynchronous instructions,
 // kEngines a CTA that write for its mbarriers (TMA: what completes on one mbarrier says nothing of
 // what completes on another); then the readers of a CTA: one a warp for bulk copies out of shared
-// memory, one a warpgroup for wgmma. Readers count operations in place of time: seen(w, r) is how
-// many of r's operations w knows to be over.
+// memory, one a warpgroup for wgmma; then barrier.cluster. Readers count operations, and that one
+// its phases, in place of time: seen(w, r) is how many of r's operations w knows to be over.
 class Clocks {
   public:
     static constexpr int kEngines = 16;
@@ -40,22 +42,30 @@ class Clocks {
         return &proxied_[static_cast<size_t>(warp) * agents_];
     }
 
+    const uint32_t* over(int warp) const {
+        return over_.empty() ? seen(warp) : &over_[static_cast<size_t>(warp) * agents_];
+    }
+
     int engine(int cta, int index) const { return warps_ + cta * kEngines + index % kEngines; }
     int readers_per_cta() const { return per_cta_ + (per_cta_ + 3) / 4; }
     int first_reader(int cta) const { return warps_ + engines_ + cta * readers_per_cta(); }
+    int cluster_barrier() const { return agents_ - 1; }
     // The next operation of a reader, and word that its operations up to `count` are over.
     uint32_t next_operation(int reader) { return ++issued_[static_cast<size_t>(reader)]; }
     uint32_t issued(int reader) const { return issued_[static_cast<size_t>(reader)]; }
     void retire(int warp, int reader, uint32_t count);
 
-    // `arrive` publishes what `warp` did into `clock`, `join` acquires it.
-    void arrive(int warp, Clock& clock);
-    void join(int warp, const Clock& clock);
-    void sync_warp(int warp) { row(seen_, warp)[warp] = ++time_; }
+    // `arrive` publishes what `warp` did into `clock`, `join` acquires it: with less than
+    // `enough_scope`, that it is over and no more.
+    void arrive(int warp, Clock& clock, bool enough_scope = true);
+    void join(int warp, const Clock& clock, bool enough_scope = true);
+    // Adds what `from` publishes to `to`.
+    void pass_on(Clock& to, const Clock& from, bool enough_scope = true) const;
+    void sync_warp(int warp) { tick(warp); }
     void fence_proxy(int warp);
     // An engine did something now; it is published into `clock`.
     void engine_arrive(int engine, Clock& clock);
-    // An operation of a reader is over, and all before it.
+    // An operation of a reader is over, and all before it; a phase of barrier.cluster likewise.
     void reader_over(int reader, uint32_t number, Clock& clock) const;
     // What a warp did up to now, and nothing it learnt of others.
     void warp_arrive(int warp, Clock& clock);
@@ -64,11 +74,17 @@ class Clocks {
     uint32_t* row(std::vector<uint32_t>& of, int warp) {
         return &of[static_cast<size_t>(warp) * static_cast<size_t>(agents_)];
     }
+    uint32_t tick(int warp);
+    // A clock is one to three rows of all agents: seen, proxied, over.
+    size_t clock_size() const {
+        return static_cast<size_t>(agents_) * (over_.empty() ? async_ ? 2 : 1 : 3);
+    }
+    void set(Clock& clock, int agent, uint32_t time) const;
     int warps_ = 0, per_cta_ = 0, engines_ = 0, agents_ = 0;
     bool async_ = false;
     uint32_t time_ = 0, start_ = 1, epoch_ = 0;
-    std::vector<uint32_t> seen_, proxied_;
-    std::vector<uint32_t> issued_;  // by agent, of readers
+    std::vector<uint32_t> seen_, proxied_, over_;  // by warp and agent; the last one in clusters
+    std::vector<uint32_t> issued_;                 // by agent, of readers
 };
 
 struct FreeMemory {
