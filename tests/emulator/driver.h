@@ -1,6 +1,7 @@
 // What the files of the driver API share; first the result codes that the emulator gives.
 #pragma once
 
+#include <functional>
 #include <string>
 
 namespace emu {
@@ -37,6 +38,10 @@ enum Result : int {
 
 // Of the calling thread's context; null without one.
 const Device* current_device();
+
+// Runs at once, unless the stream captures a graph, which then keeps it. Gives a Result.
+using Work = std::function<int()>;
+int submit(void* stream, Work work);
 
 // Sets what emu_last_report() says.
 void report(const std::string& text);
