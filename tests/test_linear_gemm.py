@@ -417,11 +417,13 @@ def test_gemm_moves_whole_sectors_without_bank_conflicts(size: str, kind: str) -
 def changed_library(
     folder: Path, entry: str, old: bytes, new: bytes, count: int, arch: str = "80"
 ) -> ctypes.CDLL:
-    """A copy whose PTX has `old` replaced in `entry`, `count` times (0: always)."""
+    """A copy of the library with the one fatbin that has `entry`, in whose PTX `old` is replaced
+    `count` times (0: always)."""
     path = native_emulator.copy_of_library(folder / "package", [arch])
     file = path.parent / "kernels" / f"sm_{arch}.fatbin"
-    data = file.read_bytes()
-    start = data.index(b".entry " + entry.encode() + b"(\n")
+    head = b".entry " + entry.encode() + b"(\n"
+    (data,) = (p for p in native_emulator.pieces_of(file.read_bytes()) if head in p)
+    start = data.index(head)
     end = data.index(b"\n}\n", start)
     body, made = re.subn(
         old, lambda m: m.expand(new).ljust(len(m[0])), data[start:end], count=count

@@ -55,7 +55,9 @@ int emu_device(const char* target, int* values) {
 int emu_module_load(const char* target, const uint8_t* image, uint64_t size, void** module) {
     return guarded([&] {
         *module = nullptr;
-        *module = new emu::LoadedModule({image, size}, *emu::find_device(target));
+        *module =
+            new emu::LoadedModule(std::make_shared<const std::vector<uint8_t>>(image, image + size),
+                                  *emu::find_device(target));
     });
 }
 void emu_module_unload(void* module) { delete static_cast<emu::LoadedModule*>(module); }
@@ -125,10 +127,10 @@ const char* emu_profile(void* kernel) {
     for (size_t i = 0; i < k.profile.size(); ++i) {
         const emu::Instr& in = k.program->code[i];
         if (in.cls == emu::Class::internal) continue;
-        const emu::Statement& s = *k.program->statements[in.statement];
+        const emu::StatementText& s = k.program->statements[in.statement];
         text += std::to_string(k.profile[i].issued) + "\t" + std::to_string(k.profile[i].lanes) +
                 "\t" + emu::kClassNames[static_cast<int>(in.cls)] + "\t" +
-                std::to_string(s.file_line) + "\t" + s.text + "\n";
+                std::to_string(s.file_line) + "\t" + std::string(s.text) + "\n";
     }
     return text.c_str();
 }

@@ -212,7 +212,7 @@ void Cluster::stuck(const char* kind, const std::string& message) const {
                 const bool after = g.wait == Wait::cta_barrier || g.wait == Wait::warp_barrier;
                 const Instr& at = w.code[after ? g.pc - 1 : g.pc];
                 report += "\n  warp " + std::to_string(w.index) + " lanes " + hex(g.lanes) +
-                          " at: " + launch->program->statements[at.statement]->text;
+                          " at: " + std::string(launch->program->statements[at.statement].text);
                 if (g.wait != Wait::mbarrier) continue;
                 const auto barrier = cta->mbarriers.find(g.wait_id);
                 if (barrier != cta->mbarriers.end())

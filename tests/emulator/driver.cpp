@@ -119,7 +119,7 @@ struct Function {
 
 // CUmodule and CUlibrary.
 struct Image {
-    std::vector<uint8_t> bytes;
+    emu::Image bytes;
     std::mutex mutex;
     std::map<int, std::unique_ptr<emu::LoadedModule>> by_device;
     std::map<std::string, std::unique_ptr<Function>> functions;
@@ -164,7 +164,7 @@ int load_image(void** image, const void* data) {
     if (!image || !data) return kInvalidValue;
     return guarded([&] {
         auto loaded = std::make_unique<Image>();
-        loaded->bytes = copy_image(data);
+        loaded->bytes = std::make_shared<const std::vector<uint8_t>>(copy_image(data));
         if (current()) loaded->on(current()->ordinal);
         *image = loaded.release();
         return kSuccess;

@@ -128,7 +128,7 @@ void Warp::run(uint32_t max_instructions) {
 
 LaunchError Warp::report(const Fault& f, const Instr& in) const {
     const Program& p = *launch->program;
-    const Statement& s = *p.statements[in.statement];
+    const StatementText& s = p.statements[in.statement];
     std::string where;
     if (s.file > 0) {
         auto file = p.module->files.find(s.file);
@@ -137,12 +137,12 @@ LaunchError Warp::report(const Fault& f, const Instr& in) const {
                 ":" + std::to_string(s.file_line) + ")";
     }
     const Dim3 id = cta->id;
-    LaunchError error(f.kind + " in " + p.name + ": " + f.message + "\n  instruction: " + s.text +
-                      "  [PTX line " + std::to_string(s.line) + "]" + where + "\n  CTA (" +
-                      std::to_string(id.x) + ", " + std::to_string(id.y) + ", " +
-                      std::to_string(id.z) + "), warp " + std::to_string(index) +
-                      (f.lane >= 0 ? ", lane " + std::to_string(f.lane) : "") + ", active lanes " +
-                      hex(active));
+    LaunchError error(
+        f.kind + " in " + p.name + ": " + f.message + "\n  instruction: " + std::string(s.text) +
+        "  [PTX line " + std::to_string(s.line) + "]" + where + "\n  CTA (" + std::to_string(id.x) +
+        ", " + std::to_string(id.y) + ", " + std::to_string(id.z) + "), warp " +
+        std::to_string(index) + (f.lane >= 0 ? ", lane " + std::to_string(f.lane) : "") +
+        ", active lanes " + hex(active));
     error.kind = f.kind;
     return error;
 }
@@ -222,13 +222,13 @@ bool Warp::converged(Mask wanted, const char* what) {
         }
         // A group further on went round this instruction. That is fine only if it is leaving the
         // kernel.
-        const bool leaving = !launch->program->reaches(here, g.pc) ||
-                             launch->program->statements[code[g.pc].statement]->opcode == "ret" ||
-                             launch->program->statements[code[g.pc].statement]->opcode == "exit";
+        const StatementText& there = launch->program->statements[code[g.pc].statement];
+        const bool leaving = !launch->program->reaches(here, g.pc) || there.opcode == "ret" ||
+                             there.opcode == "exit";
         if (leaving) continue;
         fault(what, "lanes " + hex(g.lanes & wanted) +
                         " must take part but went past this instruction (they are at: " +
-                        launch->program->statements[code[g.pc].statement]->text + ")");
+                        std::string(there.text) + ")");
     }
     if (behind) {
         block(Wait::peers, 0, true);

@@ -37,21 +37,22 @@ constexpr uint64_t kCompressed = 0x1000 | 0x2000 | 0x8000;
 
 }  // namespace
 
-std::vector<std::string> extract_ptx(std::span<const uint8_t> image, const Device& device) {
+std::vector<std::string_view> extract_ptx(std::span<const uint8_t> image, const Device& device) {
     uint32_t magic = 0;
     if (image.size() >= 4) std::memcpy(&magic, image.data(), 4);
     if (magic != kFatbinMagic) {
         const char* text = reinterpret_cast<const char*>(image.data());
-        return {std::string(text, strnlen(text, image.size()))};
+        return {std::string_view(text, strnlen(text, image.size()))};
     }
-    std::vector<std::string> texts;
+    std::vector<std::string_view> texts;
     FatbinHeader header;
     for (size_t at = 0; at + sizeof header <= image.size();) {
         std::memcpy(&header, image.data() + at, sizeof header);
         if (header.magic != kFatbinMagic) break;
         size_t entry_at = at + header.header_bytes;
         const size_t end = std::min(image.size(), entry_at + header.payload_bytes);
-        std::string best, seen;
+        std::string_view best;
+        std::string seen;
         uint32_t best_arch = 0;
         while (entry_at + sizeof(EntryHeader) <= end) {
             EntryHeader entry;
@@ -64,7 +65,7 @@ std::vector<std::string> extract_ptx(std::span<const uint8_t> image, const Devic
                     entry.arch >= best_arch) {
                     const char* text =
                         reinterpret_cast<const char*>(image.data() + entry_at + entry.header_bytes);
-                    best.assign(text, strnlen(text, entry.payload_bytes));
+                    best = {text, strnlen(text, entry.payload_bytes)};
                     best_arch = entry.arch;
                 }
             }
@@ -74,7 +75,7 @@ std::vector<std::string> extract_ptx(std::span<const uint8_t> image, const Devic
             throw PtxError("wrong target: the fatbin has PTX for" +
                            (seen.empty() ? " nothing" : seen) + ", the device is sm_" +
                            std::to_string(device.capability));
-        texts.push_back(std::move(best));
+        texts.push_back(best);
         at = end;
     }
     if (texts.empty()) throw PtxError("the fatbin is cut off");

@@ -12,7 +12,27 @@ std::string name_of(const Warp& w, uint32_t row) {
     return found == names.end() ? "a register" : found->second;
 }
 
-using Set = std::vector<bool>;
+class Set {
+  public:
+    explicit Set(size_t bits) : words_((bits + 63) / 64) {}
+    bool has(size_t i) const { return words_[i / 64] >> i % 64 & 1; }
+    void put(size_t i, bool value) {
+        const uint64_t bit = uint64_t{1} << i % 64;
+        words_[i / 64] = value ? words_[i / 64] | bit : words_[i / 64] & ~bit;
+    }
+    void clear() { std::fill(words_.begin(), words_.end(), 0); }
+    bool merge(const Set& from) {  // whether there is more now
+        uint64_t fresh = 0;
+        for (size_t i = 0; i < words_.size(); ++i) {
+            fresh |= from.words_[i] & ~words_[i];
+            words_[i] |= from.words_[i];
+        }
+        return fresh;
+    }
+
+  private:
+    std::vector<uint64_t> words_;
+};
 
 // A statement as the data flow sees it, registers as ids.
 struct Step {
@@ -41,7 +61,7 @@ class Analysis {
             Step step{&f, f.first, {}, {}, {}, {}, WgmmaEvent::none, false, false, false};
             while (step.pc + 1 < f.end && p_.code[step.pc].cls == Class::internal) ++step.pc;
             const Instr& in = p_.code[step.pc];
-            const Statement& s = *p_.statements[in.statement];
+            const StatementText& s = p_.statements[in.statement];
             step.is_move = s.opcode == "mov" && !f.read.empty();
             step.guarded = in.guard != kNone;
             step.event = wgmma_event(in);
@@ -84,17 +104,17 @@ class Analysis {
     // Registers that may be written (first half) or read (second half) by a wgmma under way.
     void in_flight(const Step& s, Set& set, bool mark) {
         const size_t n = rows_.size();
-        auto writing = [&](int i) { return set[static_cast<size_t>(i)]; };
-        auto reading = [&](int i) { return set[n + static_cast<size_t>(i)]; };
-        if (s.event == WgmmaEvent::wait_all) std::fill(set.begin(), set.end(), false);
+        auto writing = [&](int i) { return set.has(static_cast<size_t>(i)); };
+        auto reading = [&](int i) { return set.has(n + static_cast<size_t>(i)); };
+        if (s.event == WgmmaEvent::wait_all) set.clear();
         if (s.is_wgmma) {
             for (int i : s.d) {
                 if (mark && reading(i)) add(hazard(s).writes, slot(i));
-                set[static_cast<size_t>(i)] = true;
+                set.put(static_cast<size_t>(i), true);
             }
             for (int i : s.a) {
                 if (mark && writing(i)) add(hazard(s).reads, slot(i));
-                set[n + static_cast<size_t>(i)] = true;
+                set.put(n + static_cast<size_t>(i), true);
             }
             return;
         }
@@ -111,48 +131,41 @@ class Analysis {
             if (mark && s.is_move && (copies || busy))
                 for (int from : s.read) hazard(s).moves.push_back({slot(i), slot(from)});
             if (!s.guarded || moved) {
-                set[static_cast<size_t>(i)] = moved || (s.guarded && writing(i));
-                if (!s.guarded) set[n + static_cast<size_t>(i)] = false;
+                set.put(static_cast<size_t>(i), moved || (s.guarded && writing(i)));
+                if (!s.guarded) set.put(n + static_cast<size_t>(i), false);
             }
         }
     }
 
     // Registers that a wgmma may use next with no wgmma.fence before it.
     void unfenced(const Step& s, Set& set, bool mark) {
-        if (s.event == WgmmaEvent::fence) std::fill(set.begin(), set.end(), false);
+        if (s.event == WgmmaEvent::fence) set.clear();
         if (s.is_wgmma) {
             for (auto* rows : {&s.d, &s.a})
-                for (int i : *rows) set[static_cast<size_t>(i)] = true;
+                for (int i : *rows) set.put(static_cast<size_t>(i), true);
             return;
         }
         bool needed = false;
         for (int i : s.written) {
-            if (!set[static_cast<size_t>(i)]) continue;
+            if (!set.has(static_cast<size_t>(i))) continue;
             needed = true;
             if (mark && !s.is_move) add(hazard(s).touches, slot(i));
             if (mark && s.is_move)
                 for (int from : s.read) hazard(s).moves.push_back({slot(i), slot(from)});
-            if (!s.guarded) set[static_cast<size_t>(i)] = false;
+            if (!s.guarded) set.put(static_cast<size_t>(i), false);
         }
         if (needed && s.is_move)
-            for (int i : s.read) set[static_cast<size_t>(i)] = true;
-    }
-
-    static bool merge(Set& into, const Set& from) {
-        bool changed = false;
-        for (size_t i = 0; i < into.size(); ++i)
-            if (from[i] && !into[i]) into[i] = changed = true;
-        return changed;
+            for (int i : s.read) set.put(static_cast<size_t>(i), true);
     }
 
     void forward() {
-        std::vector<Set> entry(steps_.size(), Set(2 * rows_.size(), false));
+        std::vector<Set> entry(steps_.size(), Set(2 * rows_.size()));
         for (bool changed = true; changed;) {
             changed = false;
             for (size_t b = 0; b < steps_.size(); ++b) {
                 Set set = entry[b];
                 for (const Step& s : steps_[b]) in_flight(s, set, false);
-                for (uint32_t next : p_.successors[b]) changed |= merge(entry[next], set);
+                for (uint32_t next : p_.successors[b]) changed |= entry[next].merge(set);
             }
         }
         for (size_t b = 0; b < steps_.size(); ++b)
@@ -160,14 +173,14 @@ class Analysis {
     }
 
     void backward() {
-        std::vector<Set> exit(steps_.size(), Set(rows_.size(), false));
+        std::vector<Set> exit(steps_.size(), Set(rows_.size()));
         for (bool changed = true; changed;) {
             changed = false;
             for (size_t b = steps_.size(); b-- > 0;) {
                 Set set = exit[b];
                 for (auto s = steps_[b].rbegin(); s != steps_[b].rend(); ++s)
                     unfenced(*s, set, false);
-                for (uint32_t before : predecessors_[b]) changed |= merge(exit[before], set);
+                for (uint32_t before : predecessors_[b]) changed |= exit[before].merge(set);
             }
         }
         for (size_t b = 0; b < steps_.size(); ++b)

@@ -191,7 +191,7 @@ struct Program {
     const Module* module = nullptr;
     const Function* entry = nullptr;
     std::vector<Instr> code;
-    std::vector<const Statement*> statements;
+    std::vector<StatementText> statements;
     std::vector<std::unique_ptr<uint32_t[]>> lists;
     std::vector<std::unique_ptr<Taint>> taints;
     std::vector<CallTarget> calls;

@@ -321,7 +321,7 @@ class ProgramBuilder {
 
     void emit_statement(const Statement& s) {
         Program& p = *program_;
-        p.statements.push_back(&s);
+        p.statements.push_back({s.text, s.opcode, s.line, s.file, s.file_line});
         const size_t first = p.code.size();
         Decode d(*this, s);
         auto it = decoders_.find(s.opcode);

@@ -102,6 +102,12 @@ struct Statement {
     int file_line = 0;
 };
 
+// What reports say of a statement, words of which are kept elsewhere.
+struct StatementText {
+    std::string_view text, opcode;
+    int line, file, file_line;
+};
+
 struct Register {
     Type type;
     std::string name;

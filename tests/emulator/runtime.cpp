@@ -88,32 +88,88 @@ void check_target(const std::string& target, const Device& device) {
                        std::to_string(device.capability));
 }
 
-// Whether a text has, or may have, an entry of this name.
-bool may_have(std::string_view text, std::string_view name) {
-    constexpr std::string_view kEntry = ".entry ";
-    for (size_t at = 0; (at = text.find(kEntry, at)) != text.npos;)
-        if (text.substr(at += kEntry.size(), name.size()) == name) return true;
-    return false;
+constexpr std::string_view kEntry = ".entry ";
+
+// The names of a text's entries, perhaps with others that a comment has.
+std::vector<std::string_view> entries_of(std::string_view text) {
+    std::vector<std::string_view> names;
+    for (size_t at = 0; (at = text.find(kEntry, at)) != text.npos;) {
+        at += kEntry.size();
+        names.push_back(text.substr(at, text.find_first_of("( \t\n", at) - at));
+    }
+    return names;
+}
+
+// Where the braces that open first in text[at ...] are closed.
+size_t end_of_body(std::string_view text, size_t at) {
+    int depth = 0;
+    for (; at < text.size(); ++at) {
+        if (text[at] == '/' && text.substr(at, 2) == "//") at = text.find('\n', at);
+        if (at == text.npos) break;
+        if (text[at] == '{') ++depth;
+        if (text[at] == '}' && --depth == 0) return at + 1;
+    }
+    return text.size();
+}
+
+// The text without its entries but one. Lines keep their numbers.
+std::string with_one_entry(std::string_view text, std::string_view name) {
+    constexpr std::string_view kStart = "\n.visible .entry ";
+    std::string left;
+    for (size_t at = 0;;) {
+        const size_t start = text.find(kStart, at);
+        left += text.substr(at, start - at);
+        if (start == text.npos) return left;
+        const size_t named = start + kStart.size();
+        at = end_of_body(text, start);
+        const std::string_view entry = text.substr(start, at - start);
+        if (text.substr(named, text.find('(', named) - named) == name)
+            left += entry;
+        else
+            left.append(static_cast<size_t>(std::count(entry.begin(), entry.end(), '\n')), '\n');
+    }
+}
+
+// Frees what only the decoder reads, of a syntax tree that nobody else uses.
+void shed(Kernel& kernel) {
+    std::vector<StatementText>& statements = kernel.program->statements;
+    size_t total = 0;
+    for (const StatementText& s : statements) total += s.text.size();
+    kernel.words.reserve(total);
+    for (StatementText& s : statements) {
+        const std::string_view text(kernel.words.data() + kernel.words.size(), s.text.size());
+        kernel.words += s.text;
+        s.opcode = text.substr(s.text.find(s.opcode), s.opcode.size());
+        s.text = text;
+    }
+    for (Function& f : kernel.syntax.functions) f.statements = {}, f.registers = {};
 }
 
 }  // namespace
 
-LoadedModule::LoadedModule(std::span<const uint8_t> image, const Device& device) : device_(device) {
+LoadedModule::LoadedModule(Image image, const Device& device)
+    : device_(device), image_(std::move(image)) {
     uint32_t magic = 0;
-    std::memcpy(&magic, image.data(), std::min(image.size(), sizeof magic));
-    for (std::string& text : extract_ptx(image, device)) {
+    std::memcpy(&magic, image_->data(), std::min(image_->size(), sizeof magic));
+    is_fatbin_ = magic == kFatbinMagic;
+    for (const std::string_view text : extract_ptx(*image_, device)) {
         units_.push_back(std::make_unique<Unit>());
-        units_.back()->text = std::move(text);
-        if (magic != kFatbinMagic) parse(*units_.back());
+        units_.back()->text = text;
+        if (!is_fatbin_) prepare(*units_.back());
     }
 }
 
-void LoadedModule::parse(Unit& unit) {
-    if (unit.text.empty()) return;
-    unit.module = parse_ptx(unit.text);
-    check_target(unit.module.target, device_);
+Module LoadedModule::parse(std::string_view text) const {
+    Module module = parse_ptx(text);
+    check_target(module.target, device_);
+    return module;
+}
+
+void LoadedModule::prepare(Unit& unit) {
+    if (unit.is_parsed) return;
+    unit.module = is_fatbin_ ? parse(with_one_entry(unit.text, {})) : parse(unit.text);
     place_variables(unit);
-    unit.text = {};
+    unit.is_parsed = true;
 }
 
 void LoadedModule::place_variables(Unit& unit) {
@@ -157,13 +213,24 @@ Kernel* LoadedModule::kernel(const std::string& name) {
     auto known = kernels_.find(name);
     if (known != kernels_.end()) return known->second.get();
     for (auto& unit : units_) {
-        if (may_have(unit->text, name)) parse(*unit);
-        auto it = unit->module.function_index.find(name);
-        if (it == unit->module.function_index.end() || !unit->module.functions[it->second].is_entry)
-            continue;
+        if (is_fatbin_) {
+            const auto names = entries_of(unit->text);
+            if (std::find(names.begin(), names.end(), name) == names.end()) continue;
+        }
+        prepare(*unit);
         auto kernel = std::make_unique<Kernel>();
         kernel->module = this;
-        kernel->program = decode(unit->module, it->second, unit->addresses, device_);
+        if (is_fatbin_) kernel->syntax = parse(with_one_entry(unit->text, name));
+        Module& syntax = is_fatbin_ ? kernel->syntax : unit->module;
+        auto it = syntax.function_index.find(name);
+        if (it == syntax.function_index.end() || !syntax.functions[it->second].is_entry) continue;
+        std::vector<uint64_t> addresses;
+        for (const Variable& v : syntax.variables)
+            addresses.push_back(v.space == Space::global || v.space == Space::constant
+                                    ? unit->variable(v.name).first
+                                    : 0);
+        kernel->program = decode(syntax, it->second, addresses, device_);
+        if (is_fatbin_) shed(*kernel);
         return (kernels_[name] = std::move(kernel)).get();
     }
     return nullptr;
@@ -173,7 +240,8 @@ std::vector<std::string> LoadedModule::kernel_names() {
     std::lock_guard lock(mutex_);
     std::vector<std::string> names;
     for (auto& unit : units_) {
-        parse(*unit);
+        if (is_fatbin_)
+            for (const std::string_view name : entries_of(unit->text)) names.emplace_back(name);
         for (const Function& f : unit->module.functions)
             if (f.is_entry && f.has_body) names.push_back(f.name);
     }
@@ -190,7 +258,7 @@ std::pair<uint64_t, uint64_t> LoadedModule::Unit::variable(const std::string& na
 std::pair<uint64_t, uint64_t> LoadedModule::variable(const std::string& name) {
     std::lock_guard lock(mutex_);
     for (auto& unit : units_) {
-        parse(*unit);
+        prepare(*unit);
         if (auto found = unit->variable(name); found.first) return found;
     }
     return {0, 0};

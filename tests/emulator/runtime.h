@@ -30,11 +30,13 @@ struct Kernel;
 
 constexpr uint32_t kFatbinMagic = 0xba55ed50;  // its first word
 
+using Image = std::shared_ptr<const std::vector<uint8_t>>;
+
 class LoadedModule {
   public:
-    // PTX text, or one or several fatbins in a row, whose texts are parsed when one of their
-    // kernels is asked for: a syntax tree takes many times their bytes. Throws PtxError.
-    LoadedModule(std::span<const uint8_t> image, const Device& device);
+    // PTX text, or one or several fatbins in a row. Of their texts a kernel is parsed when it is
+    // asked for, and nothing else: a syntax tree takes many times their bytes. Throws PtxError.
+    LoadedModule(Image image, const Device& device);
     ~LoadedModule();
     LoadedModule(const LoadedModule&) = delete;
 
@@ -45,17 +47,21 @@ class LoadedModule {
     const Device& device() const { return device_; }
 
   private:
-    struct Unit {          // one PTX text with its variables
-        std::string text;  // until it is parsed
-        Module module;
+    struct Unit {  // one PTX text with its variables
+        std::string_view text;
+        bool is_parsed = false;
+        Module module;  // without entries, in a fatbin
         std::vector<std::unique_ptr<uint64_t[]>> storage;
         std::vector<uint64_t> addresses;  // by variable; 0 for those that have none of their own
         std::pair<uint64_t, uint64_t> variable(const std::string& name) const;
     };
-    void parse(Unit& unit);
+    Module parse(std::string_view text) const;
+    void prepare(Unit& unit);
     void place_variables(Unit& unit);
 
     const Device& device_;
+    Image image_;  // that the texts are in
+    bool is_fatbin_ = false;
     std::vector<std::unique_ptr<Unit>> units_;
     std::mutex mutex_;
     std::map<std::string, std::unique_ptr<Kernel>> kernels_;
@@ -63,6 +69,8 @@ class LoadedModule {
 
 struct Kernel {
     LoadedModule* module;
+    Module syntax;      // of a fatbin's text, with this one entry: its head
+    std::string words;  // of its statements, likewise
     std::unique_ptr<Program> program;
     uint32_t max_dynamic_smem = 48 << 10;  // cuFuncSetAttribute raises it
     std::vector<InstrCount> profile;       // of the last launch
@@ -82,6 +90,6 @@ void write_counters(const Counters& counters, uint64_t* out);
 
 // The PTX for a device: the text itself, or the best fit out of each fatbin. Throws PtxError if a
 // fatbin has none.
-std::vector<std::string> extract_ptx(std::span<const uint8_t> image, const Device& device);
+std::vector<std::string_view> extract_ptx(std::span<const uint8_t> image, const Device& device);
 
 }  // namespace emu

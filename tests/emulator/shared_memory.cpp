@@ -125,6 +125,7 @@ void SharedMemory::reset(uint32_t bytes, int granule_shift, Clocks& clocks, int 
         pages_ = (data_.size() >> kPageShift) + 1;
         version_.assign(clocks.async() ? pages_ : 0, 1);
         last_read_.assign(version_.size(), 0);
+        last_visit_ = last_read_;
     }
     if (clocks.async()) checked_.assign(pages_ * static_cast<size_t>(warps_), 0);
     start_ = clocks.start();
@@ -144,9 +145,10 @@ void SharedMemory::access(Access kind, int warp, int lane, uint32_t address, uin
         return write_time_[g] - start_ < seen[(writer_[g] & ~kAtomic) >> 5] - start_;
     };
     if (kind == Access::read) {
-        if (!last_read_.empty())
-            last_read_[address >> kPageShift] = last_read_[(address + bytes - 1) >> kPageShift] =
-                time;
+        if (!last_read_.empty()) {
+            auto& last = warp / clocks_->warps_per_cta() == cta_ ? last_read_ : last_visit_;
+            last[page(address)] = last[page(address + bytes - 1)] = time;
+        }
         uint32_t g = first;
         if (last - first == 3 && (g & 3) == 0) {  // 16 bytes that one lane wrote, as a rule
             uint64_t writers;
@@ -216,14 +218,20 @@ void SharedMemory::land(int warp, int lane, uint32_t address, uint32_t bytes) {
 
 void SharedMemory::check_readers(int warp, int lane, uint32_t first, uint32_t last) {
     if (!options_.check_races) return;
-    if (!last_read_.empty()) {  // nobody has read these pages, but wgmma and bulk copies?
-        const auto page = [&](uint32_t g) {
-            return last_read_.begin() + (g << shift_ >> kPageShift);
-        };
-        if (std::all_of(page(first), page(last) + 1, [&](uint32_t t) { return t < start_; }))
-            return;
-    }
     const uint32_t* limits = clocks_->over(warp);
+    if (!last_read_.empty()) {  // as a rule the warp has met all others since the pages were read
+        const int begin = cta_ * clocks_->warps_per_cta(), end = begin + clocks_->warps_per_cta();
+        uint32_t own = ~0u, others = ~0u;
+        for (int v = 0; v < warps_; ++v) {
+            uint32_t& least = v >= begin && v < end ? own : others;
+            if (v != warp) least = std::min(least, limits[v]);
+        }
+        bool fine = true;
+        for (uint32_t p = page(first << shift_); p <= page(last << shift_); ++p)
+            fine &=
+                last_read_[p] < std::max(own, start_) && last_visit_[p] < std::max(others, start_);
+        if (fine) return;
+    }
     for (uint32_t g = first & ~3u; g <= last; g += 4) {
         // Four granules at once; those outside the access are looked at only when one is late.
         const uint32_t* reads = reads_of(0, g);

@@ -199,7 +199,9 @@ class SharedMemory {
     // By page: how often it was written. By warp and page: twice the count at which the warp found
     // the page in order, plus one if it did not.
     std::vector<uint32_t> version_, checked_;
-    std::vector<uint32_t> last_read_;  // by page, in programs with asynchronous readers
+    // By page, in programs with asynchronous readers: when a warp read there last, of this CTA and
+    // of others.
+    std::vector<uint32_t> last_read_, last_visit_;
     size_t pages_ = 0;
     std::unordered_map<uint32_t, Clock> flags_;  // carried by atomics and strong accesses
 };
