@@ -10,7 +10,6 @@ import ctypes
 import dataclasses
 import itertools
 import math
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,11 +23,9 @@ from tests import emulator
 from tests import native_abi as abi
 from tests.native_emulator import (
     DEVICES,
-    copy_of_library,
     dtype_id,
-    load_emulated,
+    faulty_library,
     on_own_and_alike,
-    ptx_of,
     run,
     storage_of,
 )
@@ -653,28 +650,6 @@ def test_main_loop_is_free_of_bank_conflicts() -> None:
 
 
 # ------------------------------------------------------------------------------- planted faults
-
-
-def faulty_library(folder: Path, arch: str, entry: str, old: str, new: str) -> ctypes.CDLL:
-    """The library with every `old` in the PTX of an entry replaced by `new`, padded."""
-    (text,) = (t for t in ptx_of(arch) if f".entry {entry}(" in t)
-    before, name, after = text.partition(f".entry {entry}(")
-    body, next_entry, rest = after.partition(".entry ")
-
-    def replace(match: re.Match[str]) -> str:
-        assert len(match.expand(new)) <= len(match[0])
-        return match.expand(new).ljust(len(match[0]))
-
-    changed, count = re.subn(old, replace, body)
-    assert count, f"{old} is not in {entry}"
-    path = copy_of_library(folder / "package", [arch])
-    file = path.parent / "kernels" / f"sm_{arch}.fatbin"
-    data = file.read_bytes()
-    file.unlink()
-    whole = before + name + changed + next_entry + rest
-    file.write_bytes(data.replace(text.encode(), whole.encode()))
-    return load_emulated(path, [arch])
-
 
 # What is changed, and how the emulator or the comparison objects (nothing: it may not).
 FAULTS = {

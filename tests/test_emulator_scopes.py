@@ -1,9 +1,10 @@
-"""Order across the CTAs of a cluster, and of copies under way, is held to what the PTX ISA asks for.
+"""Order across the CTAs of a cluster and of copies under way: what the PTX ISA asks for is needed.
 
-mbarriers are used through the generic proxy by everybody, TMA's complete_tx included, so that their
-initialisation needs order and no proxy fence: bar.sync within a CTA; across CTAs barrier.cluster, or
-a relaxed one after fence.mbarrier_init. Arrivals and waits are .release.cta and .acquire.cta unless
-they say otherwise. Each test runs right snippets, which must pass, and the same with one thing wrong.
+mbarriers are used through the generic proxy by everybody, TMA's complete_tx included: what their
+initialisation needs is order and no proxy fence. That is bar.sync within a CTA; across CTAs it is
+barrier.cluster, or a relaxed one after fence.mbarrier_init. Arrivals and waits are .release.cta and
+.acquire.cta unless they say otherwise. Each test runs right snippets, which must pass, and the same
+with one thing wrong.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ USES = {
     ),
     "st.async": (
         1,
-        """@%first mbarrier.arrive.expect_tx.shared.b64 _, [%bar], 256; mad.lo.u32 %r5, %tid, 4, %r8;
+        """@%first mbarrier.arrive.expect_tx.shared.b64 _, [%bar], 256;
+    mad.lo.u32 %r5, %tid, 4, %r8;
     st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.u32 [%r5+1024], %r2, [%r6];""",
     ),
 }
@@ -100,7 +102,7 @@ def test_mbarrier_of_one_lane_used_by_another() -> None:
 
 
 def test_initialisation_needs_no_proxy_fence() -> None:
-    """The mbarrier of a copy is used through the generic proxy; and the fence of mbarriers is none."""
+    """TMA uses its mbarrier through the generic proxy; fence.mbarrier_init fences no proxy."""
     plain = wrong(LOAD, INIT_FENCE, "")
     for seed in SEEDS:
         assert np.array_equal(run(plain, seed), np.arange(64))
@@ -262,7 +264,7 @@ def test_cta_that_ends_while_others_use_its_memory(use: str) -> None:
 def test_cta_that_waits_for_the_last_arrival_may_end() -> None:
     arrives = "@%first mbarrier.arrive{}.shared::cluster.b64 _, [%r6];"
     for order in ("", ".release.cluster", ".relaxed.cluster"):
-        body = ENDS.replace("USE", arrives.format(order)) + f"@%p1 bra $go; ret; $go: {{}}"
+        body = ENDS.replace("USE", arrives.format(order)) + "@%p1 bra $go; ret; $go: {}"
         for seed in SEEDS:
             run(body.replace("{}", wait("%bar", 0)), seed, cluster=2)
 
