@@ -417,12 +417,13 @@ def test_gemm_moves_whole_sectors_without_bank_conflicts(size: str, kind: str) -
 def changed_library(
     folder: Path, entry: str, old: bytes, new: bytes, count: int, arch: str = "80"
 ) -> ctypes.CDLL:
-    """A copy of the library with the one fatbin that has `entry`, in whose PTX `old` is replaced
-    `count` times (0: always)."""
+    """A copy of the library with the fatbin that has `entry`, in whose PTX `old` is replaced
+    `count` times (0: always), and those of the kernels that prepare its operands."""
     path = native_emulator.copy_of_library(folder / "package", [arch])
     file = path.parent / "kernels" / f"sm_{arch}.fatbin"
     head = b".entry " + entry.encode() + b"(\n"
-    (data,) = (p for p in native_emulator.pieces_of(file.read_bytes()) if head in p)
+    pieces = native_emulator.pieces_of(file.read_bytes())
+    data = b"".join(p for p in pieces if head in p or b".entry mk_quant_prepare_x_" in p)
     start = data.index(head)
     end = data.index(b"\n}\n", start)
     body, made = re.subn(
