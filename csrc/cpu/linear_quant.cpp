@@ -15,6 +15,8 @@ namespace {
 constexpr int64_t kMinParallelMacs = 64 << 10;
 // Multiply-adds of a chunk, at least: a few microseconds.
 constexpr int64_t kChunkMacs = 96 << 10;
+// Rows of integers of x from which on products by pairs are faster: they take longer to unpack w.
+constexpr int64_t kPairsRows = 8;
 // Groups of rounded x at a time (32 MiB); more are done in several passes over w.
 constexpr int64_t kMaxGroups = (32 << 20) / sizeof(XGroup);
 
@@ -29,6 +31,16 @@ mk_status find_kernels(int32_t isa, const QuantKernels** kernels) {
 #endif
     *kernels = &kQuant[level];
     return MK_OK;
+}
+
+// Whether a processor adds vectors while it multiplies others (quant_pairs.h).
+bool adds_beside_products(const QuantKernels& kernels) {
+#if defined(__x86_64__)
+    static const bool amd = __builtin_cpu_is("amd");
+    return amd && &kernels == &kQuantAvx512;
+#else
+    return false;
+#endif
 }
 
 QuantScratch* thread_scratch() {
@@ -63,7 +75,7 @@ int32_t out_dtype(const mk_cpu_linear_quant_params& p, const mk_cpu_quant_produc
 }
 
 // Rows of x that fit into the rounded groups.
-void run_slab(const QuantKernels& kernels, const QuantTask& task, int64_t first_row) {
+void run_slab(const QuantProducts& kernels, const QuantTask& task, int64_t first_row) {
     const mk_cpu_linear_quant_params& p = task.p;
     int64_t tiles = 0, most_rows = 0;
     for (int i = 0; i < p.num_products; ++i) {
@@ -120,13 +132,16 @@ mk_status run(const mk_cpu_linear_quant_params& p, const QuantKernels& kernels) 
     const int64_t slab =
         std::min<int64_t>(p.m, std::max<int64_t>(kMaxGroups / groups, kBlockRows / limbs));
     QuantTask task{p, thread_groups(slab * groups), slab * limbs, limbs};
+    const QuantProducts& products =
+        adds_beside_products(kernels) && !p.x_bits && slab * limbs >= kPairsRows ? kQuantPairsAvx512
+                                                                                : kernels.products;
     MK_REQUIRE(task.x && thread_scratch(), MK_ERR_MEMORY, "no memory for %lld rows of rounded x",
                static_cast<long long>(slab));
     const DefaultFloatMode mode;
     for (int64_t m = 0; m < p.m; m += slab) {
         task.p.x = static_cast<const char*>(p.x) + m * p.x_stride * dtype_bytes(p.dtype);
         task.p.m = static_cast<int32_t>(std::min(slab, p.m - m));
-        run_slab(kernels, task, m);
+        run_slab(products, task, m);
     }
     return MK_OK;
 }

@@ -125,8 +125,17 @@ struct Ints {
 }  // namespace mk::cpu
 
 #include "cpu/quant_halves.h"
+
+namespace mk::cpu {
+namespace {
+using Order = Halves;
+}
+}  // namespace mk::cpu
+
+#include "cpu/quant_dequantize.h"
 #include "cpu/quant_kernels.h"
 
-const mk::cpu::QuantKernels mk::cpu::kQuantAvx2 = mk::cpu::kQuantKernels;
+const mk::cpu::QuantKernels mk::cpu::kQuantAvx2 = {mk::cpu::kQuantProducts,
+                                                     mk::cpu::dequantize};
 
 #endif

@@ -12,13 +12,19 @@
 namespace mk::cpu {
 namespace {
 
-struct Order {
+struct Bytes {
+    static constexpr bool kIsPaired = false;
     static constexpr int kWords = 1;
     static constexpr int kXByteWords = 1;  // of an x of 8 bits, of four columns
 
-    static MK_INLINE void put(uint32_t* to, Ints four) { four.store(to); }
+    template <int kBias>
+    static MK_INLINE void put(uint32_t* to, Ints four, Ints&) {
+        four.store(to);
+    }
+    static MK_INLINE void put_less(uint32_t*, Ints) {}
     // Four words of high bytes, then four of low ones.
-    static MK_INLINE void put_x(uint32_t* to, Ints q) {
+    static MK_INLINE void put_x(XGroup& group, int i, Ints q) {
+        uint32_t* const to = group.words + i / 2;
         ((q + Ints::set(0x80)) >> 8).store_bytes(to);
         q.store_bytes(to + 4);
     }
@@ -39,11 +45,11 @@ struct Order {
         const auto at = [&](int i)
                             MK_INLINE_LAMBDA { return Ints::set(static_cast<int32_t>(x[i])); };
         if constexpr (kXBytes) {
-            sums[0] = Ints::dot(sums[0], four, at(kFour));
+            sums[0] = Ints::dot_bytes(sums[0], four, at(kFour));
         } else {
             constexpr int kHigh = kFour / 4 * 8 + kFour % 4;
-            sums[0] = Ints::dot(sums[0], four, at(kHigh));
-            sums[1] = Ints::dot(sums[1], four, at(kHigh + 4));
+            sums[0] = Ints::dot_bytes(sums[0], four, at(kHigh));
+            sums[1] = Ints::dot_bytes(sums[1], four, at(kHigh + 4));
         }
     }
     template <bool kXBytes>
@@ -52,7 +58,9 @@ struct Order {
     }
 
     template <int kBlock, int kM, int kN>
-    static MK_INLINE void block_sums(const uint32_t* x, const uint32_t* w, Ints (&p)[kM][kN]) {
+    static MK_INLINE void block_sums(const XGroup* x_rows, const QuantPanel&, int b,
+                                     const uint32_t* w, int, Ints (&p)[kM][kN]) {
+        const uint32_t* const x = x_rows->words + b * (kBlock / 2);
         const auto add = [&](auto half, auto u, Ints(&to)[kM][kN]) MK_INLINE_LAMBDA {
             Ints w_frag[kN];
             unroll<kN>([&](auto j) MK_INLINE_LAMBDA {
@@ -64,7 +72,7 @@ struct Order {
                 const Ints x_frag = Ints::set(static_cast<int32_t>(four));
                 unroll<kN>([&](auto j) MK_INLINE_LAMBDA {
                     Ints& a = to[i.value][j.value];
-                    a = Ints::dot(a, w_frag[j.value], x_frag);
+                    a = Ints::dot_bytes(a, w_frag[j.value], x_frag);
                 });
             });
         };
@@ -104,7 +112,7 @@ struct Order {
                 const Ints x_frag = Ints::set(static_cast<int32_t>(x[kXRow * i.value + u.value]));
                 unroll<kN>([&](auto j) MK_INLINE_LAMBDA {
                     Ints& a = (u.value % kTurns ? other : p)[i.value][j.value];
-                    a = Ints::dot(a, w_frag[j.value], x_frag);
+                    a = Ints::dot_bytes(a, w_frag[j.value], x_frag);
                 });
             });
         });

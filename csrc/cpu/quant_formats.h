@@ -49,6 +49,10 @@ MK_INLINE MoreWords more_words_at(Rows rows, int64_t offset) {
     return w;
 }
 
+// What the integers of a type without minima are biased by.
+template <class Type>
+constexpr int kBiasOf = Type::kHasMin ? 0 : 1 << Type::kBias;
+
 // A half-precision number of each row, which is not the last one of its block; one that is.
 MK_INLINE Vec half_at(Rows rows, int64_t offset) { return Ints::gather(rows, offset).half(); }
 MK_INLINE Vec last_half_at(Rows rows, int64_t offset) {
@@ -56,8 +60,10 @@ MK_INLINE Vec last_half_at(Rows rows, int64_t offset) {
 }
 
 // Where the unpacked numbers of 16 rows go: here, a panel.
-template <int kBlock>
+template <class Type>
 struct ToPanel {
+    static constexpr int kBlock = Type::kBlock;
+
     QuantPanel& panel;
     int first;  // row
 
@@ -68,10 +74,13 @@ struct ToPanel {
     template <int kFirst, int kSecond, class F>
     MK_INLINE void block(int b, const F& f) const {
         uint32_t* const q = panel.q[b * (kBlock / 4) * Order::kWords] + first;
+        Ints less = Ints::set(0);
         unroll<kBlock / 4>([&](auto j) MK_INLINE_LAMBDA {
             constexpr int kShift = j.value < 4 ? kFirst : kSecond;
-            Order::put(q + j.value * Order::kWords * kTileRows, f(j) >> kShift);
+            uint32_t* const to = q + j.value * Order::kWords * kTileRows;
+            Order::template put<kBiasOf<Type>>(to, f(j) >> kShift, less);
         });
+        Order::put_less(panel.less[b] + first, less);
     }
 };
 
@@ -288,7 +297,7 @@ struct Q6_K : KType {
 // One copy for products and for decoding.
 template <class Type>
 MK_NOINLINE void unpack_to_panel(Rows rows, int columns, QuantPanel& panel, int first) {
-    ToPanel<Type::kBlock> to{panel, first};
+    ToPanel<Type> to{panel, first};
     Type::unpack(rows, columns, to);
 }
 

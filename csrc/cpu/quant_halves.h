@@ -7,17 +7,24 @@
 namespace mk::cpu {
 namespace {
 
-struct Order {
-    static constexpr int kWords = 2;       // of a row of w, of four columns
-    static constexpr int kXByteWords = 2;  // of an x of 8 bits, which lies here as one of 16
+struct Halves {
+    static constexpr bool kIsPaired = false;  // quant_pairs.h
+    static constexpr int kWords = 2;          // of a row of w, of four columns
+    static constexpr int kXByteWords = 2;     // of an x of 8 bits, which lies here as one of 16
 
-    // Four columns of 16 rows of w, a byte each.
-    static MK_INLINE void put(uint32_t* to, Ints four) {
+    // Four columns of 16 rows of w, a byte each. What these add up to in `less`, and kBias, are for
+    // quant_pairs.h.
+    template <int kBias>
+    static MK_INLINE void put(uint32_t* to, Ints four, Ints&) {
         (four & 0x00ff00ff).store(to);
         ((four >> 8) & 0x00ff00ff).store(to + kTileRows);
     }
-    // 16 columns of a row of x, as eight words.
-    static MK_INLINE void put_x(uint32_t* to, Ints q) {
+    static MK_INLINE void put_less(uint32_t*, Ints) {}
+    // Columns i ... i + 15 of a row of x, as eight words.
+    static MK_INLINE void put_x(XGroup& group, int i, Ints q) {
+        put_x_bytes(group.words + i / 2, q);
+    }
+    static MK_INLINE void put_x_bytes(uint32_t* to, Ints q) {
         uint32_t column[kLanes];
         q.store(column);
         for (int i = 0; i < kLanes; i += 4) {
@@ -25,7 +32,6 @@ struct Order {
             to[i / 2 + 1] = (column[i + 1] & 0xffff) | column[i + 3] << 16;
         }
     }
-    static MK_INLINE void put_x_bytes(uint32_t* to, Ints q) { put_x(to, q); }
     static int32_t column(const QuantPanel& panel, int i, int row) {
         return panel.q[i / 4 * 2 + (i & 1)][row] >> (8 * (i & 2)) & 0xffff;
     }
@@ -48,9 +54,14 @@ struct Order {
         return sums[0] + sums[1];
     }
 
-    // p[i][j] = sum over the kBlock columns from `x` and `w` of row i of x times rows j of w.
+    // p[i][j] = sum over block b, at `w` of lanes from `lane`, of row i of x times rows j of w.
     template <int kBlock, int kM, int kN>
-    static MK_INLINE void block_sums(const uint32_t* x, const uint32_t* w, Ints (&p)[kM][kN]) {
+    static MK_INLINE void block_sums(const XGroup* x, const QuantPanel&, int b, const uint32_t* w,
+                                     int, Ints (&p)[kM][kN]) {
+        sums_of<kBlock>(x->words + b * (kBlock / 2), w, p);
+    }
+    template <int kBlock, int kM, int kN>
+    static MK_INLINE void sums_of(const uint32_t* x, const uint32_t* w, Ints (&p)[kM][kN]) {
         // Accumulators that take turns: a dot product takes 5 clocks, two begin in each.
         constexpr int kTurns = kM * kN >= 8 ? 1 : kM * kN >= 4 ? 2 : 4, kUnroll = 8;
         Ints acc[kTurns][kM][kN];
@@ -84,7 +95,7 @@ struct Order {
     template <int kBlock, int kM, int kN>
     static MK_INLINE void add_byte_sums(const uint32_t* x, const uint32_t* w, Ints (&p)[kM][kN]) {
         Ints sums[kM][kN];
-        block_sums<kBlock>(x, w, sums);
+        sums_of<kBlock>(x, w, sums);
         each<kM, kN>([&](auto i, auto j) {
             p[i.value][j.value] = p[i.value][j.value] + sums[i.value][j.value];
         });

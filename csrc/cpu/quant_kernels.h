@@ -73,7 +73,7 @@ void round_group(const T* x, int count, XGroup* groups) {
     const Vec factor = Vec::set(from_bits((127 + 127 + kTop - exponent) << 23));
     const float unit = finite ? from_bits((exponent - kTop) << 23) : __builtin_nanf("");
     const auto put = [&](XGroup& group, int i, Ints q) MK_INLINE_LAMBDA {
-        Order::put_x(group.words + i / 2, q);
+        Order::put_x(group, i, q);
         group.sums16[i / 16] = q.sum();
     };
     for (int i = 0; i < kGroup; i += kLanes) {
@@ -158,9 +158,9 @@ MK_INLINE void multiply(const XGroup* x, const QuantPanel& panel, int blocks, in
     };
     for (int b = 0; b < blocks; ++b) {
         Ints p[kM][kN];
-        Order::block_sums<kBlock>(x->words + b * (kBlock / 2), w, p);
+        Order::template block_sums<kBlock>(x, panel, b, w, v * kLanes, p);
         w += kBlock / 4 * Order::kWords * kTileRows;
-        if constexpr (!kHasMin) {
+        if constexpr (!kHasMin && !Order::kIsPaired) {
             unroll<kM>([&](auto i) {
                 const Ints biased = x_sum(i.value, b) << bias;
                 unroll<kN>([&](auto j) { p[i.value][j.value] = p[i.value][j.value] - biased; });
@@ -257,8 +257,8 @@ void multiply_rows(const XGroup* x, bool x_bytes, int64_t rows, const QuantPanel
             constexpr int kM = decltype(count)::value;
             if constexpr (kM <= Ints::kTileM) {
                 if (x_bytes) {
-                    if constexpr (kM <= 4 ||
-                                  kBlock == 32) {  // registers: two sums and a total each
+                    // Registers: two sums and a total each.
+                    if constexpr (!Order::kIsPaired && (kM <= 4 || kBlock == 32)) {
                         for (; i + kM <= rows; i += kM) {
                             multiply_bytes<kBlock, kHasMin, kM>(x + i, panel, blocks, bias, v,
                                                                 sums + i * kTileRows);
@@ -315,7 +315,7 @@ void tile_sums(const QuantTask& task, const void* w, int64_t row_bytes, int64_t 
         w_rows[r] = row<uint8_t>(w, row_bytes, n + r < n_end ? n + r : n_end - 1);
     }
     bool done = false;
-    if constexpr (Ints::kDirectRows > 0) {
+    if constexpr (!Order::kIsPaired && Ints::kDirectRows > 0) {
         done = rows <= Ints::kDirectRows;
         for (int r = 0; done && r < kTileRows && n + r < n_end; r += kLanes) {
             direct_sums<Type>(task, x, rows, w_rows + r, row<uint8_t>(w, row_bytes, n + r + kLanes),
@@ -367,70 +367,7 @@ void product(const QuantTask& task, const mk_cpu_quant_product& p, int64_t m, in
     });
 }
 
-// ---- rows of w ----
-
-// Row index t of a gather; -1 when it is out of range.
-int64_t gathered_row(const mk_cpu_dequantize_params& p, int64_t t) {
-    const int64_t id = !p.ids                  ? t
-                       : p.ids_dtype == MK_I64 ? static_cast<const int64_t*>(p.ids)[t]
-                                               : static_cast<const int32_t*>(p.ids)[t];
-    return 0 <= id && id < p.rows ? id : -1;
-}
-
-// A group of rows[0 ... 15], `columns` columns, in fp32.
-template <class Type>
-void decode_group(const uint8_t* const* rows, int columns, QuantPanel& panel,
-                  float (&values)[kLanes][kGroup]) {
-    constexpr int kBias = Type::kHasMin ? 0 : 1 << Type::kBias;
-    unpack_to_panel<Type>(rows, columns, panel, 0);
-    for (int r = 0; r < kLanes; ++r) {
-        for (int i = 0; i < columns; ++i) {
-            values[r][i] = static_cast<float>(Order::column(panel, i, r) - kBias);
-        }
-        for (int i = 0; i < columns; i += kLanes) {
-            const int b = i / Type::kBlock;
-            const Vec q = Vec::load(values[r] + i), scale = Vec::set(panel.scale[b][r]);
-            if constexpr (Type::kHasMin) {
-                Vec::fma(q, scale, Vec::set(panel.minimum[b][r])).store(values[r] + i);
-            } else {
-                (q * scale).store(values[r] + i);
-            }
-        }
-    }
-}
-
-void dequantize(const mk_cpu_dequantize_params& p, int64_t t, int64_t t_end, QuantPanel& panel) {
-    for (; t < t_end; t += kLanes) {
-        const int count = static_cast<int>(t_end - t < kLanes ? t_end - t : kLanes);
-        const uint8_t* rows[kLanes];  // past the last the first one again
-        bool valid[kLanes];
-        for (int r = 0; r < kLanes; ++r) {
-            const int64_t id = gathered_row(p, r < count ? t + r : t);
-            valid[r] = id >= 0;
-            rows[r] = row<uint8_t>(p.w, p.w_row_bytes, id >= 0 ? id : 0);
-        }
-        for (int64_t column = 0; column < p.k; column += kGroup) {
-            const int columns = static_cast<int>(p.k - column < kGroup ? p.k - column : kGroup);
-            alignas(64) float values[kLanes][kGroup];
-            with_quant_type(p.type, [&](auto type) {
-                using Type = decltype(type);
-                decode_group<Type>(rows, columns, panel, values);
-                for (const uint8_t*& at : rows) at += columns / Type::kColumns * Type::kBytes;
-            });
-            with_dtype(p.dtype, [&](auto out) {
-                for (int r = 0; r < count; ++r) {
-                    auto* to = static_cast<decltype(out)*>(p.out) + p.out_stride * (t + r) + column;
-                    for (int i = 0; i < columns; i += kLanes) {
-                        const Vec nan = Vec::set(__builtin_nanf(""));
-                        (valid[r] ? Vec::load(values[r] + i) : nan).store(to + i, kLanes);
-                    }
-                }
-            });
-        }
-    }
-}
-
-constexpr QuantKernels kQuantKernels = {
+constexpr QuantProducts kQuantProducts = {
     [](const QuantTask& task, int64_t m, int64_t m_end) {
         switch (task.p.dtype) {
             case MK_BF16:
@@ -442,7 +379,6 @@ constexpr QuantKernels kQuantKernels = {
         }
     },
     product,
-    dequantize,
 };
 
 }  // namespace
