@@ -16,7 +16,7 @@ constexpr int64_t kMinParallelMacs = 64 << 10;
 // Multiply-adds of a chunk, at least: a few microseconds.
 constexpr int64_t kChunkMacs = 96 << 10;
 // Rows of integers of x from which on products by pairs are faster: they take longer to unpack w.
-constexpr int64_t kPairsRows = 8;
+constexpr int64_t kPairsRows = 12;
 // Groups of rounded x at a time (32 MiB); more are done in several passes over w.
 constexpr int64_t kMaxGroups = (32 << 20) / sizeof(XGroup);
 
@@ -95,9 +95,11 @@ void run_slab(const QuantProducts& kernels, const QuantTask& task, int64_t first
     // Blocks of rows of equal size: the last one would unpack all of w for a few rows.
     const int64_t most_m = kBlockRows / task.limbs, m_blocks = ceil_div<int64_t>(p.m, most_m);
     const int64_t block_m = ceil_div<int64_t>(p.m, m_blocks);
+    // Few rows read w as it comes; more can wait for each other (kTurns).
+    const int64_t turns = block_m * task.limbs >= kPairsRows ? kTurns : 1;
     const int64_t wanted = kChunkMacs / (std::max<int64_t>(p.k, 1) * kTileRows * block_m);
     const int64_t tiles_each =
-        std::max<int64_t>(1, std::min(wanted, tiles / (4 * static_cast<int64_t>(threads))));
+        std::max<int64_t>(1, std::min(std::max(wanted, turns), tiles / (4 * int64_t{threads})));
     const int64_t chunks_each = ceil_div(tiles, tiles_each);  // of a block of rows
     for_chunks(threads, m_blocks * chunks_each, [&](int64_t chunk, QuantScratch& scratch) {
         const int64_t m = chunk / chunks_each * block_m;
@@ -116,10 +118,13 @@ void run_slab(const QuantProducts& kernels, const QuantTask& task, int64_t first
             product.other = skip(product.other, product.other_stride, p.dtype);
             product.out =
                 const_cast<char*>(skip(product.out, product.out_stride, product.out_dtype));
-            for (; tile < std::min(end, tile_end); ++tile) {
+            const int64_t most = product.epilogue == MK_EPILOGUE_SWIGLU ? turns / 2 : turns;
+            for (int64_t taken; tile < std::min(end, tile_end); tile += taken) {
+                taken = std::clamp<int64_t>(std::min(end, tile_end) - tile, 1,
+                                            std::max<int64_t>(most, 1));
                 const int64_t n = (tile - first) * kTileRows;
                 kernels.product(task, product, m, m_end, n,
-                                std::min<int64_t>(product.n, n + kTileRows), scratch);
+                                std::min<int64_t>(product.n, n + taken * kTileRows), scratch);
             }
             first = end;
         }
@@ -134,7 +139,7 @@ mk_status run(const mk_cpu_linear_quant_params& p, const QuantKernels& kernels) 
     QuantTask task{p, thread_groups(slab * groups), slab * limbs, limbs};
     const QuantProducts& products =
         adds_beside_products(kernels) && !p.x_bits && slab * limbs >= kPairsRows ? kQuantPairsAvx512
-                                                                                : kernels.products;
+                                                                                 : kernels.products;
     MK_REQUIRE(task.x && thread_scratch(), MK_ERR_MEMORY, "no memory for %lld rows of rounded x",
                static_cast<long long>(slab));
     const DefaultFloatMode mode;

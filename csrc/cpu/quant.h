@@ -14,14 +14,16 @@ namespace mk::cpu {
 constexpr int kGroup = 256;      // columns that share a unit of x, and that are unpacked at a time
 constexpr int kTileRows = 32;    // rows of w that are unpacked together: two vectors of lanes
 constexpr int kBlockRows = 192;  // rows of integers that pass by an unpacked tile
+// Tiles that take turns at each group of x: all but the first find it in L2.
+constexpr int kTurns = 4;
 
 // A group of a row of x as integers of 16 bits, or of 8, in the order of quant_halves.h (which
 // quant_pairs.h has, too) or quant_bytes.h.
 struct alignas(64) XGroup {
-    uint32_t words[kGroup / 2];   // at most eight for each 16 columns; zeros past k
-    int32_t sums16[kGroup / 16];  // of 16 columns each,
-    int32_t sums32[kGroup / 32];  // of 32
-    float units[kGroup / 32];     // of 32 columns each for 8 bits, else one
+    uint32_t words[kGroup / 2];    // at most eight for each 16 columns; zeros past k
+    int32_t sums16[kGroup / 16];   // of 16 columns each,
+    int32_t sums32[kGroup / 32];   // of 32
+    float units[kGroup / 32];      // of 32 columns each for 8 bits, else one
     uint32_t less16[kGroup / 16];  // quant_pairs.h: minus the products of neighbours in 16 columns,
     uint32_t less32[kGroup / 32];  // in 32; modulo 2^32
 };
@@ -39,7 +41,7 @@ struct alignas(64) QuantPanel {
 // What a thread works in.
 struct alignas(64) QuantScratch {
     QuantPanel panel;
-    float sums[2][kBlockRows * kTileRows];  // of w, and of w_up
+    float sums[kTurns][kBlockRows * kTileRows];
 };
 
 // A problem whose x has been rounded. A row of x gives `limbs` rows of integers, one after the
@@ -56,7 +58,8 @@ struct QuantTask {
 struct QuantProducts {
     // Round rows m ... m_end-1 of x.
     void (*round_x)(const QuantTask& task, int64_t m, int64_t m_end);
-    // Outputs [m ... m_end-1, n ... n_end-1]: at most kBlockRows of integers, and kTileRows.
+    // Outputs [m ... m_end-1, n ... n_end-1]: at most kBlockRows of integers and kTurns tiles of w,
+    // or half as many with w_up.
     void (*product)(const QuantTask& task, const mk_cpu_quant_product& product, int64_t m,
                     int64_t m_end, int64_t n, int64_t n_end, QuantScratch& scratch);
 };

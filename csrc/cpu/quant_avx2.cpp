@@ -135,7 +135,6 @@ using Order = Halves;
 #include "cpu/quant_dequantize.h"
 #include "cpu/quant_kernels.h"
 
-const mk::cpu::QuantKernels mk::cpu::kQuantAvx2 = {mk::cpu::kQuantProducts,
-                                                     mk::cpu::dequantize};
+const mk::cpu::QuantKernels mk::cpu::kQuantAvx2 = {mk::cpu::kQuantProducts, mk::cpu::dequantize};
 
 #endif

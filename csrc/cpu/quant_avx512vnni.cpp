@@ -12,7 +12,6 @@ using Order = Bytes;
 #include "cpu/quant_dequantize.h"
 #include "cpu/quant_kernels.h"
 
-const mk::cpu::QuantKernels mk::cpu::kQuantAvx512 = {mk::cpu::kQuantProducts,
-                                                     mk::cpu::dequantize};
+const mk::cpu::QuantKernels mk::cpu::kQuantAvx512 = {mk::cpu::kQuantProducts, mk::cpu::dequantize};
 
 #endif

@@ -155,4 +155,4 @@ using Order = Halves;
 #include "cpu/quant_kernels.h"
 
 const mk::cpu::QuantKernels mk::cpu::kQuantBaseline = {mk::cpu::kQuantProducts,
-                                                     mk::cpu::dequantize};
+                                                       mk::cpu::dequantize};

@@ -247,100 +247,106 @@ MK_INLINE void multiply_bytes(const XGroup* x, const QuantPanel& panel, int bloc
     each<kM, kN>([&](auto i, auto j) { total[i.value][j.value].store(total_at(i, j)); });
 }
 
-// sums[i] += this group's part, for `rows` rows of integers, of 8 bits with `x_bytes`.
+// sums[i] += this group's part, for `rows` rows of integers, of 8 bits with `x_bytes`. Tiles of at
+// most kTileM rows differ by one row at most: one of a few rows takes as long as one of more.
 template <int kBlock, bool kHasMin>
 void multiply_rows(const XGroup* x, bool x_bytes, int64_t rows, const QuantPanel& panel, int blocks,
                    int bias, float* sums) {
+    // Of x in 8 bits and 16 columns, registers: two sums and a total each.
+    constexpr int kBytesM = kBlock == 16 && Ints::kTileM > 4 ? 4 : Ints::kTileM;
+    const int64_t most = x_bytes ? kBytesM : Ints::kTileM;
+    const int64_t tiles = (rows + most - 1) / most;
     for (int v = 0; v < kTileRows / kLanes; v += Ints::kTileN) {
         int64_t i = 0;
-        const auto rest = [&](auto count) {
-            constexpr int kM = decltype(count)::value;
-            if constexpr (kM <= Ints::kTileM) {
-                if (x_bytes) {
-                    // Registers: two sums and a total each.
-                    if constexpr (!Order::kIsPaired && (kM <= 4 || kBlock == 32)) {
-                        for (; i + kM <= rows; i += kM) {
-                            multiply_bytes<kBlock, kHasMin, kM>(x + i, panel, blocks, bias, v,
-                                                                sums + i * kTileRows);
-                        }
+        for (int64_t tile = 0; tile < tiles; ++tile) {
+            const int64_t end = rows * (tile + 1) / tiles;
+            const auto run = [&](auto count) {
+                constexpr int kM = decltype(count)::value;
+                if constexpr (kM <= Ints::kTileM) {
+                    if (end - i != kM) return;
+                    float* const to = sums + i * kTileRows;
+                    if (!x_bytes) {
+                        multiply<kBlock, kHasMin, kM>(x + i, panel, blocks, bias, v, to);
+                    } else if constexpr (!Order::kIsPaired && kM <= kBytesM) {
+                        multiply_bytes<kBlock, kHasMin, kM>(x + i, panel, blocks, bias, v, to);
                     }
-                    return;
                 }
-                for (; i + kM <= rows; i += kM) {
-                    multiply<kBlock, kHasMin, kM>(x + i, panel, blocks, bias, v,
-                                                  sums + i * kTileRows);
-                }
-            }
-        };
-        rest(Int<6>{});
-        rest(Int<4>{});
-        rest(Int<2>{});
-        rest(Int<1>{});
+            };
+            run(Int<1>{}), run(Int<2>{}), run(Int<3>{}), run(Int<4>{}), run(Int<5>{}),
+                run(Int<6>{});
+            i = end;
+        }
     }
 }
 
-// sums[i][r] = those of row i of `rows` rows of integers and row r of a tile, by way of the panel.
-// `next` is the tile that lies behind.
+// 32 rows of a matrix, and their sums with those of x.
+struct QuantTile {
+    int32_t type;
+    int64_t row_bytes;
+    int count;                       // rows that there are
+    const uint8_t* next;             // what is read after this and the tiles that take turns
+    const uint8_t* rows[kTileRows];  // past these the last one again, whose sums nobody reads
+    float* sums;
+};
+
+// By way of the panel: sums[i][r] += the group's part, for `rows` rows of integers.
 template <class Type>
-void panel_sums(const QuantTask& task, const XGroup* x, int64_t rows, Rows w_rows,
-                const uint8_t* next, QuantPanel& panel, float* sums) {
-    const int64_t k = task.p.k;
-    for (int64_t i = 0; i < rows * kTileRows; ++i) sums[i] = 0;
-    for (int64_t at = 0, column = 0; column < k; column += kGroup, x += task.x_rows) {
-        const int columns = static_cast<int>(k - column < kGroup ? k - column : kGroup);
-        const int bytes = columns / Type::kColumns * Type::kBytes;
-        const uint8_t* group_rows[kTileRows];
-        for (int r = 0; r < kTileRows; ++r) group_rows[r] = w_rows[r] + at;
-        for (int r = 0; r < kTileRows; r += kLanes) {
-            // Meanwhile the next tile is fetched into L2, in the order in which it lies.
-            for (int b = 0; b < kLanes * bytes; b += 64) {
-                __builtin_prefetch(next + b, 0, 2);  // may lie outside w
-            }
-            next += kLanes * bytes;
-            unpack_to_panel<Type>(group_rows + r, columns, panel, r);
+void add_group(const QuantTask& task, const XGroup* x, int64_t rows, int columns, QuantTile& tile,
+               QuantPanel& panel) {
+    const int bytes = columns / Type::kColumns * Type::kBytes;
+    for (int r = 0; r < kTileRows; r += kLanes) {
+        // Meanwhile the tile after these is fetched into L2, in the order in which it lies,
+        for (int b = 0; b < kLanes * bytes; b += 64) {
+            __builtin_prefetch(tile.next + b, 0, 2);  // may lie outside w
         }
-        multiply_rows<Type::kBlock, Type::kHasMin>(x, task.p.x_bits == 8, rows, panel,
-                                                   columns / Type::kBlock, Type::kBias, sums);
+        tile.next += kLanes * bytes;
+        unpack_to_panel<Type>(tile.rows + r, columns, panel, r);
+    }
+    for (const uint8_t*& at : tile.rows) {  // and the next group: x may have thrown it out
         at += bytes;
+        for (int b = 0; b < bytes; b += 64) __builtin_prefetch(at + b, 0, 2);
     }
+    multiply_rows<Type::kBlock, Type::kHasMin>(x, task.p.x_bits == 8, rows, panel,
+                                               columns / Type::kBlock, Type::kBias, tile.sums);
 }
 
-template <class Type>
-void tile_sums(const QuantTask& task, const void* w, int64_t row_bytes, int64_t m, int64_t m_end,
-               int64_t n, int64_t n_end, QuantScratch& scratch, float* sums) {
-    const int64_t rows = (m_end - m) * task.limbs;
-    const XGroup* x = task.x + m * task.limbs;
-    const uint8_t* w_rows[kTileRows];  // past the end the last one again, whose sums nobody reads
-    for (int r = 0; r < kTileRows; ++r) {
-        w_rows[r] = row<uint8_t>(w, row_bytes, n + r < n_end ? n + r : n_end - 1);
-    }
-    bool done = false;
+// sums[i][r] = those of row i of `rows` rows of integers and row r.
+void tile_sums(const QuantTask& task, const XGroup* x, int64_t rows, QuantTile* tiles,
+               int num_tiles, QuantScratch& scratch) {
     if constexpr (!Order::kIsPaired && Ints::kDirectRows > 0) {
-        done = rows <= Ints::kDirectRows;
-        for (int r = 0; done && r < kTileRows && n + r < n_end; r += kLanes) {
-            direct_sums<Type>(task, x, rows, w_rows + r, row<uint8_t>(w, row_bytes, n + r + kLanes),
-                              sums + r);
+        if (rows <= Ints::kDirectRows) {
+            for (int i = 0; i < num_tiles; ++i) {
+                const QuantTile& tile = tiles[i];
+                with_quant_type(tile.type, [&](auto type) {
+                    for (int r = 0; r < tile.count; r += kLanes) {
+                        direct_sums<decltype(type)>(task, x, rows, tile.rows + r,
+                                                    tile.rows[0] + (r + kLanes) * tile.row_bytes,
+                                                    tile.sums + r);
+                    }
+                });
+            }
+            return;
         }
     }
-    if (!done) {
-        panel_sums<Type>(task, x, rows, w_rows, row<uint8_t>(w, row_bytes, n + kTileRows),
-                         scratch.panel, sums);
+    for (int i = 0; i < num_tiles; ++i) {
+        for (int64_t j = 0; j < rows * kTileRows; ++j) tiles[i].sums[j] = 0;
     }
-    if (task.limbs == 2) {
-        for (int64_t i = 0; i < m_end - m; ++i) {
-            for (int r = 0; r < kTileRows; ++r) {
-                const float* both = sums + 2 * i * kTileRows + r;
-                sums[i * kTileRows + r] = both[0] + both[kTileRows];
-            }
+    const int64_t k = task.p.k;
+    for (int64_t column = 0; column < k; column += kGroup, x += task.x_rows) {
+        const int columns = static_cast<int>(k - column < kGroup ? k - column : kGroup);
+        for (int i = 0; i < num_tiles; ++i) {
+            with_quant_type(tiles[i].type, [&](auto type) {
+                add_group<decltype(type)>(task, x, rows, columns, tiles[i], scratch.panel);
+            });
         }
     }
 }
 
 template <class T, class Out>
 void finish(const mk_cpu_quant_product& p, int64_t m, int64_t m_end, int64_t n, int64_t n_end,
-            const QuantScratch& scratch) {
+            const float* sums, const float* up) {
     for (int64_t i = 0; m + i < m_end; ++i) {
-        finish_row<T>(p.epilogue, scratch.sums[0] + i * kTileRows, scratch.sums[1] + i * kTileRows,
+        finish_row<T>(p.epilogue, sums + i * kTileRows, up + i * kTileRows,
                       p.other ? row<T>(p.other, p.other_stride, m + i) + n : nullptr,
                       static_cast<Out*>(p.out) + p.out_stride * (m + i) + n, n_end - n);
     }
@@ -348,23 +354,48 @@ void finish(const mk_cpu_quant_product& p, int64_t m, int64_t m_end, int64_t n, 
 
 void product(const QuantTask& task, const mk_cpu_quant_product& p, int64_t m, int64_t m_end,
              int64_t n, int64_t n_end, QuantScratch& scratch) {
-    const auto sums_of = [&](int32_t type, const void* w, int64_t row_bytes, float* sums) {
-        with_quant_type(type, [&](auto t) {
-            tile_sums<decltype(t)>(task, w, row_bytes, m, m_end, n, n_end, scratch, sums);
-        });
-    };
-    sums_of(p.type, p.w, p.w_row_bytes, scratch.sums[0]);
-    if (p.epilogue == MK_EPILOGUE_SWIGLU) {
-        sums_of(p.up_type, p.w_up, p.w_up_row_bytes, scratch.sums[1]);
-    }
-    with_dtype(task.p.dtype, [&](auto t) {
-        using T = decltype(t);
-        if (p.out_dtype == MK_F32) {
-            finish<T, float>(p, m, m_end, n, n_end, scratch);
-        } else {
-            finish<T, T>(p, m, m_end, n, n_end, scratch);
+    const bool has_up = p.epilogue == MK_EPILOGUE_SWIGLU;
+    QuantTile tiles[kTurns];
+    int num_tiles = 0;
+    const auto add_tile = [&](int32_t type, const void* w, int64_t row_bytes, int64_t at) {
+        QuantTile& tile = tiles[num_tiles];
+        tile.type = type;
+        tile.row_bytes = row_bytes;
+        tile.count = static_cast<int>(n_end - at < kTileRows ? n_end - at : kTileRows);
+        for (int r = 0; r < kTileRows; ++r) {
+            tile.rows[r] = row<uint8_t>(w, row_bytes, r < tile.count ? at + r : n_end - 1);
         }
-    });
+        tile.next = tile.rows[0] + (n_end - n) * row_bytes;
+        tile.sums = scratch.sums[num_tiles++];
+    };
+    for (int64_t at = n; at < n_end; at += kTileRows) {
+        add_tile(p.type, p.w, p.w_row_bytes, at);
+        if (has_up) add_tile(p.up_type, p.w_up, p.w_up_row_bytes, at);
+    }
+    const int64_t rows = (m_end - m) * task.limbs;
+    tile_sums(task, task.x + m * task.limbs, rows, tiles, num_tiles, scratch);
+    for (int tile = 0; task.limbs == 2 && tile < num_tiles; ++tile) {
+        float* const sums = tiles[tile].sums;
+        for (int64_t i = 0; i < m_end - m; ++i) {
+            for (int r = 0; r < kTileRows; ++r) {
+                const float* both = sums + 2 * i * kTileRows + r;
+                sums[i * kTileRows + r] = both[0] + both[kTileRows];
+            }
+        }
+    }
+    const int step = has_up ? 2 : 1;
+    for (int tile = 0; tile < num_tiles; tile += step, n += kTileRows) {
+        with_dtype(task.p.dtype, [&](auto t) {
+            using T = decltype(t);
+            const int64_t end = n + tiles[tile].count;
+            const float *sums = tiles[tile].sums, *up = tiles[tile + step - 1].sums;
+            if (p.out_dtype == MK_F32) {
+                finish<T, float>(p, m, m_end, n, end, sums, up);
+            } else {
+                finish<T, T>(p, m, m_end, n, end, sums, up);
+            }
+        });
+    }
 }
 
 constexpr QuantProducts kQuantProducts = {
