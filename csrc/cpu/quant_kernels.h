@@ -147,8 +147,8 @@ void round_rows(const QuantTask& task, int64_t m, int64_t m_end) {
 // sums[i][j] += unit[i] * (the group's sum), for kM rows of integers of x, the rows of w of kN
 // vectors from v.
 template <int kBlock, bool kHasMin, int kM>
-MK_INLINE void multiply(const XGroup* x, const QuantPanel& panel, int blocks, int bias, int v,
-                        float* sums) {
+MK_NOINLINE void multiply(const XGroup* x, const QuantPanel& panel, int blocks, int bias, int v,
+                          float* sums) {
     constexpr int kN = Ints::kTileN;
     const uint32_t* w = panel.q[0] + v * kLanes;
     Vec s[kM][kN];
@@ -194,8 +194,8 @@ MK_INLINE void multiply(const XGroup* x, const QuantPanel& panel, int blocks, in
 
 // The same of an x of 8 bits, which has a unit for each 32 columns.
 template <int kBlock, bool kHasMin, int kM>
-MK_INLINE void multiply_bytes(const XGroup* x, const QuantPanel& panel, int blocks, int bias, int v,
-                              float* sums) {
+MK_NOINLINE void multiply_bytes(const XGroup* x, const QuantPanel& panel, int blocks, int bias,
+                                int v, float* sums) {
     constexpr int kN = Ints::kTileN, kParts = 32 / kBlock;
     const uint32_t* w = panel.q[0] + v * kLanes;
     const auto total_at = [&](auto i, auto j) {
@@ -249,9 +249,10 @@ MK_INLINE void multiply_bytes(const XGroup* x, const QuantPanel& panel, int bloc
 
 // sums[i] += this group's part, for `rows` rows of integers, of 8 bits with `x_bytes`. Tiles of at
 // most kTileM rows differ by one row at most: one of a few rows takes as long as one of more.
-template <int kBlock, bool kHasMin>
+// fetch(tile, tiles) is called with each: processors wait when many lines are fetched at once.
+template <int kBlock, bool kHasMin, class Fetch>
 void multiply_rows(const XGroup* x, bool x_bytes, int64_t rows, const QuantPanel& panel, int blocks,
-                   int bias, float* sums) {
+                   int bias, float* sums, const Fetch& fetch) {
     // Of x in 8 bits and 16 columns, registers: two sums and a total each.
     constexpr int kBytesM = kBlock == 16 && Ints::kTileM > 4 ? 4 : Ints::kTileM;
     const int64_t most = x_bytes ? kBytesM : Ints::kTileM;
@@ -260,6 +261,7 @@ void multiply_rows(const XGroup* x, bool x_bytes, int64_t rows, const QuantPanel
         int64_t i = 0;
         for (int64_t tile = 0; tile < tiles; ++tile) {
             const int64_t end = rows * (tile + 1) / tiles;
+            if (v == 0) fetch(tile, tiles);
             const auto run = [&](auto count) {
                 constexpr int kM = decltype(count)::value;
                 if constexpr (kM <= Ints::kTileM) {
@@ -295,19 +297,24 @@ void add_group(const QuantTask& task, const XGroup* x, int64_t rows, int columns
                QuantPanel& panel) {
     const int bytes = columns / Type::kColumns * Type::kBytes;
     for (int r = 0; r < kTileRows; r += kLanes) {
-        // Meanwhile the tile after these is fetched into L2, in the order in which it lies,
-        for (int b = 0; b < kLanes * bytes; b += 64) {
-            __builtin_prefetch(tile.next + b, 0, 2);  // may lie outside w
-        }
-        tile.next += kLanes * bytes;
         unpack_to_panel<Type>(tile.rows + r, columns, panel, r);
     }
-    for (const uint8_t*& at : tile.rows) {  // and the next group: x may have thrown it out
-        at += bytes;
-        for (int b = 0; b < bytes; b += 64) __builtin_prefetch(at + b, 0, 2);
-    }
-    multiply_rows<Type::kBlock, Type::kHasMin>(x, task.p.x_bits == 8, rows, panel,
-                                               columns / Type::kBlock, Type::kBias, tile.sums);
+    for (const uint8_t*& at : tile.rows) at += bytes;
+    // Meanwhile fetch into L2 the tile after these, in the order in which it lies, and the next
+    // group of this one, which x may have thrown out. May lie outside w.
+    const auto fetch = [&](int64_t part, int64_t parts) MK_INLINE_LAMBDA {
+        const int64_t lines = (kTileRows * bytes + 63) / 64;
+        for (int64_t i = lines * part / parts; i < lines * (part + 1) / parts; ++i) {
+            __builtin_prefetch(tile.next + 64 * i, 0, 2);
+        }
+        const int64_t end = kTileRows * (part + 1) / parts;
+        for (int64_t r = kTileRows * part / parts; r < end; ++r) {
+            for (int i = 0; i < bytes; i += 64) __builtin_prefetch(tile.rows[r] + i, 0, 2);
+        }
+    };
+    multiply_rows<Type::kBlock, Type::kHasMin>(
+        x, task.p.x_bits == 8, rows, panel, columns / Type::kBlock, Type::kBias, tile.sums, fetch);
+    tile.next += kTileRows * bytes;
 }
 
 // sums[i][r] = those of row i of `rows` rows of integers and row r.
