@@ -10,12 +10,14 @@
 // Shifts and shuffles have two of Zen 4's four pipes; so a field that does not begin at bit 0 is
 // multiplied where it is, and the sum divided.
 //
-// Weights a nanosecond on a Zen 4 core at 3.7 GHz, w in L2, one row of x of 16 (8) bits:
+// Products a nanosecond of a Zen 4 core at 3.6 GHz, w in L2, x of 16 bits (8), with all that a call
+// costs (python -m bench.cpu_quant_rates):
 //
-//   Q4_0 40 (46)  Q4_1 39 (44)  Q5_0 29 (33)  Q5_1 28 (31)  Q8_0 36 (42)    by the panel 17-24
-//   (17-27) Q2_K 42 (51)  Q3_K 33 (37)  Q4_K 45 (56)  Q5_K 36 (41)  Q6_K 30 (33) 24-33 (26-35)
+//        Q4_0     Q4_1     Q5_0     Q5_1     Q8_0     Q2_K     Q3_K     Q4_K     Q5_K     Q6_K
+//   M 1  34 (38)  33 (37)  25 (28)  25 (27)  30 (34)  35 (41)  28 (31)  37 (44)  30 (34)  26 (28)
+//   M 2  47 (62)  46 (62)  41 (47)  39 (46)  45 (56)  49 (61)  43 (51)  54 (67)  49 (56)  41 (47)
 //
-// With AVX2, on the same core, Q4_0 27 (by the panel 18), Q4_K 28 (19), Q8_0 23 (16), Q6_K 20 (16).
+// With AVX2 (--isa avx2), on the same core, M 1: Q4_0 19, Q4_K 19, Q8_0 16, Q6_K 17.
 //
 // Tried and lost: vectors of 16 columns of 4 rows, whose sums of words cross lanes at the end
 // instead of the words before (Q4_0 42 (52), all others up to 20 % less); fetching into L1, into

@@ -2,7 +2,7 @@
 // that the including file defines. A lane is a row of w:
 //
 //   unpack    32 rows x 256 columns of w -> QuantPanel, in L1: integers of 16 bits or of 8 (Order:
-//             quant_halves.h, quant_bytes.h), fp32 scales
+//             quant_halves.h, quant_pairs.h, quant_bytes.h), fp32 scales
 //   multiply  for each 16 rows of w and each row of integers of x, one vector of sums; x is
 //             broadcast, two or four columns at a time, and no sum crosses lanes
 //
@@ -13,14 +13,24 @@
 //
 // On a Sapphire Rapids core an instruction of 32 16-bit products takes half a clock, one of 32
 // bf16 products 2 clocks, one of 16 fp32 products half a clock: hence integers. A Zen 4 core (3.6
-// GHz) takes a clock for 32 products with 16 bits of x, by halves, bytes or bf16: 117 thousand
-// million a second, of which products of six rows reach 90 with Q4_K. Its stores are 32 bytes a
-// clock, so that bytes pay off where x has few rows.
+// GHz) takes a clock for 32 products with 16 bits of x, by halves, bytes or bf16, and 0.75 by pairs
+// of columns. Its stores are 32 bytes a clock, so that bytes pay off where x has few rows. Products
+// a nanosecond of such a core, 16 bits of x (8), w in L2 (python -m bench.cpu_quant_rates):
+//
+//         Q4_0       Q4_1       Q5_0       Q5_1       Q8_0
+//   M 8    72 (96)    70 (94)    66 (86)    64 (84)    66 (86)    by bytes, from M 12 by pairs
+//   M 31  102 (133)  100 (129)  100 (128)   97 (124)  100 (127)
+//   M 128 117 (149)  111 (142)  116 (148)  110 (140)  115 (146)
+//         Q2_K       Q3_K       Q4_K       Q5_K       Q6_K
+//   M 8    67 (89)    67 (88)    74 (101)   70 (94)    63 (82)
+//   M 31   89 (115)   95 (121)  101 (133)   99 (130)   92 (116)
+//   M 128  98 (124)  106 (132)  112 (143)  111 (142)  105 (131)
 //
 // Tried and lost: loops of four or of one instead of eight steps (up to 10 %); halves and words of
 // 16 rows inserted one by one instead of gathered (20 to 40 % for the types of 32 columns, there;
 // on Zen 4 broadcasts under masks are 5 to 15 % faster than gathering); each row fetched 512 bytes
-// ahead (0 to 10 %).
+// ahead (0 to 10 %); by pairs, a quarter or a third of the columns without the additions, which
+// have pipes of their own (5 % less time in the registers that five rows take, more in six rows').
 //
 // Ints: load, store, set, +, -, &, |, ^, <<, >>, and_or(a, mask, b) = (a & mask) | b, to_float,
 //   round(vec)                   to the nearest integers, |vec| < 2^22

@@ -277,7 +277,9 @@ class Tokenizer:
         tok = byte_level.build(vocab, merges, pre.splits, pre.ignore_merges, source)
         # llama.cpp finds these texts in a prompt, and prints them as they stand; it prints unused
         # tokens as nothing.
-        literal = {t: id for t, id in vocab.items() if types[id] in _LITERAL_TYPES}
+        texts = list(vocab)
+        unusual = [id for id, type in enumerate(types) if type != _NORMAL]
+        literal = {texts[id]: id for id in unusual if types[id] in _LITERAL_TYPES}
         _add_tokens(
             tok,
             [
@@ -285,7 +287,7 @@ class Tokenizer:
                 for text, id in literal.items()
             ],
         )
-        literal_bytes = {id: b"" for id, type in enumerate(types) if type not in _TEXT_TYPES}
+        literal_bytes = {id: b"" for id in unusual if types[id] not in _TEXT_TYPES}
         literal_bytes |= {id: text.encode() for text, id in literal.items()}
         return cls(
             tok,
@@ -665,10 +667,13 @@ def _folder_chat_template(folder: Path, config: Mapping[str, Any]) -> str | None
 
 def _gguf_vocab(metadata: Mapping[str, Any], source: str) -> tuple[dict[str, int], list[int]]:
     """Token text -> id, and the type of each id."""
-    vocab: dict[str, int] = {}
-    for id, token in enumerate(_list_of(metadata, f"{_GGUF}.tokens", str, source)):
-        if vocab.setdefault(token or f"[EMPTY_{id}]", id) != id:
-            raise ValueError(f"{source}: {_GGUF}.tokens[{id}] repeats {token!r}")
+    tokens = _list_of(metadata, f"{_GGUF}.tokens", str, source)
+    vocab = dict(zip(tokens, range(len(tokens)), strict=True))
+    if len(vocab) != len(tokens) or "" in vocab:
+        vocab = {}
+        for id, token in enumerate(tokens):
+            if vocab.setdefault(token or f"[EMPTY_{id}]", id) != id:
+                raise ValueError(f"{source}: {_GGUF}.tokens[{id}] repeats {token!r}")
     types = [_NORMAL] * len(vocab)
     if f"{_GGUF}.token_type" in metadata:
         types = list(_list_of(metadata, f"{_GGUF}.token_type", int, source))
