@@ -675,7 +675,7 @@ FAULTS_SM90 = {
     "waits for another unit": (
         r"(try_wait[^;]*\+) 0\]",
         r"\1 8]",
-        "^shared-memory race.* no wait for its mbarrier",
+        "^(shared-memory race.* no wait for its mbarrier|asynchronous copy not waited for)",
     ),
     "no wait": (
         r"(mbarrier\.try_wait[^;]*;) selp\.b32 (%r\d+), 1, 0, p;",
