@@ -111,6 +111,41 @@ def test_gemm_sm90_writes_vectors(size: str, kind: str) -> None:
     assert counters is not None and counters.shared_wavefronts == counters.shared_wavefronts_min
 
 
+@pytest.mark.skipif("90a" not in BUILT, reason="sm_90a is not in this build")
+@pytest.mark.parametrize("stages", [1, 2, 5])
+@pytest.mark.parametrize("columns, m, n", [(256, 1400, 4608), (192, 1100, 4200)])
+def test_gemm_sm90_warpgroups_keep_their_distance(
+    columns: int, m: int, n: int, stages: int
+) -> None:
+    """Blocks of several tiles, from one stage each, without a lead, to a whole ring's."""
+    x, w = values(m, 64 * stages, dtype=F16), values(n, 64 * stages, dtype=F16, seed=1)
+    assert entry_of("90a", "linear", x, n).endswith(f"m128_n{columns}")
+    assert -(-m // 128) * -(-n // columns) > 132
+    whole = out_of("linear", x, n)
+    check_linear("linear", "90a", x, w, whole, seed=stages)
+    again = out_of("linear", x, n)
+    run_linear("linear", "90a", x, w, again, seed=stages + 10)
+    assert torch.equal(again, whole)
+
+
+@pytest.mark.skipif("90a" not in BUILT, reason="sm_90a is not in this build")
+@pytest.mark.parametrize("interleaved", [False, True], ids=["split", "interleaved"])
+@pytest.mark.parametrize(
+    "head_dim, rotary_dim, padding",
+    [(128, 128, 8), (80, 20, 4), (64, 64, 2), (64, 6, 8), (64, 64, 1)],
+    ids=lambda i: f"{i}",
+)
+def test_gemm_sm90_qkv_outputs(
+    head_dim: int, rotary_dim: int, padding: int, interleaved: bool
+) -> None:
+    """Four features at once, and pairs where a rotation cuts four or rows are odd."""
+    case = Qkv.random(
+        150, 72, (5, 2), head_dim, rotary_dim, dtype=F16, interleaved=interleaved, padding=padding
+    )
+    case.x = strided(case.x, 8)
+    case.check("90a", seed=rotary_dim)
+
+
 @pytest.mark.slow
 @archs
 @dtypes
@@ -476,9 +511,10 @@ def test_gemm_planted_fault_is_found(
          "^uninitialised shared memory|^asynchronous copy not waited for"),
         (rb"mbarrier\.arrive\.shared::cluster\.b64 _, \[%r\d+ \+ 0\];", b"", "^deadlock"),
         (rb"wgmma\.fence\.sync\.aligned;", b"", "^missing wgmma.fence"),
+        (rb"bar\.arrive [^;]*;", b"", "^deadlock"),
     ],
     ids=["emu-sm_90a-wait", "emu-sm_90a-last-wait", "emu-sm_90a-parity", "emu-sm_90a-release",
-         "emu-sm_90a-fence"],
+         "emu-sm_90a-fence", "emu-sm_90a-lead"],
 )  # fmt: skip
 def test_gemm_sm90_planted_fault_is_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, old: bytes, new: bytes, found: str

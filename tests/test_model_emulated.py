@@ -316,7 +316,8 @@ def test_a_decode_step_is_five_launches_a_layer(place: str, checkpoints: Any) ->
 LAYER = ["qkv_rope_append", "attention_decode", "linear", "linear_swiglu", "linear"]
 QUANTISED = {"qkv_rope_append": "qkv_rope_append_quant", "linear": "linear_quant",
              "linear_swiglu": "linear_quant_swiglu"}  # fmt: skip
-# One quantised kernel serves all products.
+# One kernel serves all dense products, one all quantised ones.
+DENSE = ["linear", "attention_decode", "linear", "linear", "linear"]
 DECODED = ["quant_decode"]
 PREPARED = ["quant_prepare_x", "quant_gemm"]
 
@@ -348,7 +349,7 @@ def test_pdl_chains_all_launches_of_a_decode_step(
         (launches,) = where.gpu.captures[0].launches
     assert all(launch.is_dependent for launch in launches)
     if weights == "dense":
-        layer, last = LAYER, ["linear"]
+        layer, last = DENSE, ["linear"]
     else:
         last = DECODED if rows <= 16 else PREPARED
         layer = [*last, "attention_decode", *(3 * last)]

@@ -86,7 +86,7 @@ def test_main_loops_fence_no_wider_than_the_block() -> None:
     for name, code in functions("90a").items():
         assert wide_fences(code) == [], name
         seen += bool(main_loops(code))
-    assert seen >= 40
+    assert seen >= 32
 
 
 @pytest.mark.skipif("90a" not in BUILT, reason="built without sm_90a")
@@ -114,7 +114,7 @@ def test_setmaxnreg_asks_for_what_the_launch_has() -> None:
         assert less[0] <= had <= more[0], (name, less, more, had)
         assert highest_register(code) < more[0], name
         seen += 1
-    assert seen >= 20
+    assert seen >= 18
 
 
 def highest_register(code: list[sass.Instruction]) -> int:

@@ -31,9 +31,9 @@ GPUS = dict(zip(ARCHS, (ARCHITECTURES[n] for n in ("A100", "L40S", "H100", "B200
 CLAIMED_BLOCKS = {
     r"linear.*_m128_n256|qkv.*_m128_n256": (1, 1, 1, 1),
     r"linear.*_m128_n128|qkv.*_m128_n128": (2, 2, 1, 2),
-    r"linear.*_m128_n(64|192)|qkv.*_m128_n(64|192)": (None, None, 1, None),
+    r"linear.*_m128_n(64|192)": (None, None, 1, None),
     r"linear.*_m64_n64|qkv.*_m64_n64": (2, 2, None, 2),
-    r"linear.*_m64_n(32|48|96)|qkv.*_m64_n(32|48)": (None, None, 2, None),
+    r"linear.*_m64_n(32|48|96)": (None, None, 2, None),
     r"attention_sm\d+_\w+_hd128": (2, 1, 1, 1),
     r"attention_decode.*_rows8": (3, 2, 2, 3),
 }
@@ -106,9 +106,7 @@ def test_mma_entries_use_the_tensor_core_in_their_main_loop(arch: str) -> None:
 # By the start of an entry's name: wgmma's opcode, and how many a turn of the main loop has at least
 # (64 or 128 k of a product; of attention, of both products).
 WGMMAS = {
-    r"(linear|linear_swiglu|qkv_rope_append)_sm90_(?P<dtype>\w+?)_m\d+_n(?P<n>\d+)": (
-        r"HGMMA.64x{n}x16.F32{dtype}", 4
-    ),
+    r"linear_sm90_(?P<dtype>\w+?)_m\d+_n(?P<n>\d+)": (r"HGMMA.64x{n}x16.F32{dtype}", 4),
     r"linear_fp8_sm90_e4m3_m128_n(?P<n>\d+)": (r"QGMMA.64x{n}x32.F32.E4M3.E4M3", 4),
     r"quant_gemm_sm90_b16_rows128": (r"HGMMA.64x64x16.F32", 4),
     r"attention_sm90_(?P<dtype>\w+?)_hd128": (r"HGMMA.64x128x16.F32{dtype}", 16),

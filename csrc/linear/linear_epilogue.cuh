@@ -12,7 +12,7 @@
 //   prefetch(row, c)           may be called before the sums are there, for what store reads
 //   store(row, column, y0, y1) writes the outputs of columns c and c + 1, rounded; as one access
 //                              where they are aligned; columns from n on are skipped
-//   store_rows(column, ...)    if it has a shorter way than store() for each row of a column
+//   angles, store_fours        if it has them, and in_fours: store() for four rows and columns
 //   store_quad(row, c, y)      if it has it, and in_quads: columns c ... c + 3, a multiple of 4
 //   kOutputsOfPair             of a pair of columns, if the outputs are a matrix of their own; then
 //   in_vectors                 whether its rows, of num_outputs(), are written 16 bytes at a time
@@ -173,6 +173,7 @@ struct QkvEpilogue {
     int num_q, num_qk, n;  // columns of Q, of Q and K, of all
     int gap;               // from the first to the second feature of a pair
     bool in_pairs;         // adjacent features are one access
+    bool in_fours;         // so are four, and the angles of two pairs
 
     __device__ __forceinline__ explicit QkvEpilogue(const Params& params)
         : p(params),
@@ -180,9 +181,10 @@ struct QkvEpilogue {
           num_qk(num_q + params.num_kv_heads * params.head_dim),
           n(num_qk + params.num_kv_heads * params.head_dim),
           gap(params.rope.interleaved ? 1 : params.rope.rotary_dim / 2),
-          in_pairs(is_multiple(p.q, (p.q_stride | p.q_head_stride) * 2, 4) &&
-                   is_multiple(p.k_cache, cache_strides() * 2, 4) &&
-                   is_multiple(p.v_cache, cache_strides() * 2, 4)) {}
+          in_pairs(are_multiples(4)),
+          in_fours(are_multiples(8) && p.rope.rotary_dim % 4 == 0 &&
+                   is_multiple(p.rope.cos, p.rope.table_stride * 4, 8) &&
+                   is_multiple(p.rope.sin, p.rope.table_stride * 4, 8)) {}
 
     __device__ __forceinline__ Row row(int r) const {
         const int64_t slot = load_index(p.slots, p.slots_dtype, r);
@@ -226,16 +228,16 @@ struct QkvEpilogue {
         const float nan = __int_as_float(0x7FC00000);
         return {nan, nan};
     }
-    __device__ __forceinline__ uint32_t rotate(float2 angle, float a, float b) const {
-        return Dtype::pack(fmaf(a, angle.x, -(b * angle.y)), fmaf(b, angle.x, a * angle.y));
+    static __device__ __forceinline__ float2 rotated(float2 angle, float a, float b) {
+        return {fmaf(a, angle.x, -(b * angle.y)), fmaf(b, angle.x, a * angle.y)};
     }
 
     __device__ __forceinline__ void store(const Row& row, const Column& c, float y0,
                                           float y1) const {
         if (!c.is_inside || (!c.is_q && row.cache < 0)) return;
         uint16_t* const to = (c.is_q ? row.q : c.cache + row.cache) + c.offset;
-        const uint32_t pair =
-            c.pair < 0 ? Dtype::pack(y0, y1) : rotate(cos_sin(row, c.pair), y0, y1);
+        const float2 y = c.pair < 0 ? float2{y0, y1} : rotated(cos_sin(row, c.pair), y0, y1);
+        const uint32_t pair = Dtype::pack(y.x, y.y);
         if (c.pair < 0 || gap == 1) {
             store_pair(to, pair, in_pairs);
         } else {
@@ -244,48 +246,78 @@ struct QkvEpilogue {
         }
     }
 
-    // store() for rows 0 ... kRows - 1 of a column, of which `end` exist; rows past these are
-    // Row(). Angles are loaded together: a store might have changed them, for all that the compiler
-    // knows.
-    template <int kRows, class RowAt, class SumsAt>
-    __device__ __forceinline__ void store_rows(const Column& c, int end, const RowAt& row_at,
-                                               const SumsAt& sums_at) const {
-        if (c.pair < 0 || gap == 1) {
-            _Pragma("unroll 4") for (int r = 0; r < end; ++r) {
-                const float2 y = sums_at(r);
-                store(row_at(r), c, y.x, y.y);
-            }
-            return;
-        }
-        if (!c.is_inside) return;
-        const int64_t gap_elements = gap, pair_elements = c.pair;
-        float2 angles[kRows];
+    // The angles of rows 0 ... 3 for four columns from c on, if in_fours; NaN where there are none.
+    struct Angles {
+        float2 cos[4], sin[4];
+    };
+    template <class RowAt>
+    __device__ __forceinline__ Angles angles(const Column& c, const RowAt& row_at) const {
+        Angles a;
         MK_UNROLL
-        for (int r = 0; r < kRows; ++r) angles[r] = cos_sin(row_at(r), pair_elements);
-        const auto write = [&](uint16_t* to, int r) {
-            const float2 y = sums_at(r);
-            const uint32_t pair = rotate(angles[r], y.x, y.y);
-            to[0] = static_cast<uint16_t>(pair);
-            to[gap_elements] = static_cast<uint16_t>(pair >> 16);
-        };
-        if (c.is_q) {
-            MK_UNROLL
-            for (int r = 0; r < kRows; ++r) {
-                if (uint16_t* const q = row_at(r).q) write(q + c.offset, r);
+        for (int r = 0; r < 4; ++r) {
+            const Row& row = row_at(r);
+            const float nan = __int_as_float(0x7FC00000);
+            a.cos[r] = a.sin[r] = {nan, nan};
+            if (c.pair < 0 || !row.cos) continue;
+            a.cos[r] = *reinterpret_cast<const float2*>(row.cos + c.pair);
+            a.sin[r] = *reinterpret_cast<const float2*>(row.sin + c.pair);
+        }
+        return a;
+    }
+    // store() for these. Rows that do not exist are Row().
+    template <class RowAt, class SumsAt>
+    __device__ __forceinline__ void store_fours(const Column& c, const Angles& a,
+                                                const RowAt& row_at, const SumsAt& sums_at) const {
+        if (!c.is_inside) return;
+        const bool is_rotated = c.pair >= 0, is_split = is_rotated && gap != 1;
+        uint16_t* const cache = c.cache + c.offset;
+        MK_UNROLL
+        for (int r = 0; r < 4; ++r) {
+            const Row& row = row_at(r);
+            if (c.is_q ? !row.q : row.cache < 0) continue;
+            float4 y = sums_at(r);
+            if (is_rotated) {
+                const float2 first = rotated({a.cos[r].x, a.sin[r].x}, y.x, y.y);
+                const float2 other = rotated({a.cos[r].y, a.sin[r].y}, y.z, y.w);
+                y = {first.x, first.y, other.x, other.y};
             }
-        } else {
-            uint16_t* const to = c.cache + c.offset;
-            MK_UNROLL
-            for (int r = 0; r < kRows; ++r) {
-                const int64_t cache = row_at(r).cache;
-                if (cache >= 0) write(to + cache, r);
+            uint16_t* const to = c.is_q ? row.q + c.offset : cache + row.cache;
+            if (is_split) {
+                *reinterpret_cast<uint32_t*>(to) = Dtype::pack(y.x, y.z);
+                *reinterpret_cast<uint32_t*>(to + gap) = Dtype::pack(y.y, y.w);
+            } else {
+                *reinterpret_cast<uint2*>(to) = {Dtype::pack(y.x, y.y), Dtype::pack(y.z, y.w)};
             }
         }
     }
 
-    __device__ __forceinline__ int64_t cache_strides() const {
-        return p.cache_page_stride | p.cache_stride | p.cache_head_stride;
+    // The places of heads in all outputs.
+    __device__ __forceinline__ bool are_multiples(int bytes) const {
+        const int64_t cache = p.cache_page_stride | p.cache_stride | p.cache_head_stride;
+        return is_multiple(p.q, (p.q_stride | p.q_head_stride) * 2, bytes) &&
+               is_multiple(p.k_cache, cache * 2, bytes) && is_multiple(p.v_cache, cache * 2, bytes);
     }
 };
+
+// body(epilogue) of the product at hand, in kernels that serve all of them;
+template <class Dtype, class Body>
+__device__ __forceinline__ void with_epilogue(const Outputs& to, const Body& body) {
+    switch (to.kind) {
+        case EpilogueKind::kPlain:
+            body(PlainEpilogue<Dtype>(to.linear));
+            break;
+        case EpilogueKind::kSwiglu:
+            body(SwigluEpilogue<Dtype>(to.linear));
+            break;
+        case EpilogueKind::kQkv:
+            body(QkvEpilogue<Dtype>(to.qkv));
+            break;
+    }
+}
+// of the dtype at hand, too.
+template <class Body>
+__device__ __forceinline__ void with_epilogue(const Outputs& to, const Body& body) {
+    to.dtype == MK_BF16 ? with_epilogue<Bf16>(to, body) : with_epilogue<F16>(to, body);
+}
 
 }  // namespace mk

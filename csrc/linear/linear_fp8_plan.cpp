@@ -12,7 +12,7 @@ Product product_of(const mk_linear_fp8_params& p) {
 }
 
 // What mk_linear's epilogues read.
-mk_linear_params outputs_of(const mk_linear_fp8_params& p) {
+mk_linear_params linear_params(const mk_linear_fp8_params& p) {
     mk_linear_params to{};
     to.residual = p.residual;
     to.out = p.out;
@@ -71,7 +71,7 @@ struct LinearFp8 {
             "out_dtype must be MK_BF16 (1), MK_F16 (2) or, of mk_linear_fp8 without residual, "
             "MK_F32 (3), got %d",
             p.out_dtype);
-        const mk_linear_params to = outputs_of(p);
+        const mk_linear_params to = linear_params(p);
         return kIsSwiglu ? check_swiglu_out(to) : check_linear_out(to);
     }
 
@@ -86,14 +86,15 @@ struct LinearFp8 {
 
     static mk_status args(const Params& p, const mk_device& device, LinearFp8Args* args) {
         const Product product = product_of(p);
-        static_cast<LinearArgs<mk_linear_params>&>(*args) = {product, outputs_of(p)};
+        args->product = product;
+        args->to =
+            outputs_of(kIsSwiglu ? EpilogueKind::kSwiglu : EpilogueKind::kPlain, linear_params(p));
         args->x_scale = p.x_scale;
         args->w_scale = p.w_scale;
         args->x_scale_stride = p.x_scale_stride;
         args->w_scale_stride = p.w_scale_stride;
         args->x_scale_block_stride = p.x_scale_block_stride;
         args->w_scale_block_stride = p.w_scale_block_stride;
-        args->is_swiglu = kIsSwiglu;
         return gemm_sm90_args(product, MK_E4M3, device, &args->grid, &args->x_map, &args->w_map);
     }
 

@@ -48,11 +48,12 @@ struct LinearFp8Sm90 {
     template <class Body>
     static __device__ __forceinline__ void with_epilogue(const LinearFp8Args& args,
                                                          const Body& body) {
-        const bool is_f16 = args.p.out_dtype == MK_F16;
-        if (args.is_swiglu) {
-            is_f16 ? body(SwigluEpilogue<F16>(args.p)) : body(SwigluEpilogue<Bf16>(args.p));
+        const mk_linear_params& to = args.to.linear;
+        const bool is_f16 = args.to.dtype == MK_F16;
+        if (args.to.kind == EpilogueKind::kSwiglu) {
+            is_f16 ? body(SwigluEpilogue<F16>(to)) : body(SwigluEpilogue<Bf16>(to));
         } else {
-            is_f16 ? body(PlainEpilogue<F16>(args.p)) : body(PlainEpilogue<Bf16>(args.p));
+            is_f16 ? body(PlainEpilogue<F16>(to)) : body(PlainEpilogue<Bf16>(to));
         }
     }
 

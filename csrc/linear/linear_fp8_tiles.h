@@ -15,11 +15,10 @@ static_assert(gemm_smem_bytes(kFp8Tiles[0]) <= 227 << 10 &&
               gemm_smem_bytes(kFp8Tiles[1]) <= 227 << 10 &&
               gemm_smem_bytes(kFp8Tiles[2]) <= 227 << 10);
 
-struct LinearFp8Args : LinearGemmSm90Args<mk_linear_params> {
+struct LinearFp8Args : LinearGemmSm90Args {
     const float *x_scale, *w_scale;
     int64_t x_scale_stride, w_scale_stride;
     int64_t x_scale_block_stride, w_scale_block_stride;
-    int32_t is_swiglu;
 };
 
 }  // namespace mk

@@ -10,14 +10,22 @@
 //   What TMA finds past m, n or k is 0.
 //
 // k ascends in groups of 16 into one accumulator per output, whatever the tile (see the header).
-// Warpgroup 2 starts a stage behind warpgroup 1, so that one still multiplies when the other begins
-// to write.
+//
+// The end of a tile hides behind the other warpgroup's MMAs: warpgroup 2 begins each tile when 1
+// has done kLead stages of it. As many are left to 2 when 1 writes, and for 1 to do when 2 writes:
+//
+//   clocks, 128 x 256:   0                  1024        E        1024 + E
+//     warpgroup 1        | writes                       | stages of the next tile ...
+//     warpgroup 2        | its last 2 stages | writes            | the next tile ...
+//
+// From 1024 to E nobody multiplies; docs/modelled.md has E of each product and counts that. What
+// the ring holds when a stage gets free, and TMA has time for the next one, is 2048 clocks of MMAs;
+// without a lead 3072, with three stages 1536.
 //
 // Of a tile of 128 x 256 the tensor cores take 1024 clocks per stage, and L2 gives an SM 48 KB in
 // 1750 (28 bytes per clock when all SMs ask): hence the clusters. In one of two it is 32 KB, of
-// four
-// 24. In one of eight, 4 x 2, it would be 16, which saves nothing and, where a GPC has less than 16
-// SMs, leaves more of them idle.
+// four 24. In one of eight, 4 x 2, it would be 16, which saves nothing and, where a GPC has less
+// than 16 SMs, leaves more of them idle.
 #pragma once
 
 #include "linear/linear_block_sm90.cuh"
@@ -25,14 +33,16 @@
 
 namespace mk {
 
-template <class Dtype, GemmTileSm90 T, class Epilogue>
+template <class Dtype, GemmTileSm90 T>
 struct LinearGemmSm90 {
-    using Args = LinearGemmSm90Args<typename Epilogue::Params>;
     using Block = GemmBlockSm90<T, 2>;
+    using Sums = float[T.n / 8][4];
+    template <class Epilogue>
     using Output = GemmOutputSm90<Dtype, T, Epilogue>;
-    using Sums = typename Output::Sums;
 
-    static constexpr int kBehind = 1;  // named barrier
+    // Stages that warpgroup 1 has done when warpgroup 2 starts with a tile.
+    static constexpr int kLead = T.stages / 2;
+    static constexpr int kLeadBarrier = 1;
 
     // y += x w^T of a stage, under way.
     template <bool kIsFirst>
@@ -46,41 +56,50 @@ struct LinearGemmSm90 {
         ptx::wgmma_commit_group();
     }
 
-    static __device__ __forceinline__ void multiply(const Args& args, const Block& block, int group,
+    static __device__ __forceinline__ void multiply(const LinearGemmSm90Args& args,
+                                                    const Block& block, int group,
                                                     uint8_t* smem_warp) {
-        const Epilogue epilogue(args.p);
         auto at = block.ring(group);
         Sums sums;
-        bool is_first = true;
+        // Of fewer stages warpgroup 1 could signal twice before warpgroup 2 waits once.
+        const bool has_lead = block.num_stages >= T.stages;
         block.each_tile([&](const typename Block::Tile& to) {
             const int first_row = to.m0 + group * Block::kGroupRows + threadIdx.x / 32 % 4 * 16;
             const int num_rows = min(args.product.m - first_row, 16);
-            Output::look_up(epilogue, first_row, num_rows, to.n0, smem_warp + kGemmStagedBytes);
-            if (is_first && group == 1) ptx::bar_sync(kBehind, 256);
+            if (has_lead && group == 1) ptx::bar_sync(kLeadBarrier, 256);
             start<true>(sums, at);
-            if (is_first && group == 0) ptx::bar_arrive(kBehind, 256);
-            is_first = false;
+            with_epilogue<Dtype>(args.to, [&]<class E>(const E& epilogue) {
+                Output<E>::look_up(epilogue, first_row, num_rows, to.n0,
+                                   smem_warp + kGemmStagedBytes);
+            });
+            int s = 1;
             MK_NO_UNROLL
-            for (int s = 1; s < block.num_stages; ++s) {
-                const uint32_t last = at.full;
-                at.advance();
-                start<false>(sums, at);
-                ptx::wgmma_wait_group<1>();
-                at.release(last);
+            for (int end = min(kLead + 1, block.num_stages);; end = block.num_stages) {
+                MK_NO_UNROLL
+                for (; s < end; ++s) {
+                    const uint32_t last = at.full;
+                    at.advance();
+                    start<false>(sums, at);
+                    ptx::wgmma_wait_group<1>();
+                    at.release(last);
+                }
+                if (end == block.num_stages) break;
+                if (has_lead && group == 0) ptx::bar_arrive(kLeadBarrier, 256);
             }
             ptx::wgmma_wait_group<0>();
             ptx::pin(sums);
             at.release(at.full);
             at.advance();
-            Output::write(epilogue, first_row, num_rows, to.n0, sums, smem_warp);
+            with_epilogue<Dtype>(args.to, [&]<class E>(const E& epilogue) {
+                Output<E>::write(epilogue, first_row, num_rows, to.n0, sums, smem_warp);
+            });
         });
     }
 };
 
-template <class Dtype, GemmTileSm90 T, class Epilogue>
-__device__ __forceinline__ void linear_gemm_sm90(
-    const LinearGemmSm90Args<typename Epilogue::Params>& args) {
-    using Gemm = LinearGemmSm90<Dtype, T, Epilogue>;
+template <class Dtype, GemmTileSm90 T>
+__device__ __forceinline__ void linear_gemm_sm90(const LinearGemmSm90Args& args) {
+    using Gemm = LinearGemmSm90<Dtype, T>;
     Gemm::Block::run(args, [&](const auto& block, int group, uint8_t* smem_warp) {
         Gemm::multiply(args, block, group, smem_warp);
     });

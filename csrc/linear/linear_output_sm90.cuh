@@ -56,6 +56,9 @@ struct GemmOutputSm90 {
                 return in_vectors(Constant<false>());
             }
         }
+        if constexpr (requires { epilogue.in_fours; }) {
+            if (epilogue.in_fours) return write_fours(epilogue, n0, sums, smem_warp);
+        }
         write_pairs(epilogue, num_rows, n0, sums, smem_warp);
     }
 
@@ -65,41 +68,74 @@ struct GemmOutputSm90 {
     static __device__ __forceinline__ void write_pairs(const Epilogue& epilogue, int num_rows,
                                                        int n0, const Sums& sums, uint8_t* staged) {
         const int lane = threadIdx.x % 32;
-        // Pair i of row r is at 256 r + 8 (i ^ 4 (r % 4)): four pairs, 32 bytes, move as one. As
-        // the warp's place is a multiple of 256, the XOR can be that of the address.
-        const uint32_t smem = static_cast<uint32_t>(__cvta_generic_to_shared(staged));
-        const uint32_t smem_block = smem + lane / 4 * 256 + ((lane % 4 * 8) ^ (lane / 4 % 4 * 32));
-        const uint32_t smem_row = smem + lane * 8;
-        const auto pair_at = [](uint32_t address) -> float2& {
-            return *static_cast<float2*>(__cvta_shared_to_generic(address));
-        };
+        const uint32_t smem_lane = staged_at(staged, 0, lane * 8);
         MK_UNROLL
         for (int c = 0; c < T.n; c += 64) {
             const auto column = epilogue.column(n0 + c + lane * 2);
             MK_UNROLL
             for (int half = 0; half < 2; ++half) {
-                MK_UNROLL
-                for (int j = 0; j < 8; ++j) {
-                    const float (&y)[4] = sums[c / 8 + j];
-                    pair_at(smem_block ^ j * 32) = {y[2 * half], y[2 * half + 1]};
-                }
-                __syncwarp();
+                stage(sums, c, half, staged);
                 const int end = min(8, num_rows - 8 * half);
-                const auto row = [&](int r) -> const Row& {
-                    return row_at(staged + kGemmStagedBytes, 8 * half + r);
-                };
-                const auto y = [&](int r) { return pair_at((smem_row ^ r % 4 * 32) + r * 256); };
-                if constexpr (requires { epilogue.template store_rows<8>(column, end, row, y); }) {
-                    epilogue.template store_rows<8>(column, end, row, y);
-                } else {
-                    _Pragma("unroll 4") for (int r = 0; r < end; ++r) {
-                        const float2 sums_of_pair = y(r);
-                        epilogue.store(row(r), column, sums_of_pair.x, sums_of_pair.y);
-                    }
+                _Pragma("unroll 4") for (int r = 0; r < end; ++r) {
+                    const auto y = vector_at<float2>((smem_lane ^ r % 4 * 32) + r * 256);
+                    epilogue.store(row_at(staged + kGemmStagedBytes, 8 * half + r), column, y.x,
+                                   y.y);
                 }
                 __syncwarp();
             }
         }
+    }
+
+    // The same with four columns for a lane, of every second row. Angles are asked for a turn
+    // ahead.
+    static __device__ __forceinline__ void write_fours(const Epilogue& epilogue, int n0,
+                                                       const Sums& sums, uint8_t* staged) {
+        const int first = threadIdx.x % 32 / 16, lane = threadIdx.x % 16;
+        const uint32_t smem_lane = staged_at(staged, first, lane * 16);
+        const auto rows = [&](int turn) {
+            return [=](int r) -> const Row& {
+                return row_at(staged + kGemmStagedBytes, turn % 2 * 8 + 2 * r + first);
+            };
+        };
+        const auto y = [&](int r) { return vector_at<float4>((smem_lane ^ r % 2 * 64) + r * 512); };
+        constexpr int kTurns = T.n / 32;
+        auto column = epilogue.column(n0 + lane * 4);
+        auto angles = epilogue.angles(column, rows(0));
+        MK_UNROLL
+        for (int turn = 0; turn < kTurns; ++turn) {
+            stage(sums, turn / 2 * 64, turn % 2, staged);
+            const auto now = column;
+            const auto angles_now = angles;
+            if (turn + 1 < kTurns) {
+                if (turn % 2) column = epilogue.column(n0 + (turn + 1) / 2 * 64 + lane * 4);
+                angles = epilogue.angles(column, rows(turn + 1));
+            }
+            epilogue.store_fours(now, angles_now, rows(turn), y);
+            __syncwarp();
+        }
+    }
+
+    // Byte b of row r of what a warp has staged is at 256 r + (b ^ 32 (r % 4)): four pairs move as
+    // one. As the warp's place is a multiple of 256, the XOR can be that of the address.
+    static __device__ __forceinline__ uint32_t staged_at(uint8_t* staged, int r, int byte) {
+        const uint32_t smem = static_cast<uint32_t>(__cvta_generic_to_shared(staged));
+        return smem + r * 256 + (byte ^ r % 4 * 32);
+    }
+    template <class Vector>
+    static __device__ __forceinline__ Vector& vector_at(uint32_t address) {
+        return *static_cast<Vector*>(__cvta_shared_to_generic(address));
+    }
+    // Rows 8 half ... + 7 of columns c ... c + 63.
+    static __device__ __forceinline__ void stage(const Sums& sums, int c, int half,
+                                                 uint8_t* staged) {
+        const int lane = threadIdx.x % 32;
+        const uint32_t smem_block = staged_at(staged, lane / 4, lane % 4 * 8);
+        MK_UNROLL
+        for (int j = 0; j < 8; ++j) {
+            const float (&y)[4] = sums[c / 8 + j];
+            vector_at<float2>(smem_block ^ j * 32) = {y[2 * half], y[2 * half + 1]};
+        }
+        __syncwarp();
     }
 
     // Outputs that are a matrix of 2-byte elements, with rows of whole vectors of 16 bytes: rounded

@@ -66,6 +66,17 @@ mk_status check_qkv_out(const mk_qkv_rope_append_params& p) {
     return check_stride("cache_head", p.cache_head_stride, p.num_kv_heads, p.head_dim);
 }
 
+Outputs outputs_of(EpilogueKind kind, const mk_linear_params& p) {
+    Outputs to{kind, p.dtype, {}};
+    to.linear = p;
+    return to;
+}
+Outputs outputs_of(EpilogueKind kind, const mk_qkv_rope_append_params& p) {
+    Outputs to{kind, p.dtype, {}};
+    to.qkv = p;
+    return to;
+}
+
 namespace {
 
 constexpr int64_t kMaxMapStride = int64_t{1}
@@ -151,9 +162,9 @@ bool is_skinny(const Product& a) { return a.m <= kSkinnyRows || !a.is_aligned; }
 
 mk_plan plan_product(const char* op, int32_t dtype, const Product& a, const mk_device& device) {
     const std::string name = dtype_name(dtype);
-    if (device.sm == 90) {
-        return is_gemm_sm90(a) ? plan_gemm_sm90(op, dtype, a, device)
-                               : plan_skinny_sm90(op, dtype, a, device);
+    if (device.sm == 90) {  // one kernel for the three products
+        return is_gemm_sm90(a) ? plan_gemm_sm90("linear", dtype, a, device)
+                               : plan_skinny_sm90(dtype, a, device);
     }
     if (is_skinny(a)) {
         mk_plan plan = make_plan(op, device, name + "_m" + std::to_string(kSkinnyRows));
@@ -175,6 +186,7 @@ std::string product_shape(const char* op, int32_t dtype, const Product& a) {
 
 struct Linear {
     using Params = mk_linear_params;
+    static constexpr EpilogueKind kEpilogue = EpilogueKind::kPlain;
 
     static mk_status check(const Params& p) {
         MK_TRY(check_size("n", p.n, 1, 1 << 24));
@@ -196,6 +208,7 @@ struct Linear {
 
 struct LinearSwiglu {
     using Params = mk_linear_params;
+    static constexpr EpilogueKind kEpilogue = EpilogueKind::kSwiglu;
 
     static mk_status check(const Params& p) {
         MK_TRY(check_size("n", p.n, 1, 1 << 24));
@@ -216,6 +229,7 @@ struct LinearSwiglu {
 
 struct QkvRopeAppend {
     using Params = mk_qkv_rope_append_params;
+    static constexpr EpilogueKind kEpilogue = EpilogueKind::kQkv;
 
     static mk_status check(const Params& p) {
         MK_TRY(check_qkv_sizes(p));
@@ -252,13 +266,14 @@ mk_status run_product(const typename Op::Params* params, void* stream) {
             params);
     };
     if (device->info.sm != 90 || plan.grid[0] == 0) return enqueue(&args);
+    const Outputs to = outputs_of(Op::kEpilogue, *params);
     if (is_gemm_sm90(args.product)) {
-        LinearGemmSm90Args<typename Op::Params> gemm{args, {}, {}, {}};
+        LinearGemmSm90Args gemm{args.product, to, {}, {}, {}};
         MK_TRY(gemm_sm90_args(args.product, params->dtype, device->info, &gemm.grid, &gemm.x_map,
                               &gemm.w_map));
         return enqueue(&gemm);
     }
-    LinearSkinnySm90Args<typename Op::Params> skinny{args, {}, {}, {}};
+    LinearSkinnySm90Args skinny{args.product, to, {}, {}, {}};
     MK_TRY(skinny_sm90_args(args.product, params->dtype, device->info, &skinny.ring, &skinny.x_map,
                             &skinny.w_map));
     return enqueue(&skinny);

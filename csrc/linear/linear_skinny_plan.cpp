@@ -35,9 +35,9 @@ Tiling tiling(const Product& a, const mk_device& device) {
 
 }  // namespace
 
-mk_plan plan_skinny_sm90(const char* op, int32_t dtype, const Product& a, const mk_device& device) {
+mk_plan plan_skinny_sm90(int32_t dtype, const Product& a, const mk_device& device) {
     const Tiling t = tiling(a, device);
-    mk_plan plan = make_plan(op, device,
+    mk_plan plan = make_plan("linear", device,
                              std::string(dtype_name(dtype)) + "_m" +
                                  std::to_string(kSkinnySm90Rows) + "_n" + std::to_string(t.cols));
     plan.grid[0] = a.m ? t.blocks : 0;

@@ -6,7 +6,7 @@
 
 namespace mk {
 
-mk_plan plan_skinny_sm90(const char* op, int32_t dtype, const Product& a, const mk_device& device);
+mk_plan plan_skinny_sm90(int32_t dtype, const Product& a, const mk_device& device);
 
 mk_status skinny_sm90_args(const Product& a, int32_t dtype, const mk_device& device,
                            SkinnySm90Ring* ring, TensorMap* x_map, TensorMap* w_map);

@@ -34,9 +34,9 @@
 
 namespace mk {
 
-template <class Dtype, int kN, class Epilogue>
+template <class Dtype, int kN>
 struct LinearSkinnySm90 {
-    using Args = LinearSkinnySm90Args<typename Epilogue::Params>;
+    using Args = LinearSkinnySm90Args;
     static constexpr int kConsumerWarps = kSkinnySm90Consumers / 32;
     static constexpr int kProducer = kConsumerWarps;  // warp
     static constexpr int kFillerWarps = kSkinnySm90Fillers / 32;
@@ -229,10 +229,11 @@ struct LinearSkinnySm90 {
         }
     }
 
-    __device__ __forceinline__ void multiply() const {
+    // A loop for each product: its rows' addresses stay in registers from strip to strip.
+    template <class Epilogue>
+    __device__ __forceinline__ void multiply(const Epilogue& epilogue) const {
         const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
         const bool has_fillers = blockDim.x == kSkinnySm90Threads;
-        const Epilogue epilogue(args.p);
         Stage stage = first_stage();
         for (int block_row = first_row(); block_row < a.m; block_row += row_step()) {
             // Of the sums that this thread holds: these rows, columns 2t and 2t + 1 of each 8.
@@ -281,6 +282,7 @@ struct LinearSkinnySm90 {
         }
     }
 
+    template <class Epilogue>
     __device__ __forceinline__ void store(const Epilogue& epilogue,
                                           const typename Epilogue::Row (&rows)[2], int row,
                                           int column, const float (&acc)[kN / 8][4]) const {
@@ -295,6 +297,7 @@ struct LinearSkinnySm90 {
 
     // Of two blocks of 8 columns, four lanes have pairs of each in a row. Even ones take the first
     // block and odd ones the second, four columns each: together a whole sector of 2-byte outputs.
+    template <class Epilogue>
     __device__ __forceinline__ void store_quads(const Epilogue& epilogue,
                                                 const typename Epilogue::Row (&rows)[2], int row,
                                                 int first_column,
@@ -402,7 +405,7 @@ struct LinearSkinnySm90 {
         if (a.norm_weight) block.find_scales(rank, scale, group_sums);
 
         if (warp < kProducer) {
-            block.multiply();
+            with_epilogue<Dtype>(args.to, [&](const auto& epilogue) { block.multiply(epilogue); });
         } else if (warp > kProducer) {
             block.fill(scale);
         } else if (is_loader) {
@@ -413,10 +416,9 @@ struct LinearSkinnySm90 {
     }
 };
 
-template <class Dtype, int kN, class Epilogue>
-__device__ __forceinline__ void linear_skinny_sm90(
-    const LinearSkinnySm90Args<typename Epilogue::Params>& args) {
-    LinearSkinnySm90<Dtype, kN, Epilogue>::run(args);
+template <class Dtype, int kN>
+__device__ __forceinline__ void linear_skinny_sm90(const LinearSkinnySm90Args& args) {
+    LinearSkinnySm90<Dtype, kN>::run(args);
 }
 
 }  // namespace mk

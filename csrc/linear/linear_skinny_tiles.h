@@ -75,8 +75,9 @@ static_assert(skinny_sm90_ring(64, 96, 2, true, kMaxNormK, 113 << 10).num_stages
 static_assert(skinny_sm90_ring(64, 48, 2, false, 4096, 113 << 10).num_stages == 8);
 
 // The kernel's argument. Without 16-byte rows (product.is_aligned is 0) there are no maps.
-template <class Params>
-struct LinearSkinnySm90Args : LinearArgs<Params> {
+struct LinearSkinnySm90Args {
+    Product product;
+    Outputs to;
     SkinnySm90Ring ring;
     TensorMap x_map, w_map;  // boxes of 64 k and the rows of x that a block fetches, a strip's of w
 };

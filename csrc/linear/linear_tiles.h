@@ -17,11 +17,22 @@ struct Product {
     int32_t is_aligned;  // x, w and norm_weight are read 16 bytes at a time, k is a multiple of 8
 };
 
-// The argument of every linear kernel. Params: the op's struct, for the epilogue.
+// The argument of a kernel that serves one product. Params: the op's struct, for the epilogue.
 template <class Params>
 struct LinearArgs {
     Product product;
     Params p;
+};
+
+// What becomes of the sums, of kernels that serve all three products (linear_epilogue.cuh).
+enum class EpilogueKind : int32_t { kPlain, kSwiglu, kQkv };
+struct Outputs {
+    EpilogueKind kind;
+    int32_t dtype;
+    union {
+        mk_linear_params linear;
+        mk_qkv_rope_append_params qkv;
+    };
 };
 
 // With a norm: linear_norm.cuh.
@@ -154,8 +165,9 @@ struct GemmGridSm90 {
     int32_t group;  // clusters along m that take w's rows together, while L2 has these
 };
 
-template <class Params>
-struct LinearGemmSm90Args : LinearArgs<Params> {
+struct LinearGemmSm90Args {
+    Product product;
+    Outputs to;
     GemmGridSm90 grid;
     TensorMap x_map, w_map;  // boxes of the rows of a stage that a block fetches
 };

@@ -35,7 +35,7 @@ mk_plan plan_quant_decode(const Product& a, const mk_quant_matrix* w, int count,
 }
 
 QuantDecodeArgs quant_decode_args(const Product& a, const mk_quant_matrix* w, int count,
-                                  const QuantOutputs& to, const mk_device& device) {
+                                  const Outputs& to, const mk_device& device) {
     QuantDecodeArgs args{a, {}, count, {}, to};
     if (a.m == 0) return args;
     int32_t end = 0;

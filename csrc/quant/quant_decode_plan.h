@@ -11,6 +11,6 @@ namespace mk {
 mk_plan plan_quant_decode(const Product& a, const mk_quant_matrix* w, int count,
                           const mk_device& device);
 QuantDecodeArgs quant_decode_args(const Product& a, const mk_quant_matrix* w, int count,
-                                  const QuantOutputs& to, const mk_device& device);
+                                  const Outputs& to, const mk_device& device);
 
 }  // namespace mk

@@ -27,9 +27,9 @@
 // only the end of a row or extreme ones need is kept from being computed for all (ptx::mov_b32).
 #pragma once
 
+#include "linear/linear_epilogue.cuh"
 #include "ptx/sm90.cuh"
 #include "quant/quant_decode_x.cuh"
-#include "quant/quant_epilogue.cuh"
 #include "quant/quant_unpack.cuh"
 
 namespace mk {

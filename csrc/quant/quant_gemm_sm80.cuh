@@ -26,8 +26,8 @@
 // MMAs.
 #pragma once
 
+#include "linear/linear_epilogue.cuh"
 #include "ptx/sm90.cuh"
-#include "quant/quant_epilogue.cuh"
 #include "quant/quant_gemm_stages.cuh"
 #include "quant/quant_x.cuh"
 

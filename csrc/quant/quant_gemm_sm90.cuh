@@ -27,7 +27,7 @@
 
 #include "common/static_for.cuh"
 #include "common/wgmma.cuh"
-#include "quant/quant_epilogue.cuh"
+#include "linear/linear_epilogue.cuh"
 #include "quant/quant_fetch_sm90.cuh"
 #include "quant/quant_gemm_stages.cuh"
 #include "quant/quant_x.cuh"

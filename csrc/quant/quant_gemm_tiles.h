@@ -192,7 +192,7 @@ struct QuantGemmArgs {
     int32_t cluster;  // blocks that share rows of x, on sm_90
     int32_t num_matrices;
     QuantGemmMatrix w[3];  // Q, K and V
-    QuantOutputs to;
+    Outputs to;
 };
 
 }  // namespace mk

@@ -114,7 +114,7 @@ struct LinearQuant {
 
     static constexpr const char* kName = "linear_quant";
     static constexpr int kMatrices = 1;
-    static constexpr QuantEpilogue kEpilogue = QuantEpilogue::kPlain;
+    static constexpr EpilogueKind kEpilogue = EpilogueKind::kPlain;
     static const mk_linear_params& inner(const Params& p) { return p.linear; }
     static const mk_quant_matrix* matrices(const Params& p) { return &p.w; }
 
@@ -138,7 +138,7 @@ struct LinearQuantSwiglu {
 
     static constexpr const char* kName = "linear_quant_swiglu";
     static constexpr int kMatrices = 1;
-    static constexpr QuantEpilogue kEpilogue = QuantEpilogue::kSwiglu;
+    static constexpr EpilogueKind kEpilogue = EpilogueKind::kSwiglu;
     static const mk_linear_params& inner(const Params& p) { return p.linear; }
     static const mk_quant_matrix* matrices(const Params& p) { return &p.w; }
 
@@ -153,7 +153,7 @@ struct QkvRopeAppendQuant {
 
     static constexpr const char* kName = "qkv_rope_append_quant";
     static constexpr int kMatrices = 3;
-    static constexpr QuantEpilogue kEpilogue = QuantEpilogue::kQkv;
+    static constexpr EpilogueKind kEpilogue = EpilogueKind::kQkv;
     static const mk_qkv_rope_append_params& inner(const Params& p) { return p.qkv; }
     static const mk_quant_matrix* matrices(const Params& p) { return p.w; }
 
@@ -253,17 +253,6 @@ std::string shape_of(const void* params) {
     const auto& p = *static_cast<const typename Op::Params*>(params);
     return product_line(Op::kName, Op::inner(p).dtype, make_product(Op::inner(p)), Op::matrices(p),
                         Op::kMatrices);
-}
-
-QuantOutputs outputs_of(QuantEpilogue epilogue, const mk_linear_params& p) {
-    QuantOutputs to{epilogue, p.dtype, {}};
-    to.linear = p;
-    return to;
-}
-QuantOutputs outputs_of(QuantEpilogue epilogue, const mk_qkv_rope_append_params& p) {
-    QuantOutputs to{epilogue, p.dtype, {}};
-    to.qkv = p;
-    return to;
 }
 
 // More than MK_QUANT_MAX_DECODE_M rows: two launches.

@@ -7,19 +7,6 @@
 
 namespace mk {
 
-// ---- outputs ----
-
-enum class QuantEpilogue : int32_t { kPlain, kSwiglu, kQkv };
-
-// What becomes of the sums: one kernel serves all products and dtypes (quant_epilogue.cuh).
-struct QuantOutputs {
-    QuantEpilogue epilogue;
-    int32_t dtype;
-    union {
-        mk_linear_params linear;
-        mk_qkv_rope_append_params qkv;
-    };
-};
 constexpr int kQuantEpilogueRowBytes = 32;  // at most, of an Epilogue::Row
 
 // ---- up to 16 rows of x: quant_decode_sm80.cuh ----
@@ -144,7 +131,7 @@ struct QuantDecodeArgs {
     QuantDecodeMatrix w[kMaxQuantDecodeMatrices];
     int32_t num_matrices;
     QuantDecodeShape shape;
-    QuantOutputs to;
+    Outputs to;
 };
 
 }  // namespace mk
