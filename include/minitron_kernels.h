@@ -669,7 +669,7 @@ MK_API mk_status mk_cpu_isa_name(const char** name);
  * NaNs. For any x, what rounding x costs (without x_bits) is a quarter or less of what rounding w
  * to bf16 costs in a bf16 product.
  *
- * No byte outside the rows is read. Threads as for mk_cpu_linear. Every thread keeps 70 KiB of
+ * No byte outside the rows is read. Threads as for mk_cpu_linear. Every thread keeps 120 KiB of
  * scratch, and a calling thread x as integers, up to 32 MiB of it or 192 rows, if these are more.
  */
 typedef struct mk_cpu_quant_product {
