@@ -61,12 +61,13 @@ class Binary:
 
 @dataclass(frozen=True)
 class Bar:
-    """A metric that must not exceed a limit."""
+    """A metric that must not exceed a limit, or, with is_least, not fall below it."""
 
     metric: str  # a key of `ratios`
     limit: float
     arch: str = ""  # the one it is meant for; "": all
     entry: str = ""  # what an entry's name must hold
+    is_least: bool = False
 
     def applies(self, arch: str, entry: str) -> bool:
         return self.arch in ("", arch) and self.entry in entry
@@ -252,7 +253,20 @@ def ratios(m: Measured, case: Case, gpu: Architecture) -> dict[str, float | None
         "sass_per_hmma": per_hmma,
         "exp2": c.lanes["mufu"] / EXP2_PER_CLOCK / tensor if tensor else None,
         "shared": c.shared_wavefronts / tensor if tensor else None,
+        **bound_ratios(m, case, gpu),
     }
+
+
+def bound_ratios(m: Measured, case: Case, gpu: Architecture) -> dict[str, float | None]:
+    """The slowest of the other resources over the tensor pipe, and the share of the tensor pipe's
+    peak that useful work has at the bound."""
+    clocks = times(m, case, gpu)
+    tensor = clocks.pop("tensor pipe")
+    if not tensor:
+        return {"others": None, "peak": None}
+    others = max(clocks.values())
+    useful = case.flop / (gpu.tensor_tflop_s * case.mma_rate * 1e6)
+    return {"others": others / tensor, "peak": useful / max(others, tensor)}
 
 
 def compiled(name: str, ptx: str, registers: int, smem_bytes: int, binary: Path) -> Binary:

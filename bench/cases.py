@@ -11,7 +11,7 @@ import ctypes
 import functools
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ import torch
 from bench.accounting import Bar, Binary, Case, Plan, compiled
 from bench.shapes import MINITRON, PAGE_SIZE, matrices
 from minitron_kernels import native
+from tests import attn_schedule
 from tests import native_abi as abi
 from tests.emulator import Counters
 from tests.native_emulator import dtype_id, kernel_file, ptx_of, run
@@ -40,6 +41,8 @@ Build = Callable[[int, bool], tuple[ctypes.Structure, list[Tensor]]]
 
 COALESCED = Bar("sectors", 1.01)  # an index that is read alone takes a sector
 CONFLICT_FREE = Bar("wavefronts", 1.005)  # 1.00 in main loops; prologues count too
+TENSOR_BOUND = Bar("others", 1.0, "90a")  # the tensor pipe is the slowest
+PREFILL_BARS = (TENSOR_BOUND, Bar("peak", 0.80, "90a", is_least=True), COALESCED, CONFLICT_FREE)
 
 
 def zeros(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
@@ -140,21 +143,21 @@ def causal_work(rows: int, heads: int) -> Callable[[Plan], list[float]]:
     return work
 
 
-def prefill_work(rows: int, causal: bool, heads: int) -> Callable[[Plan], list[float]]:
-    """Keys that each block has to do: one for each tile and head, or, on sm_90, one for each SM,
-    with the items of its cluster (csrc/attention/attn_schedule.cuh)."""
+def prefill_work(
+    lengths: Sequence[tuple[int, int]], causal: bool, heads: int
+) -> Callable[[Plan], list[float]]:
+    """Tiles of keys that each block has to do: one for each tile of queries and head, or, on sm_90,
+    one for each SM, with the items that its cluster takes by the kernel's own list."""
 
     def work(plan: Plan) -> list[float]:
         if plan.cluster == 1:
+            ((rows, _keys),) = lengths
             return causal_work(rows, heads)(plan) if causal else [1.0] * math.prod(plan.grid)
-        clusters, tiles = plan.grid[0] // plan.cluster, -(-rows // 128)
-        items = [i + 1 if causal else tiles for i in reversed(range(tiles))]
-        items = [n for n in items for _ in range(heads // plan.cluster)]
-        loads = [0.0] * clusters
-        for number, n in enumerate(items):
-            lap, at = divmod(number, clusters)
-            loads[clusters - 1 - at if lap % 2 else at] += n
-        return [load for load in loads for _ in range(plan.cluster)]
+        clusters = plan.grid[0] // plan.cluster
+        dealt = attn_schedule.tiles_by_cluster(
+            tuple(lengths), causal, (heads, heads // GROUP), clusters
+        )
+        return [float(sum(tiles)) for tiles in dealt for _ in range(plan.cluster)]
 
     return work
 
@@ -217,10 +220,56 @@ def prefill(rows: int, causal: bool, paged: bool = False, rope: bool = False) ->
         bars=(
             Bar("issue", 0.44 if causal else 0.40, "80"),
             Bar("issue", 0.52 if causal else 0.46, "90a"),
-            COALESCED,
-            CONFLICT_FREE,
+            *PREFILL_BARS,
         ),
-        work=prefill_work(rows, causal, Q_HEADS),
+        work=prefill_work([(rows, rows)], causal, Q_HEADS),
+    )
+
+
+# Queries and keys of each sequence: chunks of long prompts beside the first ones of others.
+CHUNKS = ((512, 1024), (512, 8192), (512, 512), (512, 4096))
+
+
+def prefill_chunks() -> Case:
+    """A unit is a KV head with its 4 query heads; all are run, because what a block's walk through
+    its list takes is not affine in their number."""
+    queries, keys = (sum(n) for n in zip(*CHUNKS, strict=True))
+
+    def build(units: int, filled: bool) -> tuple[ctypes.Structure, list[Tensor]]:
+        same: dict[str, Any] = {"units": units, "dim": 1, "filled": filled}
+        q = normal(queries, units * GROUP, HEAD_DIM, seed=1, **same)
+        k, v = (normal(keys, units, HEAD_DIM, seed=s, **same) for s in (2, 3))
+        out = zeros(*q.shape)
+        cu_q, cu_k = (
+            torch.tensor([0, *n], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+            for n in zip(*CHUNKS, strict=True)
+        )
+        params = abi.structs()["mk_attention_params"](
+            **pointers(q=q, k=k, v=v, out=out, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k),
+            q_stride=q.stride(0), q_head_stride=HEAD_DIM,
+            k_stride=k.stride(0), k_head_stride=HEAD_DIM,
+            v_stride=v.stride(0), v_head_stride=HEAD_DIM,
+            out_stride=out.stride(0), out_head_stride=HEAD_DIM,
+            tokens_q=queries, tokens_k=keys, batch=len(CHUNKS), num_q_heads=units * GROUP,
+            num_kv_heads=units, head_dim=HEAD_DIM, max_seqlen_q=max(CHUNKS)[0], causal=1,
+            softmax_scale=SOFTMAX_SCALE, dtype=dtype_id(q),
+        )  # fmt: skip
+        return params, [q, k, v, out, cu_q, cu_k]
+
+    behind = ", ".join(str(n) for _, n in CHUNKS)
+    pairs = sum(q * k - q * (q - 1) // 2 for q, k in CHUNKS)
+    return native_case(
+        "attention",
+        build,
+        group="prefill attention",
+        shape=f"chunks of {CHUNKS[0][0]} of {behind} causal",
+        units=KV_HEADS,
+        exact_units=KV_HEADS,
+        compulsory_bytes=2 * 2 * HEAD_DIM * (queries * Q_HEADS + keys * KV_HEADS),
+        flop=4 * pairs * HEAD_DIM * Q_HEADS,
+        archs=("90a",),
+        bars=(Bar("issue", 0.52, "90a"), *PREFILL_BARS),
+        work=prefill_work(CHUNKS, True, Q_HEADS),
     )
 
 
@@ -263,8 +312,8 @@ def prefill_fp8(rows: int, causal: bool) -> Case:
         compulsory_bytes=rows * HEAD_DIM * (Q_HEADS + 2 * Q_HEADS + 2 * KV_HEADS),
         flop=attention_flop(rows, causal),
         archs=("90a",),
-        bars=(COALESCED, CONFLICT_FREE),
-        work=prefill_work(rows, causal, Q_HEADS),
+        bars=PREFILL_BARS,
+        work=prefill_work([(rows, rows)], causal, Q_HEADS),
         mma_rate=2,
     )
 
@@ -396,8 +445,8 @@ def linear(name: str, n: int, k: int, m: int) -> Case:
     columns_out = n // 2 if name == "gate_up" else n * (2 if name in ("o", "down") else 1)
     bars = [Bar("dram", 1.10)]
     if not few:
-        bars = [Bar("issue", 0.28, "80", "_m128_n256"), Bar("issue", 0.15, "90a", "_m128_n256")]
-        bars.append(Bar("issue", 0.15, "90a", "_m128_n192"))
+        bars = [Bar("issue", 0.28, "80", "_m128_n256"), Bar("issue", 0.15, "90a")]
+        bars += [TENSOR_BOUND, Bar("peak", 0.85, "90a", is_least=True)]
     archs: tuple[str, ...] = ("90a",) if 16 < m <= 64 else ("80", "89", "90a")
     if name == "lm_head" and not few:
         archs = ("80", "89")

@@ -67,6 +67,18 @@ struct AttnPrefillFp8Args : AttnPrefillSm90Args {
 constexpr int kAttnPrefillTileM = 128;                                // of all rows of the table
 constexpr int kAttnPrefillGroupRows = 64, kAttnPrefillWarpRows = 16;  // on sm_90
 constexpr int kAttnPrefillCluster = 2;
+constexpr int kAttnPrefillMaxClusters = 96;  // that attn_schedule.cuh counts; an H100 has 66
+
+// What a cluster takes at a time: how many of these heads or pairs of heads there are, and rows of
+// queries.
+struct AttnUnits {
+    int32_t heads, rows;
+};
+constexpr AttnUnits attn_units(int32_t num_q_heads, int32_t num_kv_heads) {
+    const bool pairs = num_q_heads / num_kv_heads % kAttnPrefillCluster == 0;
+    return pairs ? AttnUnits{num_q_heads / kAttnPrefillCluster, kAttnPrefillTileM}
+                 : AttnUnits{num_q_heads, kAttnPrefillTileM * kAttnPrefillCluster};
+}
 
 constexpr AttnPrefillTile attn_prefill_tile(int sm, int head_dim) {
     // 32 queries per warp: a fragment of K or V, once loaded, feeds two MMAs, which halves the
