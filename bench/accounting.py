@@ -74,6 +74,33 @@ class Bar:
 
 
 @dataclass(frozen=True)
+class Epilogue:
+    """The ends of tiles in sm_90's products: one of a block's two warpgroups writes its half while
+    the other one multiplies, as long as that has something left.
+
+    run: (architecture, stages) -> counters of the whole problem, with so few stages along k.
+    tiles: launch -> of all blocks, and of the busiest one.
+    lead: launch -> clocks that the tensor pipe has left to do when the first warpgroup is done.
+    latency: launch -> clocks that it waits for shared memory and L2 while it writes.
+    """
+
+    run: Callable[[str, int], Counters]
+    tiles: Callable[[Plan], tuple[int, int]]
+    lead: Callable[[Plan], float]
+    latency: Callable[[Plan], float]
+
+
+@dataclass(frozen=True)
+class Ends:
+    """What a launch does besides the stages of its tiles."""
+
+    instructions: int
+    shared_wavefronts: int
+    exp2_lanes: int
+    sectors: int
+
+
+@dataclass(frozen=True)
 class Case:
     """A kernel at a shape.
 
@@ -84,6 +111,7 @@ class Case:
     exact_units: a problem of no more units is run whole.
     copies: plan -> blocks of a cluster, on average, that a byte from L2 goes to; None: all.
     mma_rate: FLOP per clock of its MMAs over those of bf16: 2 for FP8.
+    epilogue: None: not looked at.
     """
 
     group: str
@@ -101,6 +129,7 @@ class Case:
     exact_units: int = 2
     copies: Callable[[Plan], float] | None = None
     mma_rate: int = 1
+    epilogue: Epilogue | None = None
 
     def tensor_clocks(self, counters: Counters, binary: Binary, gpu: Architecture) -> float:
         """Of one SM that does everything."""
@@ -124,6 +153,7 @@ class Measured:
     binary: Binary
     counters: Counters
     emulated_units: tuple[int, ...]
+    ends: Ends | None = None  # where the case has an epilogue to look at
 
 
 # ----------------------------------------------------------------------------------------- counting
@@ -134,7 +164,23 @@ def measure(case: Case, arch: str) -> Measured:
     emulated = sample_units(case, arch)
     counters = [case.run(arch, n) for n in emulated]
     total = counters[0] if len(counters) == 1 else extrapolate(*counters, emulated, case.units)
-    return Measured(whole, case.binary(arch, whole), total, emulated)
+    ends = case_ends(case.epilogue, arch) if case.epilogue and arch == "90a" else None
+    return Measured(whole, case.binary(arch, whole), total, emulated, ends)
+
+
+def case_ends(epilogue: Epilogue, arch: str) -> Ends:
+    """By launches of one stage and of two."""
+    one, two = (epilogue.run(arch, stages) for stages in (1, 2))
+
+    def rest(count: Callable[[Counters], int]) -> int:
+        return 2 * count(one) - count(two)
+
+    return Ends(
+        rest(issued),
+        rest(lambda c: c.shared_wavefronts),
+        rest(lambda c: c.lanes["mufu"]),
+        rest(lambda c: c.read_sectors + c.write_sectors),
+    )
 
 
 def sample_units(case: Case, arch: str) -> tuple[int, ...]:
@@ -210,8 +256,34 @@ def issued(c: Counters) -> int:
     return c.instructions - c.issued["mov"]
 
 
+ALONE = 2  # clocks that an instruction of the only warp of a scheduler takes, or a wavefront
+
+
+def epilogue_clocks(m: Measured, case: Case) -> float:
+    """A warpgroup's for the end of a tile, each of its four warps on a scheduler of its own."""
+    if case.epilogue is None or m.ends is None:
+        return 0.0
+    work = (
+        ALONE * m.ends.instructions / WARP_SCHEDULERS,
+        ALONE * m.ends.shared_wavefronts,
+        m.ends.exp2_lanes / EXP2_PER_CLOCK,
+        m.ends.sectors * SECTOR / L2_BYTES_PER_CLOCK,
+    )
+    return max(work) / (2 * case.epilogue.tiles(m.plan)[0]) + case.epilogue.latency(m.plan)
+
+
+def uncovered_clocks(m: Measured, case: Case) -> float:
+    """Of the busiest block's epilogues: those in which its tensor cores have nothing to do."""
+    if case.epilogue is None or m.ends is None:
+        return 0.0
+    clocks = epilogue_clocks(m, case)
+    between = case.epilogue.tiles(m.plan)[1] - 1  # tiles; nothing follows the last one
+    return between * max(0.0, clocks - case.epilogue.lead(m.plan)) + clocks
+
+
 def times(m: Measured, case: Case, gpu: Architecture) -> dict[str, float]:
-    """Microseconds that each resource is busy; of those that an SM has, on the busiest SM."""
+    """Microseconds that each resource is busy; of those that an SM has, on the busiest SM. The
+    tensor pipe's with the epilogues in which it has nothing to do."""
     c = m.counters
     work = [1.0] * math.prod(m.plan.grid) if case.work is None else case.work(m.plan)
     busiest = balance(work, gpu.sms) / gpu.sms
@@ -222,6 +294,7 @@ def times(m: Measured, case: Case, gpu: Architecture) -> dict[str, float]:
         "shared memory": c.shared_wavefronts,
     }
     result = {k: v * busiest / (gpu.clock_ghz * 1e3) for k, v in clocks.items()}
+    result["tensor pipe"] += uncovered_clocks(m, case) / (gpu.clock_ghz * 1e3)
     requested = (c.read_sectors + c.write_sectors) * SECTOR
     moved = (c.unique_read_sectors + c.unique_write_sectors) * SECTOR
     # What L2 gives once to several blocks of a cluster passes the port of each.

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from bench.accounting import Bar, Binary, Case, Plan, compiled
+from bench.accounting import Bar, Binary, Case, Epilogue, Plan, compiled
 from bench.shapes import MINITRON, PAGE_SIZE, matrices
 from minitron_kernels import native
 from tests import attn_schedule
@@ -398,6 +398,33 @@ def gemm_work(rows: int, columns: int) -> Callable[[Plan], list[float]]:
     return work
 
 
+SHARED_LATENCY, L2_LATENCY = 30, 300  # clocks, rounded up from what people measure
+
+
+def gemm_epilogue(
+    run: Callable[[str, int], Counters], rows: int, columns: int, turns: Callable[[int], int],
+    loads: bool, lead: Callable[[int], float],
+) -> Epilogue:  # fmt: skip
+    """turns, lead: of a tile's columns. Each turn goes into shared memory and out again; what it
+    loads from L2, it asked for a turn ahead."""
+
+    def width(plan: Plan) -> int:
+        return int(plan.entry.rpartition("_n")[2])
+
+    def tiles(plan: Plan) -> tuple[int, int]:
+        each = gemm_work(rows, columns)(plan)
+        return int(sum(each)), int(max(each))
+
+    def latency(plan: Plan) -> float:
+        return 2 * SHARED_LATENCY * turns(width(plan)) + L2_LATENCY * loads
+
+    return Epilogue(run, tiles, lambda plan: lead(width(plan)), latency)
+
+
+# Stages that warpgroup 1 is ahead (csrc/linear/linear_gemm_sm90.cuh), by columns of a tile; each
+# takes it two clocks a column.
+_GEMM_LEAD = {256: 2, 192: 2, 128: 3, 64: 4}
+
 # sm_90: of a stage of 128 x 256 a block gets 48 KB, for which L2 gives 32 in clusters of 2, 24 of
 # 4 (of narrower tiles a little more); and of 64 rows of x and 32 columns of w, few rows, 12 KB for
 # 8.
@@ -412,7 +439,7 @@ def linear(name: str, n: int, k: int, m: int) -> Case:
     columns = {"qkv": n // KV_HEADS, "lm_head": 1024}.get(name, 256)
     out_dtype = torch.float32 if name == "lm_head" else BF16
 
-    def build(units: int, filled: bool) -> tuple[ctypes.Structure, list[Tensor]]:
+    def build(units: int, filled: bool, k: int = k) -> tuple[ctypes.Structure, list[Tensor]]:
         width = units * columns
         x, w, norm = zeros(m, k), zeros(width, k), zeros(k) if few else None
         common: dict[str, Any] = {"x_stride": k, "w_stride": k, "dtype": dtype_id(x), "eps": 1e-5}
@@ -447,6 +474,19 @@ def linear(name: str, n: int, k: int, m: int) -> Case:
     if not few:
         bars = [Bar("issue", 0.28, "80", "_m128_n256"), Bar("issue", 0.15, "90a")]
         bars += [TENSOR_BOUND, Bar("peak", 0.85, "90a", is_least=True)]
+
+    def of_stages(arch: str, stages: int) -> Counters:
+        params, tensors = build(n // columns, True, 64 * stages)
+        counters = run(op, arch, params, tensors)
+        assert counters is not None
+        return counters
+
+    epilogue = gemm_epilogue(
+        of_stages, m, n,
+        lambda width: width // {"qkv": 32, "gate_up": 128}.get(name, 64) or 1,
+        name != "gate_up",
+        lambda width: 2 * width * _GEMM_LEAD[width],
+    )  # fmt: skip
     archs: tuple[str, ...] = ("90a",) if 16 < m <= 64 else ("80", "89", "90a")
     if name == "lm_head" and not few:
         archs = ("80", "89")
@@ -465,6 +505,7 @@ def linear(name: str, n: int, k: int, m: int) -> Case:
         work=None if few else gemm_work(m, n),
         copies=lambda plan: _GEMM_COPIES[plan.cluster],
         archs=archs,
+        epilogue=None if few else epilogue,
     )
 
 

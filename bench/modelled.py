@@ -16,7 +16,7 @@ import math
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, fields
+from dataclasses import asdict, astuple, fields
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +26,14 @@ from bench.accounting import (
     RESOURCES,
     Binary,
     Case,
+    Ends,
     Measured,
     Plan,
     issued,
     measure,
     ratios,
     times,
+    uncovered_clocks,
 )
 from bench.case_table import all_cases
 from bench.cases import supported
@@ -71,18 +73,23 @@ NOTES: dict[tuple[str, str], tuple[float, str]] = {
     ("prefill attention/attention_fp8/1024 x 1024 causal", "others"): (0.07, FP8_CAUSAL),
     ("prefill attention/attention_fp8/1024 x 1024 causal", "peak"): (0.03, FP8_CAUSAL),
     ("GEMM/qkv_rope_append/qkv 6144 x 4096, M 512", "issue"): (
-        0.015,
-        "rotating and appending the outputs costs a tile of 128 x 192 a third more of its MMAs' "
-        "time than one of 128 x 256, which would take 1.33 times as long in all",
+        0.005,
+        "a stage of 128 x 192 has as many instructions as one of 128 x 256, and three quarters of "
+        "its MMAs; the larger tile would take 1.33 times as long in all",
+    ),
+    ("GEMM/linear/down 4096 x 11520, M 512", "issue"): (
+        0.005,
+        "a tile of 128 x 128 has half the MMAs of one of 128 x 256 for the same barriers and "
+        "addresses",
     ),
     ("GEMM/linear/o 4096 x 4096, M 512", "issue"): (
-        0.03,
+        0.035,
         "a tile of 128 x 128 has half the MMAs of one of 128 x 256 for the same barriers and "
         "addresses, and a residual to read for 4096 columns of k only",
     ),
-    ("GEMM/linear/o 4096 x 4096, M 512", "others"): (0.16, FEW_TILES),
+    ("GEMM/linear/o 4096 x 4096, M 512", "others"): (0.10, FEW_TILES),
     ("GEMM/linear/o 4096 x 4096, M 512", "peak"): (0.02, FEW_TILES),
-    ("GEMM/linear/down 4096 x 11520, M 512", "others"): (0.12, FEW_TILES),
+    ("GEMM/linear/down 4096 x 11520, M 512", "others"): (0.10, FEW_TILES),
     ("GEMM, FP8/linear_fp8/qkv 6144 x 4096, M 2048", "issue"): (0.025, FP8_ISSUE),
     ("GEMM, FP8/linear_fp8_swiglu/gate_up 23040 x 4096, M 2048", "issue"): (0.04, FP8_ISSUE),
     ("GEMM, FP8/linear_fp8/lm_head 131072 x 4096, M 2048", "issue"): (0.02, FP8_ISSUE),
@@ -128,6 +135,18 @@ and a lower clock, the H200's 9.6 on itself; the rest is believed (`architecture
 no wavefronts here, nor are their bank conflicts counted (their 128-byte swizzles have none). By
 hand it is 88 % of the tensor pipe's time for attention (`docs/attention.md`).
 
+**Ends of tiles** of sm_90's products: one of a block's two warpgroups writes its 64 rows while the
+other one multiplies, if that has something left. The tensor pipe's time has those clocks in which
+it has not, and "of it epilogues" tells them: for the busiest block, with E clocks for the end of a
+tile, (tiles - 1) max(0, E - lead) + E, as nothing follows the last one. The lead is what the other
+warpgroup has left: 2 stages of tiles of 256 and of 192 columns (1024 and 768 clocks), 3 of 128
+(768), 4 of 64 (512), of FP8's half a stage (192, 128, 64). E is the largest of 2 clocks for each
+instruction (a warp is alone on its scheduler) and for each wavefront (the other one's MMAs take
+half of what shared memory gives, or more), 1 for 16 exp2 and for 64 bytes of outputs, residuals and
+angles; and 60 clocks for each turn through shared memory (one of 64 columns; of gate_up 128, of qkv
+32), and 300 for the first bytes from L2 where there is a residual or a rotation. What is done there
+is counted by launches of one and of two stages along k: all that does not grow. "-": not counted.
+
 **What it cannot tell**: latencies and stalls, the overlap that a kernel really reaches, clocks
 under load, DRAM efficiency (90 to 93 % is the most that is usually seen), misses of L2, launches
 (some us, which is what counts for the smallest rows). It is a lower bound on time: a kernel with a
@@ -169,6 +188,7 @@ def stored(case: Case, arch: str, m: Measured) -> Row:
         "loop": asdict(m.binary.loop) if m.binary.loop else None,
         "issued": {k: n for k, n in c.issued.items() if n}, "exp2_lanes": c.lanes["mufu"],
         "memory": [getattr(c, name) for name in MEMORY_COUNTERS],
+        **({"ends": list(astuple(m.ends))} if m.ends else {}),
     }  # fmt: skip
 
 
@@ -183,7 +203,8 @@ def loaded(row: Row) -> Measured:
     binary = Binary(row["registers"], row["static_smem"], row["mma_flop"], loop)
     shape = tuple(row["grid"]), tuple(row["block"]), row["smem"], row.get("cluster", 1)
     plan = Plan(row["entry"], *shape)
-    return Measured(plan, binary, counters, tuple(row["emulated"]))
+    ends = Ends(*row["ends"]) if "ends" in row else None
+    return Measured(plan, binary, counters, tuple(row["emulated"]), ends)
 
 
 def derived(case: Case, arch: str, m: Measured, gpu: Architecture) -> Row:
@@ -200,6 +221,7 @@ def derived(case: Case, arch: str, m: Measured, gpu: Architecture) -> Row:
         "issued": issued(m.counters),
         "sass_loop": asdict(m.binary.loop) if m.binary.loop else None,
         "metrics": metrics, "times_us": times(m, case, gpu),
+        "uncovered_us": uncovered_clocks(m, case) / (gpu.clock_ghz * 1e3),
         "bars": [asdict(bar) for bar in case.bars if bar.applies(arch, m.plan.entry)],
     }  # fmt: skip
 
@@ -364,11 +386,16 @@ def count_lines(rows: list[Row]) -> list[str]:
 
 
 def time_lines(rows: list[Row]) -> list[str]:
-    names = ("kernel", "shape", "device", *RESOURCES, "bound", "at the bound")
+    has_epilogues = any(row["uncovered_us"] for row in rows)
+    names = ["kernel", "shape", "device", *RESOURCES, "bound", "at the bound"]
+    if has_epilogues:
+        names.insert(4, "of it epilogues")
     lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
     for row in rows:
         cells = [row["kernel"], row["shape"], row["device"]]
         cells += [number(row["times_us"][r]) for r in RESOURCES]
+        if has_epilogues:
+            cells.insert(4, number(row["uncovered_us"] or None))
         lines.append(f"| {' | '.join([*cells, bound_text(row), throughput(row)])} |")
     return lines
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from bench import accounting, cases, cases_quant, cases_triton, eager, megakernel, modelled, sass
-from bench.accounting import Bar, Binary, Case, Plan
+from bench.accounting import Bar, Binary, Case, Ends, Epilogue, Plan
 from bench.case_table import all_cases
 from minitron_kernels import native
 from minitron_kernels.architectures import ARCHITECTURES
@@ -173,6 +173,31 @@ def test_times_by_hand() -> None:
     longer = accounting.times(accounting.measure(more, "80"), more, gpu)
     assert longer["tensor pipe"] == pytest.approx(2 * 108 / 109 * 2000 / clock)
     assert longer["DRAM"] == (2**15 + 16) * 32 / 2.04e6
+
+
+def test_epilogues_by_hand() -> None:
+    """Two tiles a block: 600 instructions of each of 8 warps, 1200 clocks, and 100 of waiting. The
+    other warpgroup covers 1000 of the first tile's, nothing the last one's."""
+
+    def run(_arch: str, stages: int) -> Counters:
+        return counters(
+            issued={"fp32": 264 * 8 * (600 + 50 * stages)},
+            shared_wavefronts=264 * 2 * (200 + 10 * stages), read_sectors=264 * 48 * stages,
+        )  # fmt: skip
+
+    epilogue = Epilogue(run, lambda _: (264, 2), lambda _: 1000.0, lambda _: 100.0)
+    plan, binary = Plan("entry", (132, 1, 1), (384, 1, 1), 0), Binary(168, 0, 4096, None)
+    case = case_of(plan, run("90a", 64), binary, epilogue=epilogue)
+    gpu = ARCHITECTURES["H100"]
+    measured = accounting.measure(case, "90a")
+    assert measured.ends == Ends(264 * 8 * 600, 264 * 2 * 200, 0, 0)
+    assert accounting.epilogue_clocks(measured, case) == 1300
+    assert accounting.uncovered_clocks(measured, case) == 300 + 1300
+    told = accounting.times(measured, case, gpu)["tensor pipe"]
+    assert told == pytest.approx(1600 / (gpu.clock_ghz * 1e3))
+    covered = replace(case, epilogue=replace(epilogue, lead=lambda _: 1400.0))
+    assert accounting.uncovered_clocks(measured, covered) == 1300
+    assert accounting.measure(case, "80").ends is None
 
 
 def test_balance() -> None:
