@@ -342,7 +342,16 @@ def bound_ratios(m: Measured, case: Case, gpu: Architecture) -> dict[str, float 
     return {"others": others / tensor, "peak": useful / max(others, tensor)}
 
 
-def compiled(name: str, ptx: str, registers: int, smem_bytes: int, binary: Path) -> Binary:
-    """`ptx`: of this entry alone. `binary`: the cubin or fatbin that holds it."""
+def compiled(
+    name: str,
+    ptx: str,
+    registers: int,
+    smem_bytes: int,
+    binary: Path,
+    loop: Callable[[sass.MainLoop], bool] | None = None,
+) -> Binary:
+    """`ptx`: of this entry alone. `binary`: the cubin or fatbin that holds it. `loop`: as
+    sass.main_loop's `which`."""
     code = sass.functions(binary)[name] if sass.find_tool("cuobjdump") else []
-    return Binary(registers, smem_bytes, mma_flop(ptx), sass.main_loop(code) if code else None)
+    found = sass.main_loop(code, loop) if code else None
+    return Binary(registers, smem_bytes, mma_flop(ptx), found)

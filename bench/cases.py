@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from bench.accounting import Bar, Binary, Case, Epilogue, Plan, compiled
+from bench.sass import MainLoop
 from bench.shapes import MINITRON, PAGE_SIZE, matrices
 from minitron_kernels import native
 from tests import attn_schedule
@@ -70,8 +71,11 @@ def pointers(**tensors: Tensor | None) -> dict[str, int | None]:
 # --------------------------------------------------------------------------- this project's kernels
 
 
-def native_case(op: str, build: Build, **options: Any) -> Case:
-    """build(units, filled) -> params and tensors; `filled`: with numbers, for a launch."""
+def native_case(
+    op: str, build: Build, loop: Callable[[MainLoop], bool] | None = None, **options: Any
+) -> Case:
+    """build(units, filled) -> params and tensors; `filled`: with numbers, for a launch. `loop`:
+    the one meant, of a kernel with several (sass.main_loop)."""
 
     def plan(arch: str, units: int) -> Plan:
         params, _tensors = build(units, False)
@@ -85,7 +89,10 @@ def native_case(op: str, build: Build, **options: Any) -> Case:
         assert counters is not None
         return counters
 
-    return Case(kernel=op, plan=plan, run=count, binary=native_binary, **options)
+    def binary(arch: str, plan: Plan) -> Binary:
+        return native_binary(arch, plan, loop)
+
+    return Case(kernel=op, plan=plan, run=count, binary=binary, **options)
 
 
 def supported(case: Case, arch: str) -> bool:
@@ -112,10 +119,11 @@ def ptx_by_entry(arch: str) -> dict[str, str]:
     return found
 
 
-def native_binary(arch: str, plan: Plan) -> Binary:
+def native_binary(arch: str, plan: Plan, loop: Callable[[MainLoop], bool] | None = None) -> Binary:
     use = native.build_info()["entries"][arch][plan.entry]
     ptx = ptx_by_entry(arch)[plan.entry]
-    return compiled(plan.entry, ptx, use["registers"], use["smem_bytes"], kernel_file(arch))
+    file = kernel_file(arch)
+    return compiled(plan.entry, ptx, use["registers"], use["smem_bytes"], file, loop)
 
 
 def rope_struct(positions: Tensor, cos: Tensor, sin: Tensor) -> ctypes.Structure:

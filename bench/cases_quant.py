@@ -24,6 +24,7 @@ from bench.cases import (
     pointers,
     zeros,
 )
+from bench.sass import MainLoop
 from minitron_kernels.block_types import GGML_NUMBERS, QUANT_TYPES
 from tests import native_abi as abi
 
@@ -41,6 +42,45 @@ def packed(kind: str, rows: int, k: int) -> tuple[ctypes.Structure, Tensor]:
 
 def stored_bytes(kind: str, rows: int, k: int) -> int:
     return rows * QUANT_TYPES[kind].row_nbytes(k)
+
+
+def tile_loads(kind: str) -> dict[int, int]:
+    """Loads of a lane from global memory for a tile of 256 k, by bits (csrc/quant/quant_layout.h):
+    those of the scales and pieces of 16 bytes, and of the simple types also those for tiles of
+    fewer quarters. No two types have the same."""
+    bits = int(kind[1])
+    if kind == "Q3_K":
+        return {128: 3, 32: 2, 16: 1}
+    if kind == "Q6_K":
+        return {128: 6, 64: 1, 32: 1}
+    if kind in ("Q2_K", "Q4_K", "Q5_K"):
+        return {128: bits, 64: 2}
+    short = 4 * (bits // 4)  # and the fifths of bits, and the scales
+    words = 4 if kind.endswith("_1") else 2
+    whole = {128: bits + 1} if words == 4 else {128: bits, 64: 1}
+    return whole | {128: whole[128] + short, 32: words + (4 if bits == 5 else 0)}
+
+
+def decode_loop(kind: str) -> Callable[[MainLoop], bool]:
+    """The loop over tiles of a type of quant_decode_sm80.cuh: that with the nearest loads, as ptxas
+    may share some between whole tiles and others (not those of 8 bytes, which are scales). Loops
+    with other numbers of MMAs convert x."""
+
+    def distance(loads: dict[int, int], other: str) -> int:
+        wanted = tile_loads(other)
+        apart = {w: abs(loads.get(w, 0) - wanted.get(w, 0)) for w in (16, 32, 64, 128)}
+        return sum(apart.values()) + apart[64]
+
+    def is_meant(loop: MainLoop) -> bool:
+        nearest = min(QUANT_TYPES, key=lambda other: distance(loop.loads, other))
+        return loop.hmma % 18 == 0 and nearest == kind
+
+    return is_meant
+
+
+def no_loop(_: MainLoop) -> bool:
+    """The GEMMs' loops read shared memory only, and do not tell their types."""
+    return False
 
 
 def tiles_of_blocks(m: int, n: int) -> Callable[[Plan], list[float]]:
@@ -116,6 +156,7 @@ def linear_quant(name: str, kind: str, m: int) -> Case:
         archs=archs,
         work=tiles_of_blocks(m, n),
         copies=copies_of_x(kind),
+        loop=decode_loop(kind) if few else no_loop,
         bars=(Bar("dram", 1.05), COALESCED) if few else (COALESCED,),
     )
 

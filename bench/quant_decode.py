@@ -1,22 +1,26 @@
-"""The table of docs/native.md: what products with few rows of x and quantised w take per weight.
+"""The tables of docs/native.md: what products with few rows of x and quantised w take per weight.
 
-    python -m bench.quant_decode
+    python -m bench.quant_decode [--kind Q4_K] [--arch 80 --arch 90a]
 
-The emulator executes the sm_80 kernels and counts; nothing here has run on a GPU. What is counted
-does not depend on the values, so w is zeros.
+The emulator executes the kernels and counts; nothing here has run on a GPU. What is counted does
+not depend on the values, so w is zeros. SASS: of a turn of the type's loop over tiles, for the 4096
+weights of one and a warp, with all that ptxas puts into it.
 """
 
 from __future__ import annotations
 
 import ctypes
 
+import click
 import torch
 
+from bench import sass
+from bench.cases_quant import decode_loop
 from minitron_kernels.block_types import GGML_NUMBERS, QUANT_TYPES
 from minitron_kernels.quantized import QuantizedTensor
 from tests import emulator
 from tests import native_abi as abi
-from tests.native_emulator import run
+from tests.native_emulator import BUILT, kernel_file, run
 from tests.quant_cases import KINDS, Weights, out_of, quant_params
 from tests.test_kernels_memory import values
 
@@ -43,11 +47,11 @@ def zeros(kind: str, n: int, k: int) -> Weights:
     return w
 
 
-def count(kind: str, m: int) -> tuple[emulator.Counters, ctypes.Structure]:
+def count(kind: str, m: int, arch: str = "80") -> tuple[emulator.Counters, ctypes.Structure]:
     """Counters of mk_linear_quant in bf16, and the struct it was called with."""
     x, w = values(m, K, dtype=torch.bfloat16), zeros(kind, N, K)
     params, tensors = quant_params(x, w, out_of("linear_quant", x, w))
-    counters = run("linear_quant", "80", params, tensors)
+    counters = run("linear_quant", arch, params, tensors)
     assert counters is not None
     return counters, params
 
@@ -63,24 +67,54 @@ def compulsory_bytes(kind: str, m: int) -> int:
     return N * K // block.elements * block.nbytes + m * K * 2
 
 
-def line(kind: str) -> str:
-    cells, read = [], []
+def requested_tiles(kind: str, m: int, arch: str, counters: emulator.Counters) -> float:
+    """Bytes of w that loads ask for, over its tiles: what is read less x, which each block reads
+    twice."""
+    x, w = values(m, K, dtype=torch.bfloat16), zeros(kind, N, K)
+    params, _ = quant_params(x, w, out_of("linear_quant", x, w))
+    blocks = abi.plan("linear_quant", params, arch).grid[0]
+    return (counters.read_sectors * 32 - 2 * blocks * x.nbytes) / w.tiles.numel()
+
+
+def sass_loop(kind: str, tokens: int, arch: str) -> sass.MainLoop | None:
+    """The loop of the kernel for up to `tokens` rows, a tile a turn."""
+    name = f"mk_quant_decode_sm{arch.rstrip('a')}_b16_m{tokens}"
+    return sass.main_loop(sass.functions(kernel_file(arch))[name], decode_loop(kind))
+
+
+def sass_per_weight(kind: str, tokens: int, arch: str) -> str:
+    loop = sass_loop(kind, tokens, arch)
+    return "-" if loop is None else f"{loop.instructions * 32 / 4096:.2f}"
+
+
+def line(kind: str, archs: tuple[str, ...]) -> str:
+    cells, read = [kind], set()
     for m in ROWS:
-        counters, _ = count(kind, m)
-        cells.append(f"{lanes_per_weight(counters):.2f}")
-        read.append(f"{counters.unique_read_sectors * 32 / compulsory_bytes(kind, m):.3f}")
-    peer = [f"{v:.1f}" for v in LLAMA_CPP[kind]] if kind in LLAMA_CPP else ["", ""]
-    return f"| {' | '.join([kind, *cells, ', '.join(read), *peer])} |"
+        lanes = []
+        for arch in archs:
+            counters, _ = count(kind, m, arch)
+            lanes.append(f"{lanes_per_weight(counters):.2f}")
+            read.add(f"{counters.unique_read_sectors * 32 / compulsory_bytes(kind, m):.3f}")
+        cells.append(", ".join(lanes))
+    cells.append(", ".join(sass_per_weight(kind, 8, arch) for arch in archs))
+    cells.append(" ... ".join(sorted({min(read), max(read)})))
+    cells += [f"{v:.1f}" for v in LLAMA_CPP[kind]] if kind in LLAMA_CPP else ["", ""]
+    return f"| {' | '.join(cells)} |"
 
 
-def main() -> None:
+@click.command(help=__doc__)
+@click.option("--kind", "kinds", multiple=True, type=click.Choice(KINDS), default=KINDS)
+@click.option("--arch", "archs", multiple=True, type=click.Choice(BUILT), default=BUILT)
+def main(kinds: tuple[str, ...], archs: tuple[str, ...]) -> None:
     rows = [f"M = {m}" for m in ROWS]
-    print(
-        f"| type | {' | '.join(rows)} | DRAM bytes read / (blocks + x) | llama.cpp, M = 1 | M = 8 |"
+    click.echo(f"PTX and SASS on {', '.join(f'sm_{arch}' for arch in archs)}:\n")
+    click.echo(
+        f"| type | {' | '.join(rows)} | SASS loop, M <= 8 | DRAM bytes read / (blocks + x) | "
+        "llama.cpp, M = 1 | M = 8 |"
     )
-    print("|---" * 7 + "|")
-    for kind in KINDS:
-        print(line(kind), flush=True)
+    click.echo("|---" * (len(rows) + 5) + "|")
+    for kind in kinds:
+        click.echo(line(kind, archs))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """The table of docs/native.md: what the product of 512 rows of x and quantised w issues.
 
-    python -m bench.quant_prefill [--kind Q4_K] [--arch 80 --arch 90a]
+    python -m bench.quant_prefill [--kind Q4_K] [--arch 80 --arch 90a] [--rows 4096]
 
-The emulator executes the kernels at K 4096 and N 11520 and counts; nothing here has run on a GPU.
+The emulator executes the kernels at K 4096 and N 11520 (or `rows`) and counts; nothing here has run
+on a GPU.
 What is counted does not depend on the values, so w is zeros. Instructions are those of warps, over
 the time that the tensor cores take for the MMAs: of one of an SM's four schedulers, which issues
 one a clock. They are PTX, without mov, which ptxas mostly deletes.
@@ -25,11 +26,11 @@ from tests.quant_cases import KINDS, out_of, quant_params
 from tests.test_kernels_memory import values
 
 M = 512
-GPUS = {"80": "A100", "90a": "H100"}
+GPUS = {"80": "A100", "89": "L40S", "90a": "H100", "100a": "B200"}
 
 
-def line(kind: str, arch: str) -> str:
-    x, w = values(M, K, dtype=torch.bfloat16), zeros(kind, N, K)
+def line(kind: str, arch: str, n: int = N, k: int = K) -> str:
+    x, w = values(M, k, dtype=torch.bfloat16), zeros(kind, n, k)
     params, tensors = quant_params(x, w, out_of("linear_quant", x, w))
     entry = abi.plan("linear_quant", params, arch).entry.decode()
     counters = run("linear_quant", arch, params, tensors)
@@ -48,7 +49,8 @@ def line(kind: str, arch: str) -> str:
 @click.command(help=__doc__)
 @click.option("--kind", "kinds", multiple=True, type=click.Choice(KINDS), default=KINDS)
 @click.option("--arch", "archs", multiple=True, type=click.Choice(list(GPUS)), default=list(GPUS))
-def main(kinds: tuple[str, ...], archs: tuple[str, ...]) -> None:
+@click.option("--rows", type=int, default=N, help="Rows of w.", show_default=True)
+def main(kinds: tuple[str, ...], archs: tuple[str, ...], rows: int) -> None:
     print(
         "| type | arch | tile | scales and sums (fp32) | unpacking, addresses, the rest | "
         "shared memory | MMA | without these two | wavefronts |"
@@ -56,7 +58,7 @@ def main(kinds: tuple[str, ...], archs: tuple[str, ...]) -> None:
     print("|---" * 9 + "|")
     for kind in kinds:
         for arch in archs:
-            print(line(kind, arch), flush=True)
+            print(line(kind, arch, rows), flush=True)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,8 @@ import shutil
 import subprocess
 import sysconfig
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 
@@ -86,11 +87,15 @@ class MainLoop:
     conditional: int
     hmma: int  # among `instructions`
     opcodes: dict[str, int]  # of `instructions`, by name
+    loads: dict[int, int] = field(default_factory=dict)  # of global memory in all of it, by bits
 
 
-def main_loop(code: list[Instruction]) -> MainLoop | None:
+def main_loop(
+    code: list[Instruction], which: Callable[[MainLoop], bool] | None = None
+) -> MainLoop | None:
     """None if no loop of the kernel holds an HMMA. Of loops with as many, the shortest: a masked
-    copy of the loop is longer."""
+    copy of the loop is longer. `which` tells the one that is meant where a kernel has a loop for
+    each of several types."""
     blocks, successors = _basic_blocks(code)
     dominators = _dominators(successors)
     hmma = [sum(i.name in _MMAS for i in block) for block in blocks]
@@ -124,9 +129,16 @@ def main_loop(code: list[Instruction]) -> MainLoop | None:
                 size - len(always),
                 sum(opcodes[name] for name in _MMAS),
                 dict(opcodes.most_common()),
+                dict(Counter(_load_bits(i) for b in body for i in blocks[b] if i.name == "LDG")),
             )
         )
+    found = [loop for loop in found if which is None or which(loop)]
     return max(found, key=lambda loop: (loop.hmma, -loop.instructions), default=None)
+
+
+def _load_bits(load: Instruction) -> int:
+    widths = re.findall(r"\.[US]?(8|16|64|128)\b", load.opcode)
+    return int(widths[0]) if widths else 32
 
 
 def _reached(start: int, successors: list[set[int]], without: int = -1) -> set[int]:
@@ -162,6 +174,12 @@ def _basic_blocks(code: list[Instruction]) -> tuple[list[list[Instruction]], lis
         if goes_on and b + 1 < len(blocks):
             out.add(b + 1)
         successors.append(out)
+    # An indirect branch may go to any block that nothing else goes to: the cases of a switch.
+    named = set().union(*successors) | {0}
+    cases = set(range(len(blocks))) - named
+    for b, block in enumerate(blocks):
+        if block[-1].name in ("BRX", "JMX"):
+            successors[b] = cases - {b + 1} if block[-1].predicate else cases
     return blocks, successors
 
 

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bench import quant_decode as counts
+from bench.sass import find_tool
 from minitron_kernels import reference
 from minitron_kernels.block_types import GGML_NUMBERS, QUANT_TYPES
 from minitron_kernels.quantized import QuantizedTensor
@@ -51,7 +52,10 @@ def ceil_div(a: int, b: int) -> int:
 
 # ------------------------------------------------------------------------------------- results
 
-SHAPES = [(1, 33, 1), (2, 97, 3), (7, 16, 2), (8, 130, 5), (16, 49, 4), (9, 1, 1)]  # m, n, blocks
+# m, n, blocks; seven, so that each is on every architecture for some type.
+SHAPES = [
+    (1, 33, 1), (2, 97, 3), (7, 17, 2), (8, 131, 5), (16, 49, 4), (9, 1, 1), (8, 15, 3),
+]  # fmt: skip
 
 
 def cols_of(kind: str, blocks: int) -> int:
@@ -365,12 +369,15 @@ def test_plan_fits(arch: str, kind: str, m: int, n: int, blocks: int) -> None:
     assert ceil_div(tiles, plan.grid[0]) == ceil_div(tiles, device.num_sms)
 
 
-# Lane-instructions per weight (PTX, without mov), K 4096, N 11520: the bar at m = 1, and what is
-# reached at m = 1 and 8, which may be 15 % more.
+# Lane-instructions per weight (PTX, without mov), K 4096, N 11520: the bar at m = 1, and how many
+# times as many m = 8 takes at the most, where the bar is 1.15. docs/departures.md has what is over.
 BARS = {
     "Q4_0": 1.6, "Q4_1": 1.6, "Q8_0": 1.6, "Q4_K": 1.6, "Q5_0": 2.2, "Q5_1": 2.2, "Q5_K": 2.2,
     "Q6_K": 2.2, "Q2_K": 2.6, "Q3_K": 2.6,
 }  # fmt: skip
+OVER = {("89", "Q6_K"): 2.23, ("90a", "Q6_K"): 2.23, ("100a", "Q6_K"): 2.27, ("100a", "Q4_K"): 1.63}
+GROWTH = {"80": 1.15, "89": 1.25, "90a": 1.17, "100a": 1.19}
+# What sm_80 reaches.
 BUDGET = {
     "Q4_0": (1.49, 1.71), "Q4_1": (1.5, 1.72), "Q8_0": (1.44, 1.65), "Q4_K": (1.57, 1.78),
     "Q5_0": (1.91, 2.12), "Q5_1": (1.91, 2.12), "Q5_K": (1.95, 2.16), "Q6_K": (2.2, 2.42),
@@ -378,24 +385,46 @@ BUDGET = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_instructions_and_bytes_per_weight(kind: str) -> None:
+@pytest.mark.parametrize("arch, kind", [
+    pytest.param(
+        arch, kind, id=f"emu-sm_{arch}-{kind}",
+        marks=[] if arch == "80" or kind in ("Q4_0", "Q6_K") else pytest.mark.slow,
+    )
+    for arch in BUILT for kind in KINDS
+])  # fmt: skip
+def test_instructions_and_bytes_per_weight(arch: str, kind: str) -> None:
     """What is read and executed does not depend on the values."""
-    if "80" not in BUILT:
-        pytest.skip("sm_80 is not in this build")
-    bar = BARS[kind]
+    bar = OVER.get((arch, kind), BARS[kind])
     for m, budget in zip((1, 8), BUDGET[kind], strict=True):
-        c, params = counts.count(kind, m)
+        c, params = counts.count(kind, m, arch)
         lanes = counts.lanes_per_weight(c)
         print(f"{kind} m {m}: {lanes:.3f}")
-        assert lanes <= min(bar, budget), f"m {m}: {lanes:.3f} lane-instructions"
-        bar = 1.15 * lanes
+        assert lanes <= bar, f"m {m}: {lanes:.3f} lane-instructions"
+        assert lanes <= budget or arch != "80", f"m {m}: {lanes:.3f} lane-instructions"
+        bar = GROWTH[arch] * lanes
         assert c.unique_read_sectors * 32 <= 1.03 * counts.compulsory_bytes(kind, m)
         assert c.unique_write_sectors == m * counts.N * 2 // 32
+        # Each byte of w once, and in the place of a tile after each warp's last one another; of a
+        # run of 10 to 14, or on Ada, where x goes in two chunks, 6.
+        run = 6 if (arch, m) == ("89", 8) else 10
+        assert 1 <= counts.requested_tiles(kind, m, arch, c) <= 1.01 + 1 / run
         # Only the block sums are stored with conflicts, once a block: two wavefronts for 4 groups.
-        blocks = abi.plan("linear_quant", params, "80").grid[0]
+        blocks = abi.plan("linear_quant", params, arch).grid[0]
         conflicts = c.shared_wavefronts - c.shared_wavefronts_min
         assert conflicts <= 0.5 * blocks * m * counts.K / 256
+
+
+@pytest.mark.skipif(not find_tool("cuobjdump"), reason="cuobjdump is not installed")
+@pytest.mark.parametrize("arch", BUILT, ids=lambda a: f"emu-sm_{a}")
+def test_loop_over_tiles_in_sass(arch: str) -> None:
+    """Found for each type; with as many MMAs for the second 8 tokens."""
+    for kind in KINDS:
+        for tokens in (8, 16):
+            loop = counts.sass_loop(kind, tokens, arch)
+            assert loop is not None, (kind, tokens)
+            assert loop.hmma == 18 * tokens // 8
+            print(f"sm_{arch} {kind} {tokens}: {loop.instructions} instructions")
+            assert tokens == 16 or loop.instructions * 32 / 4096 <= 1.3 * BARS[kind], kind
 
 
 # ---------------------------------------------------------------------------------- can it fail

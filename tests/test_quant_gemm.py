@@ -3,13 +3,14 @@
 quant_cases.py tells how results are compared. The workspace and the outputs are poisoned with NaN,
 rows of x are padded with NaN. The plan chooses a tile by the shape: LARGE makes it take the large
 one on any device, with tails in both directions; what is smaller takes the small one. MIDDLE takes
-the one of 64 rows of x that sm_90 has between them.
+the one of 64 rows of x that sm_80 and sm_90 have between them.
 """
 
 from __future__ import annotations
 
 import ctypes
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bench.quant_decode import zeros
 from minitron_kernels import native, reference
 from tests import emulator, native_emulator
 from tests import native_abi as abi
@@ -27,6 +29,7 @@ from tests.quant_cases import (
     KINDS,
     Weights,
     check_linear,
+    compare,
     out_of,
     quant_params,
     random_weights,
@@ -47,7 +50,9 @@ BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 LARGE, MIDDLE = (1100, 1500), (300, 1500)  # rows of x and of w
 IS_SMALL = "rows32_m64"
 HOPPER = {LARGE: "sm90_b16_rows128_m128", MIDDLE: "sm90_b16_rows128_m64"}
+AMPERE = {LARGE: "sm80_b16_rows128_m128", MIDDLE: "sm80_b16_rows128_m64"}
 hopper = pytest.mark.skipif("90a" not in BUILT, reason="sm_90a is not in this build")
+ampere = pytest.mark.skipif("80" not in BUILT, reason="sm_80 is not in this build")
 
 
 def entry_of(arch: str, x: Tensor, w: Weights) -> str:
@@ -66,11 +71,42 @@ def cols_of(kind: str, groups: int, rest: int) -> int:
 @pytest.mark.parametrize("arch, kind, m", in_turn([(k, m) for m in (17, 33, 129) for k in KINDS]))
 def test_small_tile(arch: str, kind: str, m: int) -> None:
     """fp32 outputs. n ends inside a tile of 16, k inside a group, a quarter and a half of it."""
-    n, rest = {17: (7, 1), 33: (40, 5), 129: (33, 7)}[m]
+    n, rest = {17: (7, 1), 33: (41, 5), 129: (33, 7)}[m]
     k = cols_of(kind, m // 33 + (kind in K_KINDS and m < 33), rest)
     x, w = strided(values(m, k, dtype=HALVES[m % 2]), 8), random_weights(kind, n, k, seed=m)
     assert IS_SMALL in entry_of(arch, x, w)
     check_linear("linear_quant", arch, x, w, out_of("linear_quant", x, w, F32), seed=m)
+
+
+@pytest.mark.parametrize("arch, kind", in_turn([(k,) for k in KINDS]))
+def test_small_tile_of_45_groups(arch: str, kind: str) -> None:
+    """k of Minitron's down projection."""
+    x, w = values(17, 45 * 256, dtype=BF16), random_weights(kind, 33, 45 * 256)
+    assert IS_SMALL in entry_of(arch, x, w)
+    check_linear("linear_quant", arch, x, w, out_of("linear_quant", x, w, F32), seed=45)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("m", [1, 2, 7, 8, 16, 17, 33, 129])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("arch", DEVICES)
+def test_every_type_and_number_of_rows(arch: str, kind: str, m: int) -> None:
+    """On every architecture: odd n, k from one block to 45 groups."""
+    per_group = 1 if kind in K_KINDS else 8
+    for blocks in (1, 2, 3 * per_group - 1, 45 * per_group):
+        k = 256 // per_group * blocks
+        x, w = values(m, k, dtype=BF16, seed=m), random_weights(kind, 33, k, seed=blocks)
+        check_linear("linear_quant", arch, x, w, out_of("linear_quant", x, w, F32), seed=m)
+
+
+@ampere
+@pytest.mark.parametrize("kind", [pytest.param(k, id=f"emu-sm_80-{k}") for k in KINDS])
+def test_middle_tile(kind: str) -> None:
+    """Of sm_80; w ends inside a strip, x inside a tile, k inside a group."""
+    (m, n), k = MIDDLE, cols_of(kind, 1, KINDS.index(kind) + 1)
+    x, w = strided(values(m, k, dtype=BF16), 8), random_weights(kind, n, k)
+    assert AMPERE[MIDDLE] in entry_of("80", x, w)
+    check_linear("linear_quant", "80", x, w, out_of("linear_quant", x, w, F32), seed=k)
 
 
 @pytest.mark.parametrize("arch, kind", in_turn([(k,) for k in KINDS]))
@@ -100,6 +136,9 @@ def test_norm_and_epilogues(arch: str, kind: str, op: str) -> None:
     for kind, op, shape in (
         ("Q4_K", "linear_quant", LARGE), ("Q6_K", "linear_quant_swiglu", LARGE),
         ("Q5_0", "linear_quant", MIDDLE), ("Q3_K", "linear_quant_swiglu", MIDDLE),
+        ("Q4_0", "linear_quant", MIDDLE), ("Q4_1", "linear_quant_swiglu", MIDDLE),
+        ("Q5_1", "linear_quant", MIDDLE), ("Q8_0", "linear_quant_swiglu", MIDDLE),
+        ("Q2_K", "linear_quant", MIDDLE), ("Q5_K", "linear_quant_swiglu", MIDDLE),
     )
 ])  # fmt: skip
 def test_epilogues_of_wgmma_tiles(kind: str, op: str, shape: tuple[int, int]) -> None:
@@ -199,7 +238,7 @@ def check_qkv(
     arch: str, mix: tuple[str, ...], dtype: torch.dtype, tokens: int, heads: tuple[int, int],
     entry: str = "",
 ) -> None:  # fmt: skip
-    """Against fp32 products of the three matrices, which other tests compare, rotated in fp64."""
+    """Against fp32 products of the three matrices, rotated in fp64; these against exact ones."""
     hidden, d = 512, 80
     qkv = Qkv.random(
         tokens, hidden, heads, d, 64, dtype=dtype, interleaved=mix[0] == "Q2_K", padding=8
@@ -214,6 +253,7 @@ def check_qkv(
     for matrix in w:
         out = out_of("linear_quant", qkv.x, matrix, F32)
         run_linear("linear_quant", arch, qkv.x, matrix, out)
+        compare("linear_quant", qkv.x, matrix, out)
         products.append(out.double().unflatten(1, (-1, d)))
     cos, sin = (t[qkv.positions.long()] for t in qkv.angles)
     kept = (qkv.slots >= 0) & (qkv.slots < qkv.k_cache.shape[0] * qkv.k_cache.shape[1])
@@ -251,13 +291,14 @@ def test_rows_have_the_same_bits_in_any_batch(arch: str, kind: str) -> None:
     whole = out_of("linear_quant", x, w, F32)
     run_linear("linear_quant", arch, x, w, whole)
     names = {entry_of(arch, x, w)}
-    for rows in (17, MIDDLE[0] if arch == "90a" else 65):
+    has_middle = arch in ("80", "90a")
+    for rows in (17, MIDDLE[0] if has_middle else 65):
         part = x[-rows:]
         names.add(entry_of(arch, part, w))
         out = out_of("linear_quant", part, w, F32)
         run_linear("linear_quant", arch, part, w, out, seed=rows)
         assert torch.equal(out, whole[-rows:])
-    assert len(names) == (3 if arch == "90a" else 2)
+    assert len(names) == (3 if has_middle else 2)
 
 
 @pytest.mark.parametrize("arch, kind", in_turn([(k,) for k in KINDS]))
@@ -316,35 +357,73 @@ def test_row_with_a_nan_gives_nans_and_zeros_give_zeros(arch: str) -> None:
 # ------------------------------------------------------------------------------------ counters
 
 
-@pytest.mark.parametrize(
-    "kind",
-    [
-        pytest.param(
-            k, id=f"emu-sm_80-{k}", marks=[] if k in ("Q4_K", "Q6_K") else pytest.mark.slow
-        )
-        for k in KINDS
-    ],
-)
-def test_large_tile_meets_the_bars(kind: str) -> None:
-    """Instructions of the whole kernel but MMAs, shared memory's and moves (which mostly vanish in
-    SASS) fit the time of the MMAs, 8 clocks each of one of the SM's four schedulers. So do the
-    wavefronts of shared memory, without a bank conflict. w and x are read from DRAM once."""
-    m, n, k = 1152, 1536, 2048
-    x, w = values(m, k, dtype=BF16), random_weights(kind, n, k)
-    assert IS_SMALL not in entry_of("80", x, w)
+def counted(x: Tensor, w: Weights) -> tuple[emulator.Counters, float, float]:
+    """On sm_80: the counters; instructions of the whole kernel but MMAs, shared memory's and moves
+    (which mostly vanish in SASS), over the time of the MMAs, 8 clocks each of one of the SM's four
+    schedulers; and the wavefronts of shared memory."""
     counters = run_linear("linear_quant", "80", x, w, out_of("linear_quant", x, w))
     assert counters is not None
-    products = m * n * k // 2048
     time = 8 * counters.issued["mma"]
     left_out = sum(counters.issued[c] for c in ("mma", "shared", "mov"))
-    issued = (counters.instructions - left_out) / time
-    wavefronts = counters.shared_wavefronts * 4 / time
-    print(f"{kind}: {issued:.3f} of the MMAs' time issued, {wavefronts:.3f} in shared memory")
-    assert counters.issued["mma"] == products * 9 // 8
-    assert issued <= 1.0 and wavefronts <= 1.0
+    assert counters.issued["mma"] == x.shape[0] * w.blocks.shape[0] * x.shape[1] // 2048 * 9 // 8
     assert counters.shared_wavefronts == counters.shared_wavefronts_min
+    issued = (counters.instructions - left_out) / time
+    return counters, issued, counters.shared_wavefronts * 4 / time
+
+
+def on_sm_80(quick: tuple[str, ...]) -> list[Any]:
+    """All types; slow but for these."""
+    marks = {kind: [] if kind in quick else [pytest.mark.slow] for kind in KINDS}
+    return [pytest.param(kind, id=f"emu-sm_80-{kind}", marks=marks[kind]) for kind in KINDS]
+
+
+@ampere
+@pytest.mark.parametrize("kind", on_sm_80(("Q4_K", "Q6_K")))
+def test_large_tile_meets_the_bars(kind: str) -> None:
+    """No more than the MMAs' time; w and x are read from DRAM once."""
+    m, n, k = 1152, 1536, 2048
+    x, w = values(m, k, dtype=BF16), random_weights(kind, n, k)
+    assert AMPERE[LARGE] in entry_of("80", x, w)
+    counters, issued, wavefronts = counted(x, w)
+    print(f"{kind}: {issued:.3f} of the MMAs' time issued, {wavefronts:.3f} in shared memory")
+    assert issued <= 1.0 and wavefronts <= 1.0
     read = m * k * 2 * 9 // 8 + w.tiles.numel()
     assert counters.unique_read_sectors <= 1.01 * read / 32
+
+
+@ampere
+@pytest.mark.parametrize("kind", on_sm_80(("Q4_K", "Q6_K")))
+def test_middle_tile_at_its_own_shape(kind: str) -> None:
+    """512 rows of Minitron's o. Types with a scale for 16 k are over the bar, by less than the
+    blocks of the large tile would wait for each other."""
+    m, n, k = 512, 4096, 1024
+    x, w = values(m, k, dtype=BF16), random_weights(kind, n, k)
+    assert AMPERE[MIDDLE] in entry_of("80", x, w)
+    _, issued, wavefronts = counted(x, w)
+    print(f"{kind}: {issued:.3f} of the MMAs' time issued, {wavefronts:.3f} in shared memory")
+    is_16 = kind in ("Q2_K", "Q3_K", "Q6_K")
+    assert issued <= (1.36 if is_16 else 1.07)
+    assert wavefronts <= (1.26 if is_16 or kind == "Q8_0" else 1.07)
+
+
+@ampere
+@pytest.mark.parametrize("kind", on_sm_80(("Q4_K",)))
+def test_small_tile_costs_what_the_plan_takes(kind: str) -> None:
+    """kSmallCost of quant_gemm_plan.cpp: wavefronts, which bind it, per MMA's time."""
+    x, w = values(64, 2048, dtype=BF16), random_weights(kind, 1024, 2048)
+    assert IS_SMALL in entry_of("80", x, w)
+    _, issued, wavefronts = counted(x, w)
+    print(f"{kind}: {issued:.3f} of the MMAs' time issued, {wavefronts:.3f} in shared memory")
+    assert 1.75 <= wavefronts <= 2.15 and issued <= 1.85
+
+
+@pytest.mark.parametrize("m, n, k, tile", [
+    (512, 4096, 4096, MIDDLE), (512, 4096, 11520, MIDDLE), (2048, 4096, 4096, LARGE),
+    (2048, 4096, 11520, LARGE), (512, 11520, 4096, LARGE), (512, 23040, 4096, LARGE),
+])  # fmt: skip
+def test_tiles_of_minitron_on_sm_80(m: int, n: int, k: int, tile: tuple[int, int]) -> None:
+    w = zeros("Q4_K", n, k)
+    assert AMPERE[tile] in entry_of("80", torch.empty(m, k, dtype=BF16), w)
 
 
 def test_large_tile_has_registers_to_spare() -> None:

@@ -32,21 +32,35 @@ int64_t num_blocks(int32_t m, const mk_quant_matrix* w, int count, const Choice&
     return static_cast<int64_t>(ceil_div(m, c.tokens())) * num_strips(w, count, c);
 }
 
-// The tile with the least work on the busiest SM. A small one's output costs 1.5 times as much:
-// its bytes of shared memory per MMA. Up to 64 rows of x the bytes of w count, and small tiles have
-// most of them on their way. Without room for a large one (A100's kernels on an RTX 3090): small
-// ones.
+// What a row of w times a row of x costs in a tile, by the large one's: from counts of wavefronts
+// of shared memory, and of instructions with scales for 16 k (docs/native.md).
+constexpr int kLargeCost = 100, kMiddleCost = 125, kSmallCost = 185;
+
+// The tile with the least work on the busiest SM; of equals the larger one. Up to 64 rows of x the
+// bytes of w count, and small tiles have most of them on their way. Without room for a larger one
+// (A100's kernels on an RTX 3090): small ones.
 Choice choose(int32_t m, const mk_quant_matrix* w, int count, const mk_device& device) {
     const QuantGemmTiles& tiles = quant_gemm_tiles(device.sm);
-    Choice small{&tiles.small, nullptr, 1, 0}, large{&tiles.large, nullptr, 1, 0};
-    small.blocks = num_blocks(m, w, count, small);
-    large.blocks = num_blocks(m, w, count, large);
-    const bool has_room = quant_gemm_smem_bytes(tiles.large) <= device.smem_per_block;
-    if (m <= tiles.small.tokens || !has_room) return small;
-    const auto cost = [&](const Choice& c, int percent) {
-        return ceil_div<int64_t>(c.blocks, device.num_sms) * c.rows() * c.tokens() * percent;
+    Choice best{};
+    int64_t least = INT64_MAX;
+    const auto consider = [&](const QuantGemmTile& tile, int cost) {
+        Choice c{&tile, nullptr, 1, 0};
+        c.blocks = num_blocks(m, w, count, c);
+        const int64_t needed =
+            ceil_div<int64_t>(c.blocks, device.num_sms) * tile.rows * tile.tokens * cost;
+        if (needed >= least) return;
+        least = needed;
+        best = c;
     };
-    return cost(small, 150) < cost(large, 100) ? small : large;
+    const auto has_room = [&](const QuantGemmTile& tile) {
+        return tile.rows > 0 && quant_gemm_smem_bytes(tile) <= device.smem_per_block;
+    };
+    if (m > tiles.small.tokens) {
+        if (has_room(tiles.large)) consider(tiles.large, kLargeCost);
+        if (has_room(tiles.middle)) consider(tiles.middle, kMiddleCost);
+    }
+    consider(tiles.small, kSmallCost);
+    return best;
 }
 
 // ---- Hopper ----

@@ -109,14 +109,18 @@ constexpr int quant_gemm_smem_bytes(const QuantGemmTile& t) {
 }
 
 //   large   prompts. Warps of 32 x 64: 64 sums of the group and 64 of all k a thread
-//   small   few tokens, or few rows of w for the SMs: N = 4096 makes 128 blocks
+//   middle  on A100 N = 4096: of 512 rows of x the large one makes 128 blocks, for 108 SMs. As many
+//           bytes of x from shared memory, but each weight is unpacked for 32 tokens, not for 64
+//   small   few tokens, or few rows of w
 struct QuantGemmTiles {
-    QuantGemmTile large, small;
+    QuantGemmTile large, middle, small;
 };
-constexpr QuantGemmTiles kQuantGemmSm80 = {{128, 128, 32, 64, 4, 2, 1}, {32, 64, 16, 32, 4, 3, 2}};
-constexpr QuantGemmTiles kQuantGemmSm89 = {{64, 128, 32, 32, 2, 2, 1}, {32, 64, 16, 32, 2, 2, 2}};
-constexpr QuantGemmTiles kQuantGemmSm100 = {{128, 128, 32, 64, 4, 2, 1},
-                                            {32, 64, 16, 32, 4, 3, 3}};  // sm_90: the small one
+constexpr QuantGemmTiles kQuantGemmSm80 = {
+    {128, 128, 32, 64, 4, 2, 1}, {128, 64, 32, 32, 4, 2, 1}, {32, 64, 16, 32, 4, 3, 2}};
+constexpr QuantGemmTiles kQuantGemmSm89 = {
+    {64, 128, 32, 32, 2, 2, 1}, {}, {32, 64, 16, 32, 2, 2, 2}};
+constexpr QuantGemmTiles kQuantGemmSm100 = {
+    {128, 128, 32, 64, 4, 2, 1}, {}, {32, 64, 16, 32, 4, 3, 3}};  // sm_90: the small one
 constexpr const QuantGemmTiles& quant_gemm_tiles(int sm) {
     return sm == 80 ? kQuantGemmSm80 : sm == 89 ? kQuantGemmSm89 : kQuantGemmSm100;
 }
@@ -125,6 +129,7 @@ constexpr bool quant_gemm_tile_fits(const QuantGemmTile& t, int kilobytes) {
     return t.blocks_per_sm * (quant_gemm_smem_bytes(t) + 1024) <= kilobytes * 1024;
 }
 static_assert(quant_gemm_tile_fits(kQuantGemmSm80.large, 164));
+static_assert(quant_gemm_tile_fits(kQuantGemmSm80.middle, 164));
 static_assert(quant_gemm_tile_fits(kQuantGemmSm80.small, 164));
 static_assert(quant_gemm_tile_fits(kQuantGemmSm89.large, 100));
 static_assert(quant_gemm_tile_fits(kQuantGemmSm89.small, 100));

@@ -61,8 +61,10 @@ constexpr int quant_x_shares(int m, int groups) {
     return warps < most ? warps : most;
 }
 
-// How a block goes over its tiles: in rounds of round_tiles, of which all groups (or, where x does
-// not fit, chunks of them) are multiplied by the warps, and then added. None of it changes a bit.
+// How a block goes over its tiles: in rounds of round_tiles, of which all groups (or chunks of
+// them) are multiplied by the warps, and then added. Chunks are for x that does not fit, or leaves
+// room for few sums: 8 rows of 4096 and 99 KB would take 6 rounds of one tile, in which no warp has
+// more than two groups, and take 2 chunks of 8 groups of all 6. None of it changes a bit.
 struct QuantDecodeShape {
     int32_t num_tiles;     // rows of tiles of all matrices
     int32_t num_groups;    // of 256 k, of a row
@@ -94,7 +96,8 @@ constexpr QuantDecodeShape quant_decode_shape(int m, int k, int num_tiles, int n
     const int least = 2 * kQuantWarps * slot;
     // Of a round with chunks: the totals are in registers.
     const int most_kept = kQuantKeptSteps * (kQuantThreads / quant_tile_threads(m));
-    for (s.num_chunks = 1;; ++s.num_chunks) {
+    QuantDecodeShape best{};
+    for (s.num_chunks = 1; s.num_chunks <= s.num_groups; ++s.num_chunks) {
         s.chunk_groups = (s.num_groups + s.num_chunks - 1) / s.num_chunks;
         s.x_stride = quant_x_stride(s.chunk_groups);
         const int64_t fixed = kQuantFixedBytes + static_cast<int64_t>(m) * s.x_stride;
@@ -116,15 +119,23 @@ constexpr QuantDecodeShape quant_decode_shape(int m, int k, int num_tiles, int n
         s.round_bytes = is_double ? static_cast<int32_t>(round) : 0;
         const int64_t sums = is_double ? 2 * round : round;
         s.smem_bytes = static_cast<int32_t>(fixed + (sums < least ? least : sums));
-        return s;
+        if (best.num_chunks == 0 ||
+            (s.num_rounds == 1 && s.num_chunks < best.num_chunks * best.num_rounds)) {
+            best = s;
+        }
+        // More chunks only save rounds: a round is one of each chunk.
+        if (best.num_rounds == 1 || s.num_chunks >= best.num_chunks * best.num_rounds) break;
     }
+    return best;
 }
 // The norm's sums of squares fit the least of the sums.
 static_assert(norm_group_bytes(8, kMaxNormK) <= 2 * kQuantWarps * quant_slot_bytes(8));
 static_assert(norm_group_bytes(16, kMaxNormK) <= 2 * kQuantWarps * quant_slot_bytes(16));
 // Minitron-8B's products at 16 rows fit Ada, whose blocks have 99 KB: in chunks.
 static_assert(quant_decode_shape(16, 11520, 256, 142, 99 << 10).smem_bytes <= 99 << 10);
-static_assert(quant_decode_shape(8, 4096, 1440, 108, 163 << 10).num_chunks == 1);
+static_assert(quant_decode_shape(8, 4096, 720, 103, 163 << 10).num_chunks == 1);
+static_assert(quant_decode_shape(8, 4096, 720, 120, 99 << 10).num_chunks == 2 &&
+              quant_decode_shape(8, 4096, 720, 120, 99 << 10).num_rounds == 1);
 
 struct QuantDecodeArgs {
     Product product;  // w is NULL
