@@ -44,7 +44,7 @@ CLAIMS = {
     "quant_prepare_x": (80, 9 << 10),
     "quant_gemm_rows128_m128": (255, 0),
     "quant_gemm_rows64_m128": (232, 0),
-    "quant_gemm_rows128_m64": (168, 0),
+    "quant_gemm_rows128_m64": (255, 0),  # 168 on sm_90: the launch of its warpgroups
     "quant_gemm_rows32_m64": (128, 0),
     "argmax": (64, 256),
     "argmax_unaligned": (64, 256),
