@@ -415,7 +415,10 @@ def test_instructions_and_bytes_per_weight(arch: str, kind: str) -> None:
 
 
 @pytest.mark.skipif(not find_tool("cuobjdump"), reason="cuobjdump is not installed")
-@pytest.mark.parametrize("arch", BUILT, ids=lambda a: f"emu-sm_{a}")
+@pytest.mark.parametrize("arch", [
+    pytest.param(arch, id=f"emu-sm_{arch}", marks=[] if arch == "80" else pytest.mark.slow)
+    for arch in BUILT
+])  # fmt: skip
 def test_loop_over_tiles_in_sass(arch: str) -> None:
     """Found for each type; with as many MMAs for the second 8 tokens."""
     for kind in KINDS:
