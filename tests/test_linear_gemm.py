@@ -371,8 +371,8 @@ LARGE_TILES = {
 # part of a smaller one.
 SMALLER_TILES = [
     ("m128_n192", "plain", 0.15),
-    ("m128_n192", "qkv", 0.165),
-    ("m128_n128", "plain", 0.165),
+    ("m128_n192", "qkv", 0.155),
+    ("m128_n128", "plain", 0.162),
 ]
 
 

@@ -80,8 +80,10 @@ def test_plans_fit_the_architecture(arch: str) -> None:
         assert smem <= gpu.smem_per_block and threads <= 1024, case.id
         occupancy = gpu.occupancy(threads, use["registers"], smem)
         assert occupancy >= 1, (case.id, plan, use)
+        # skinny_sm90_smem_bytes: where half of the SMs have no block, one takes a whole SM.
+        is_alone = "linear_sm90" in plan.entry and 2 * math.prod(plan.grid) <= gpu.sms
         for pattern in (p for p in claims if re.search(p, plan.entry)):
-            assert occupancy >= claims[pattern], (case.id, plan, use)
+            assert occupancy >= (1 if is_alone else claims[pattern]), (case.id, plan, use)
             met.add(pattern)
         assert plan.grid[0] < 2**31 and max(plan.grid[1:]) < 2**16, (case.id, plan)
     assert met == {pattern for pattern, blocks in claims.items() if blocks}

@@ -56,22 +56,20 @@ struct LinearGemmSm90 {
         ptx::wgmma_commit_group();
     }
 
+    template <class E>
     static __device__ __forceinline__ void multiply(const LinearGemmSm90Args& args,
-                                                    const Block& block, int group,
-                                                    uint8_t* smem_warp) {
+                                                    const E& epilogue, const Block& block,
+                                                    int group, uint8_t* smem_warp) {
         auto at = block.ring(group);
         Sums sums;
         // Of fewer stages warpgroup 1 could signal twice before warpgroup 2 waits once.
         const bool has_lead = block.num_stages >= T.stages;
-        block.each_tile([&](const typename Block::Tile& to) {
+        block.each_tile([&](const typename Block::Tile& to) __attribute__((always_inline)) {
             const int first_row = to.m0 + group * Block::kGroupRows + threadIdx.x / 32 % 4 * 16;
             const int num_rows = min(args.product.m - first_row, 16);
             if (has_lead && group == 1) ptx::bar_sync(kLeadBarrier, 256);
             start<true>(sums, at);
-            with_epilogue<Dtype>(args.to, [&]<class E>(const E& epilogue) {
-                Output<E>::look_up(epilogue, first_row, num_rows, to.n0,
-                                   smem_warp + kGemmStagedBytes);
-            });
+            Output<E>::look_up(epilogue, first_row, num_rows, to.n0, smem_warp + kGemmStagedBytes);
             int s = 1;
             MK_NO_UNROLL
             for (int end = min(kLead + 1, block.num_stages);; end = block.num_stages) {
@@ -90,9 +88,7 @@ struct LinearGemmSm90 {
             ptx::pin(sums);
             at.release(at.full);
             at.advance();
-            with_epilogue<Dtype>(args.to, [&]<class E>(const E& epilogue) {
-                Output<E>::write(epilogue, first_row, num_rows, to.n0, sums, smem_warp);
-            });
+            Output<E>::write(epilogue, first_row, num_rows, to.n0, sums, smem_warp);
         });
     }
 };
@@ -100,9 +96,12 @@ struct LinearGemmSm90 {
 template <class Dtype, GemmTileSm90 T>
 __device__ __forceinline__ void linear_gemm_sm90(const LinearGemmSm90Args& args) {
     using Gemm = LinearGemmSm90<Dtype, T>;
-    Gemm::Block::run(args, [&](const auto& block, int group, uint8_t* smem_warp) {
-        Gemm::multiply(args, block, group, smem_warp);
-    });
+    Gemm::Block::run(
+        args, [&](const auto& block, int group, uint8_t* smem_warp) __attribute__((always_inline)) {
+            with_epilogue<Dtype>(args.to, [&](const auto& epilogue) __attribute__((always_inline)) {
+                Gemm::multiply(args, epilogue, block, group, smem_warp);
+            });
+        });
 }
 
 }  // namespace mk
