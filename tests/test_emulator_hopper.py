@@ -229,6 +229,70 @@ def test_data_sent_to_another_cta(count: int, send: str) -> None:
         assert np.array_equal(run(body, seed, 64, 2), (1 - rank) * 1000 + tid)
 
 
+# By name; `old` and `new` are unsigned.
+REDUCTIONS = {
+    "add": lambda old, new: old + new,
+    "min": np.minimum,
+    "max": np.maximum,
+    "inc": lambda old, new: np.where(old >= new, 0, old + 1),
+    "dec": lambda old, new: np.where((old == 0) | (old > new), new, old - 1),
+    "and": np.bitwise_and,
+    "or": np.bitwise_or,
+    "xor": np.bitwise_xor,
+}
+
+
+@pytest.mark.parametrize(
+    ("op", "kind"),
+    [
+        *((op, "b32" if op in ("and", "or", "xor") else "u32") for op in REDUCTIONS),
+        *((op, "s32") for op in ("add", "min", "max")),
+    ],
+)
+def test_reductions_sent_to_another_cta(op: str, kind: str) -> None:
+    send = f"""mul.lo.u32 %r7, %tid, 7; sub.u32 %r7, %r7, %rank; st.shared.u32 [%r1], %r7;
+    {CLUSTER_SYNC} @%first mbarrier.arrive.expect_tx.shared.b64 _, [%bar], 256;
+    red.async.relaxed.cluster.shared::cluster.mbarrier::complete_tx::bytes.{op}.{kind}
+    [%r5], %r2, [%r6];"""
+    rank, tid = np.divmod(np.arange(128), 64)
+    dtype = np.int32 if kind == "s32" else np.uint32
+    with np.errstate(over="ignore"):
+        old, new = (v.astype(dtype) for v in (7 * tid - rank, (1 - rank) * 1000 + tid))
+        expected = REDUCTIONS[op](old, new).astype(dtype).view(np.int32)
+    body = REMOTE.replace("COUNT", "1").replace("SEND", send)
+    for seed in SEEDS:
+        assert np.array_equal(run(body, seed, 64, 2), expected)
+
+
+@pytest.mark.parametrize(
+    ("kind", "values"),
+    [
+        ("b64", "%rd2"),
+        ("v2.f32", "{%f1, %f2}"),
+        ("v2.b64", "{%rd2, %rd3}"),
+        ("v4.b32", "{%r2, %r7, %r8, %r9}"),
+    ],
+)
+def test_vectors_sent_to_another_cta(kind: str, values: str) -> None:
+    words = {"b64": 2, "v2.f32": 2}.get(kind, 4)
+    send = f"""@%first mbarrier.arrive.expect_tx.shared.b64 _, [%bar], {256 * words};
+    add.u32 %r7, %r2, 1; add.u32 %r8, %r2, 2; add.u32 %r9, %r2, 3;
+    mov.b64 %rd2, {{%r2, %r7}}; mov.b64 %rd3, {{%r8, %r9}}; mov.b32 %f1, %r2; mov.b32 %f2, %r7;
+    st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.{kind} [%r5], {values}, [%r6];"""
+    # A lane's words lie side by side, and their sum says that each is in its place.
+    read = " ".join(
+        f"ld.shared.u32 %r10, [%r1+{4 * i}]; mad.lo.u32 %r11, %r10, {i + 1}, %r11;"
+        for i in range(words)
+    )
+    body = REMOTE.replace("COUNT", "1").replace("SEND", send)
+    body = body.replace("mad.lo.u32 %r1, %tid, 4, %s", f"mad.lo.u32 %r1, %tid, {4 * words}, %s")
+    body = body.replace("ld.shared.u32 %r3, [%r1]; ", f"mov.u32 %r11, 0; {read} mov.u32 %r3, %r11;")
+    rank, tid = np.divmod(np.arange(128), 64)
+    expected = sum((i + 1) * ((1 - rank) * 1000 + tid + i) for i in range(words))
+    for seed in SEEDS:
+        assert np.array_equal(run(body, seed, 64, 2), expected)
+
+
 def test_multicast() -> None:
     """Each CTA of four loads a quarter for all."""
     body = f"""
@@ -315,8 +379,11 @@ $end: st.global.u32 [%yt], 3;"""
 # --------------------------------------------------------------------------------------------------
 # Tensor maps
 
-TYPES = {"u8": 0, "s32": 3, "f16": 6, "f32": 7, "f64": 8}
-NUMPY = {"u8": np.uint8, "s32": np.int32, "f16": np.float16, "f32": np.float32, "f64": np.float64}
+TYPES = {"u8": 0, "u32": 2, "s32": 3, "u64": 4, "f16": 6, "f32": 7, "f64": 8}
+NUMPY = {
+    "u8": np.uint8, "u32": np.uint32, "s32": np.int32, "u64": np.uint64,
+    "f16": np.float16, "f32": np.float32, "f64": np.float64,
+}  # fmt: skip
 
 
 def tile_of(array: np.ndarray, box: list[int], at: list[int], fill: float) -> np.ndarray:
@@ -425,6 +492,50 @@ def test_steps_pick_every_other_element() -> None:
     y = np.zeros(3 * 64, np.uint8)
     launch(load(tensor_load(2, [0, 2], 192, 192)), y[:4], y, maps=[tensor_map], regions=[array])
     assert np.array_equal(y.view(np.float32).reshape(3, 16), array[2:10:3])
+
+
+STORES = [  # type, operation, box, where it is put (innermost first)
+    ("f32", "", [64], [-7]),
+    ("f16", "", [16, 3, 4], [-4, 4, -1]),
+    ("s32", "", [8, 4, 3, 2], [3, -2, 2, 1]),
+    ("f16", "", [8, 2, 3, 2, 2], [4, 1, -1, 2, -1]),
+    *(("u32", op, [8, 3, 4], [4, 4, -1]) for op in REDUCTIONS),
+    ("s32", "min", [64], [90]),
+    ("u64", "add", [4, 3, 2, 2], [-1, 1, 1, -1]),
+    ("f16", "max", [8, 2, 3, 2, 2], [4, 1, -1, 2, -1]),
+    ("f32", "add", [8, 3, 4], [-4, 4, 2]),
+]
+
+
+@pytest.mark.parametrize(("kind", "op", "box", "at"), STORES)
+def test_tensor_stores_of_any_rank(kind: str, op: str, box: list[int], at: list[int]) -> None:
+    rng = np.random.default_rng(0)
+    shape = {1: (100,), 3: (5, 6, 16), 4: (3, 4, 5, 8), 5: (2, 3, 4, 3, 8)}[len(box)]
+    source = rng.integers(0, 100, box[::-1]).astype(NUMPY[kind])
+    target = rng.integers(0, 100, shape).astype(NUMPY[kind])
+    maps = [encode_map(array, box, TYPES[kind]) for array in (source, target)]
+    copy = f"cp.reduce.async.bulk.tensor.{len(box)}d" if op else f"cp.async.bulk.tensor.{len(box)}d"
+    copy += f".global.shared::cta{'.' + op if op else ''}.tile.bulk_group"
+    zeros, coordinates = (", ".join(map(str, c)) for c in ([0] * len(box), at))
+    body = f"""
+    {INIT.format(count=1)}
+    @%first mbarrier.arrive.expect_tx.shared.b64 _, [%bar], {source.nbytes};
+    @%first cp.async.bulk.tensor.{len(box)}d.shared::cluster.global.mbarrier::complete_tx::bytes
+        [%s], [%map, {{{zeros}}}], [%bar];
+    {wait("%bar", 0)}
+    @!%leader bra $end;
+    {copy} [%map2, {{{coordinates}}}], [%s];
+    cp.async.bulk.commit_group; cp.async.bulk.wait_group 0;
+$end:"""
+    expected = target.copy()
+    places = list(zip(at[::-1], source.shape, target.shape, strict=True))
+    part = source[tuple(slice(max(0, -a), min(n, size - a)) for a, n, size in places)]
+    inside = expected[tuple(slice(max(0, a), min(a + n, size)) for a, n, size in places)]
+    assert 0 < part.size < source.size
+    inside[:] = REDUCTIONS[op](inside, part) if op else part
+    x = np.zeros(1, np.int32)
+    launch(load(body), x, x, maps=maps, regions=[source, target])
+    assert np.array_equal(target, expected)
 
 
 @pytest.mark.parametrize("op", ["", "add", "max"])
