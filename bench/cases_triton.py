@@ -179,7 +179,7 @@ def triton_matmul_tma(
         return triton_cases.Problem([*args, m, width, k], grid, out, out)
 
     constexprs = dict(zip(("BLOCK_M", "BLOCK_N", "BLOCK_K"), tile, strict=True))
-    constexprs |= {"ACC": tl.float32, "FLATTEN": False}
+    constexprs |= {"ACC": tl.float32, "FLATTEN": False, "SPECIALIZE": False}
     return triton_case(
         TritonKernel(triton_kernels.matmul_descriptors, constexprs, build, warps, stages),
         tile,

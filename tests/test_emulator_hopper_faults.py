@@ -51,6 +51,7 @@ def test_wrong_parity() -> None:
     assert "phase 1 (parity 1), which needs 1 of 1 arrivals and 0 bytes" in report
     polling = late.replace("try_wait", "test_wait")
     assert faults(polling) == {"deadlock"}
+    assert faults(wrong(LOAD, wait("%bar", 0), wait("%bar", 2))) == {"mbarrier misuse"}
 
 
 def test_no_wait_at_all() -> None:

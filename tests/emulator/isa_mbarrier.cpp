@@ -197,9 +197,10 @@ void wait(Warp& w, const Instr& in, Mask m) {
         bool over;
         if (in.b) {
             const uint32_t parity = w.row<uint32_t>(in.op[2])[l];
-            if (parity > 1)
+            // The ISA has 0 and 1; Triton's warp specialisation also writes 1 as -1.
+            if (parity > 1 && parity != ~0u)
                 fault("mbarrier misuse", "parity " + std::to_string(parity) + " (0, 1)", l);
-            over = (b.phase & 1) != parity;
+            over = (b.phase & 1) != (parity & 1);
         } else {
             const auto phase = static_cast<uint32_t>(w.row<uint64_t>(in.op[2])[l] >> 32);
             if (phase != b.phase && phase + 1 != b.phase)

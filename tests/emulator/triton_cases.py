@@ -201,21 +201,24 @@ def _matmul_descriptors_case(
     num_stages: int,
     programs: int,
     flatten: bool = False,
+    specialise: bool = False,
     slow: bool = False,
 ) -> Case:
     kind = _MATMUL_TYPES[name]
     tile = "x".join(map(str, block))
-    constexprs = {"ACC": kind.acc, "FLATTEN": flatten}
-    flat = "-flat" if flatten else ""
+    constexprs = {"ACC": kind.acc, "FLATTEN": flatten, "SPECIALIZE": specialise}
+    how = "-flat" * flatten + "-specialised" * specialise
     return Case(
-        f"matmul_tma-{name}-{tile}-w{num_warps}-s{num_stages}{flat}",
+        f"matmul_tma-{name}-{tile}-w{num_warps}-s{num_stages}{how}",
         kernels.matmul_descriptors,
         dict(zip(("BLOCK_M", "BLOCK_N", "BLOCK_K"), block, strict=True)) | constexprs,
         partial(problems.matmul_descriptors, mnk=mnk, block=block, programs=programs, kind=kind),
         (90,),
         num_warps,
         num_stages,
-        wgmma=rf"(?s)cp\.async\.bulk\.tensor.*wgmma\.mma_async\S*{kind.wgmma}",
+        wgmma=r"(?s)"
+        + r"setmaxnreg.*" * specialise
+        + rf"cp\.async\.bulk\.tensor.*wgmma\.mma_async\S*{kind.wgmma}",
         slow=slow,
     )
 
@@ -379,6 +382,8 @@ def _cases() -> list[Case]:
         _matmul_descriptors_case("bf16", (128, 128, 64), (256, 384, 256), 4, 3, 2, flatten=True),
         _matmul_descriptors_case("f16", (128, 64, 32), (256, 128, 160), 4, 2, programs=4),
         _matmul_descriptors_case("f16", (128, 256, 64), (256, 512, 320), 8, 3, 2, slow=True),
+        _matmul_descriptors_case("bf16", (64, 128, 64), (128, 256, 320), 4, 3, 2, specialise=True),
+        _matmul_descriptors_case("f16", (64, 64, 64), (100, 96, 200), 4, 2, 3, specialise=True),
         _matmul_descriptors_case("e4m3", (64, 128, 128), (128, 256, 384), 4, 3, programs=2),
         _matmul_descriptors_case("e5m2", (128, 128, 64), (200, 256, 192), 8, 3, programs=4),
         _matmul_descriptors_case("s8", (64, 64, 128), (128, 192, 256), 4, 3, programs=2),

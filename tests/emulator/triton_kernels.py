@@ -258,16 +258,19 @@ def row_argmax(x_ptr, out_ptr, stride, cols, BLOCK: tl.constexpr):
 def matmul_descriptors(
     a_desc, b_desc, out_desc, m, n, k,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, ACC: tl.constexpr,
-    FLATTEN: tl.constexpr,
+    FLATTEN: tl.constexpr, SPECIALIZE: tl.constexpr,
 ):  # fmt: skip
-    """a[m, k] @ b[n, k]^T through tensor maps; programs take turns at the tiles (persistent)."""
+    """a[m, k] @ b[n, k]^T through tensor maps; programs take turns at the tiles (persistent).
+
+    SPECIALIZE: warps of their own for the copies.
+    """
     across = tl.cdiv(n, BLOCK_N)
     tiles = tl.cdiv(m, BLOCK_M) * across
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=FLATTEN):
         row = tile // across * BLOCK_M
         col = tile % across * BLOCK_N
         acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=ACC)
-        for start in range(0, k, BLOCK_K):
+        for start in tl.range(0, k, BLOCK_K, warp_specialize=SPECIALIZE):
             a = a_desc.load([row, start])
             b = b_desc.load([col, start])
             acc = tl.dot(a, b.T, acc, out_dtype=ACC)
