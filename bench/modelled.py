@@ -174,13 +174,16 @@ MEMORY_COUNTERS = tuple(f.name for f in fields(Counters) if f.name not in ("issu
 def stored(case: Case, arch: str, m: Measured) -> Row:
     """What the results file keeps of a measurement: what was counted. All else is derived."""
     c = m.counters
+    loop = asdict(m.binary.loop) if m.binary.loop else None
+    if loop:
+        del loop["loads"]  # they tell loops apart
     return {
         "case": case.id, "arch": arch, "entry": m.plan.entry, "grid": list(m.plan.grid),
         "block": list(m.plan.block), "smem": m.plan.smem_bytes, "emulated": list(m.emulated_units),
         **({"cluster": m.plan.cluster} if m.plan.cluster > 1 else {}),
         "registers": m.binary.registers, "static_smem": m.binary.smem_bytes,
         "mma_flop": m.binary.mma_flop,
-        "loop": asdict(m.binary.loop) if m.binary.loop else None,
+        "loop": loop,
         "issued": {k: n for k, n in c.issued.items() if n}, "exp2_lanes": c.lanes["mufu"],
         "memory": [getattr(c, name) for name in MEMORY_COUNTERS],
         **({"ends": list(astuple(m.ends))} if m.ends else {}),
