@@ -680,7 +680,7 @@ FAULTS = {
         r"mapa\.shared::cluster\.u32 (%r\d+), (%r\d+), %r\d+;",
         r"mov.u32 \1, \2;",
         TWO_BLOCKS,
-        "^(asynchronous copy not waited for|shared-memory race).* write to shared",
+        "^shared-memory race.* write to shared",
     ),
     "a slot that the other block still reads": (
         "90a",

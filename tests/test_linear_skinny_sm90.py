@@ -189,7 +189,9 @@ def changed_library(folder: Path, entry: str, old: bytes, new: bytes, count: int
         (rb"wgmma\.wait_group\.sync\.aligned 1;", rb"wgmma.wait_group.sync.aligned 7;", 0,
          "shared-memory race"),
         (rb"wgmma\.fence\.sync\.aligned;", rb"", 0, "missing wgmma.fence"),
-        (rb"wgmma\.mma_async", rb"//mma.mma_async", 0, "out: element|unknown"),
+        # The first of the four of a stage, in the loop of each product.
+        (rb"(wgmma\.fence\.sync\.aligned;(?s:.*?))wgmma\.mma_async", rb"\1//mma.mma_async", 0,
+         "out: element|unknown"),
         (rb"barrier\.cluster\.wait[^;]*;", rb"", 0, "barrier|mbarrier|race|cluster"),
         (rb"mbarrier\.arrive\.shared::cluster[^;]*;", rb"", 0, "deadlock"),
         (rb"\.multicast::cluster", rb"", 0, "deadlock|bad bulk copy|unknown|statement"),
