@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130  # what a shell reports for SIGINT
+MAX_TEXT_BYTES = 1 << 28
 PARALLEL_COMMANDS = ("generate", "chat", "score")
 USER_ERRORS = (click.ClickException, ValueError, OSError, NotImplementedError, MemoryError)
 
@@ -337,8 +338,13 @@ def _utf8(text: str, what: str) -> str:
 
 def _read_utf8(source: Path | None) -> str:
     """The text of a file, or of standard input for None."""
-    data = sys.stdin.buffer.read() if source is None else source.read_bytes()
-    return _decode(data, "standard input" if source is None else str(source))
+    what = "standard input" if source is None else str(source)
+    # A limit, as devices and pipes may have no end.
+    with nullcontext(sys.stdin.buffer) if source is None else source.open("rb") as file:
+        data = file.read(MAX_TEXT_BYTES + 1)
+    if len(data) > MAX_TEXT_BYTES:
+        raise ValueError(f"{what} holds more than {MAX_TEXT_BYTES >> 20} MiB of text")
+    return _decode(data, what)
 
 
 def _decode(data: bytes, what: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple, ParamSpec, TypeVar
+from typing import NamedTuple, NoReturn, ParamSpec, TypeVar
 
 import torch
 
@@ -33,14 +33,23 @@ class Rope(NamedTuple):
 
 
 _LIBRARY = torch.library.Library("minitron_kernels", "DEF")
+_NO_BACKWARD = "{} has no backward pass: use torch.no_grad(), or detach its arguments"
 _Args = ParamSpec("_Args")
 _Result = TypeVar("_Result")
+
+
+def _requires_grad(*args: object, **kwargs: object) -> bool:
+    return any(isinstance(t, Tensor) and t.requires_grad for t in (*args, *kwargs.values()))
 
 
 def op(
     schema: str, fake: Callable[..., object]
 ) -> Callable[[Callable[_Args, _Result]], Callable[_Args, _Result]]:
-    """Register a function as an op of CPU and CUDA tensors; ``fake`` tells its outputs' shapes."""
+    """Register a function as an op of CPU and CUDA tensors; ``fake`` tells its outputs' shapes.
+
+    There are no gradients. A backward pass through an op raises NotImplementedError; through one
+    that also writes to an argument, PyTorch warns.
+    """
 
     def register(function: Callable[_Args, _Result]) -> Callable[_Args, _Result]:
         name = schema.partition("(")[0]
@@ -49,10 +58,18 @@ def op(
         _LIBRARY.impl(name, function, "CUDA")
         torch.library.register_fake(f"minitron_kernels::{name}", fake, lib=_LIBRARY)
         registered = getattr(torch.ops.minitron_kernels, name).default
+        if not registered._schema.is_mutable:
+
+            def backward(ctx: object, *gradients: object) -> NoReturn:
+                raise NotImplementedError(_NO_BACKWARD.format(name))
+
+            torch.library.register_autograd(f"minitron_kernels::{name}", backward, lib=_LIBRARY)
 
         @functools.wraps(function)
         def call(*args: _Args.args, **kwargs: _Args.kwargs) -> _Result:
-            if torch.compiler.is_compiling():
+            if torch.compiler.is_compiling() or (
+                torch.is_grad_enabled() and _requires_grad(*args, **kwargs)
+            ):
                 result: _Result = registered(*args, **kwargs)
                 return result
             return function(*args, **kwargs)

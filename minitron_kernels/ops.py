@@ -2,7 +2,8 @@
 
 Each is registered as torch.ops.minitron_kernels.<name> with a fake kernel, so that torch.compile
 takes it whole (fullgraph, dynamic shapes). An eager call goes straight to the implementation: the
-dispatcher would cost more than launching a kernel (bench/bench_call_overhead.py). CPU tensors are
+dispatcher would cost more than launching a kernel (bench/bench_call_overhead.py). There are no
+gradients: a backward pass through an op raises NotImplementedError, or warns. CPU tensors are
 computed by `cpu_ops.py`, CUDA tensors by the compiled kernels (`cuda_ops.py`) where there is one.
 
 Conventions: T tokens of all sequences packed along dimension 0 (no padding), Hq query heads, Hk

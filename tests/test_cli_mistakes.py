@@ -47,6 +47,7 @@ from tests.cli_process import popen
         (["score", "--ids", "1,two"], "1,two"),
         (["score", "--ids", "1,999999"], "ids"),
         (["score", "--file", "/nonexistent/text"], "/nonexistent/text"),
+        (["score", "--file", "/dev/zero"], "256 MiB"),
         (["score", "--text", "x" * 600], "512"),
         (["info", "/nonexistent"], "/nonexistent"),
         (["info", "{tiny}", "--dtype", "int3"], "int3"),

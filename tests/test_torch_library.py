@@ -125,6 +125,22 @@ def test_every_registered_op_is_tested() -> None:
     assert registered == {name.partition(" ")[0] for name in NAMES}
 
 
+@pytest.mark.parametrize("name", [n for n in NAMES if n != "embedding_quant"])  # no floats
+def test_a_backward_pass_says_that_there_is_none(name: str) -> None:
+    args = arguments(2)[name]
+    next(a for a in args if isinstance(a, Tensor) and a.is_floating_point()).requires_grad_()
+    result = public(name)(*args)
+    outputs = result if isinstance(result, tuple) else (result,)
+    op = getattr(torch.ops.minitron_kernels, name.partition(" ")[0]).default
+    if not op._schema.is_mutable:
+        for y in outputs if name != "quantize_fp8" else outputs[:1]:  # the other is an argument
+            with pytest.raises(NotImplementedError, match=r"no backward pass.*torch\.no_grad"):
+                y.backward(torch.ones_like(y), retain_graph=True)
+    elif result is not None:
+        with pytest.warns(UserWarning, match="autograd kernel was not registered"):
+            outputs[0].backward(torch.ones_like(outputs[0]))
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_opcheck(name: str) -> None:
     op = getattr(torch.ops.minitron_kernels, name.partition(" ")[0]).default

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -224,10 +225,7 @@ class Module:
         lib = library()
         _check(lib.emu_module_load(emulator.device.encode(), image, size, ctypes.byref(handle)))
         self._handle = handle
-
-    def __del__(self) -> None:
-        if getattr(self, "_handle", None):
-            library().emu_module_unload(self._handle)
+        weakref.finalize(self, lib.emu_module_unload, handle)
 
     @property
     def kernels(self) -> list[str]:
