@@ -30,7 +30,7 @@
 extern "C" {
 #endif
 
-#define MK_ABI_VERSION 5
+#define MK_ABI_VERSION 6
 
 typedef enum mk_status {
     MK_OK = 0,
@@ -364,7 +364,9 @@ MK_API mk_status mk_quant_unpack(const mk_quant_pack_params* params);
 
 typedef struct mk_linear_quant_params {
     mk_linear_params linear; /* w NULL; k a multiple of 32, or of 256 for the K types */
-    mk_quant_matrix w;       /* [n, k]; of mk_linear_quant_swiglu gate and up by turns */
+    mk_quant_matrix w;       /* [n, k]; of mk_linear_quant_swiglu gate and up by turns, or gate */
+    mk_quant_matrix up;      /* zeros; of mk_linear_quant_swiglu with w = gate, [n / 2, k], up:
+                              * [n / 2, k] of any type */
     void* workspace;         /* of mk_linear_quant_workspace_bytes, aligned to 16 bytes, contents
                               * arbitrary; NULL: none is needed */
     int64_t workspace_bytes;

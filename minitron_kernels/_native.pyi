@@ -838,6 +838,7 @@ def linear_quant_plan(
 def linear_quant_swiglu(
     x: int,
     w: QuantMatrix,
+    up: QuantMatrix,
     norm_weight: int,
     out: int,
     workspace: int,
@@ -854,6 +855,7 @@ def linear_quant_swiglu(
 def linear_quant_swiglu_plan(
     x: int,
     w: QuantMatrix,
+    up: QuantMatrix,
     norm_weight: int,
     out: int,
     workspace: int,

@@ -22,7 +22,6 @@ from minitron_kernels.cuda_ops import (
     rms_norm,
     rotated_q,
     rows_of,
-    silu_and_mul,
 )
 
 if TYPE_CHECKING:
@@ -42,6 +41,9 @@ class Tiles(NamedTuple):
     def native(self) -> object:
         """mk_quant_matrix of it."""
         return _native.QuantMatrix(self.data.data_ptr(), GGML_NUMBERS[self.kind], self.rows)
+
+
+_NO_MATRIX = _native.QuantMatrix(0, 0, 0)
 
 
 def _workspace(x: Tensor) -> Tensor | None:
@@ -109,39 +111,33 @@ def linear(
     return out
 
 
-def linear_swiglu(x: Tensor, w: Tiles, norm_weight: Tensor | None, eps: float) -> Tensor:
-    """silu(gate) * up [T, I] of norm(x [T, H]); the rows of w are gate 0, up 0, gate 1, ..."""
-    rows, size = rows_of(x), w.rows // 2
-    out = torch.empty((x.shape[0], size), dtype=x.dtype, device=x.device)
+def linear_swiglu(
+    x: Tensor, gate: Tiles, up: Tiles | None, norm_weight: Tensor | None, eps: float
+) -> Tensor:
+    """silu(gate) * up [T, I] of norm(x [T, H]), of any two types; up None: the rows of gate are
+    gate 0, up 0, gate 1, ..."""
+    n = gate.rows if up is None else 2 * gate.rows
+    rows = rows_of(x)
+    out = torch.empty((x.shape[0], n // 2), dtype=x.dtype, device=x.device)
     workspace = _workspace(rows)
     call(
         "linear_quant_swiglu",
         x,
         rows.data_ptr(),
-        w.native(),
+        gate.native(),
+        _NO_MATRIX if up is None else up.native(),
         pointer(norm_weight),
         out.data_ptr(),
         *_scratch(workspace),
         rows.stride(0),
-        size,
+        n // 2,
         rows.shape[0],
-        w.rows,
+        n,
         rows.shape[1],
         eps,
         DTYPES[x.dtype],
     )
     return out
-
-
-def gate_up_silu(
-    x: Tensor, gate: Tiles, up: Tiles, norm_weight: Tensor | None, eps: float
-) -> Tensor:
-    """As `linear_swiglu`, of two matrices: two products, rounded, and silu_and_mul."""
-    rows, size = rows_of(x), gate.rows
-    gate_up = torch.empty((x.shape[0], 2 * size), dtype=x.dtype, device=x.device)
-    for w, out in ((gate, gate_up[:, :size]), (up, gate_up[:, size:])):
-        _product(rows, w, out, None, norm_weight, eps)
-    return silu_and_mul(gate_up)
 
 
 def qkv_rope_append(

@@ -230,8 +230,7 @@ def linear_swiglu(
 ) -> Tensor:
     """silu(gate(x)) * up(x) of x [T, H], normalised first where asked -> [T, I].
 
-    ``up`` None: gate is packed with it (`quant_packing.pack`). The result is rounded once, but on
-    a GPU, when up is a matrix of its own, gate and up are rounded before it.
+    ``up`` None: gate is packed with it (`quant_packing.pack`). The result is rounded once.
     """
     weight, eps = norm if norm is not None else (None, 0.0)
     w, kind, rows = _stored(gate)
@@ -274,9 +273,9 @@ def _linear_swiglu(
         x, norm_weight = cuda_quantized.normed(x, norm_weight, eps)
         if up is None:
             tiles = Tiles(gate, gate_kind, 2 * rows)
-            return cuda_quantized.linear_swiglu(x, tiles, norm_weight, eps)
+            return cuda_quantized.linear_swiglu(x, tiles, None, norm_weight, eps)
         both = _tiles(gate, gate_kind, rows, cols), _tiles(up, up_kind, rows, cols)
-        return cuda_quantized.gate_up_silu(x, *both, norm_weight, eps)
+        return cuda_quantized.linear_swiglu(x, *both, norm_weight, eps)
     if norm_weight is not None:
         x = torch_ops.rms_norm(x, norm_weight, eps)
     if up is None:

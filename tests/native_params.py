@@ -93,7 +93,7 @@ PACKED = {"tiles": POINTER, "type": C["MK_Q4_K"]}
 WORKSPACE = {"workspace": POINTER, "workspace_bytes": 1 << 40}
 VALID["linear_quant"] = {
     "linear": {**VALID["linear"], "w": None, "w_stride": 0}, "w": {**PACKED, "rows": 6144},
-    **WORKSPACE,
+    "up": {}, **WORKSPACE,
 }  # fmt: skip
 VALID["linear_quant_swiglu"] = {
     **VALID["linear_quant"],

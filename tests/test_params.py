@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import re
 import threading
 from typing import Any
 
@@ -221,6 +222,8 @@ BAD: list[tuple[str, str, Any, str]] = [
             ("dtype", C["MK_F32"], "DTYPE"),
         )
     ),
+    ("linear_quant", "up.tiles", POINTER, "VALUE"),
+    ("linear_quant", "up.rows", 6144, "VALUE"),
     ("linear_quant", "out_stride", 6143, "STRIDE"),
     ("linear_quant", "residual_stride", 6143, "STRIDE"),
     ("linear_quant", "out_dtype", C["MK_F32"], "DTYPE"),  # with residual
@@ -349,6 +352,34 @@ def test_bad_parameter_is_named(op: str, field: str, value: Any, status: str) ->
             call()
         assert caught.value.status == f"MK_ERR_{status}"
         assert field in caught.value.message
+
+
+@pytest.mark.parametrize(
+    "field, value, status",
+    [("up.tiles", None, "NULL"), ("up.tiles", POINTER + 4, "ALIGNMENT"), ("up.type", 0, "VALUE"),
+     ("up.type", C["MK_F16"], "VALUE"), ("up.type", C["MK_Q8_0"], "OK"), ("up.rows", 0, "SHAPE"),
+     ("up.rows", 3071, "SHAPE"), ("w.rows", 6144, "SHAPE"), ("w.tiles", None, "NULL"),
+     ("w.type", C["MK_Q4_0"], "OK"), ("linear.w", POINTER, "VALUE"), ("n", 6143, "SHAPE")],
+)  # fmt: skip
+def test_gate_and_up_apart(field: str, value: Any, status: str) -> None:
+    """Of any two types, [n / 2, k] both; what is wrong with either is named."""
+    up = {"tiles": POINTER, "type": C["MK_Q6_K"], "rows": 3072}
+    params = make_params("linear_quant_swiglu", **{"w.rows": 3072, "up": up, field: value})
+    if status == "OK":
+        abi.plan("linear_quant_swiglu", params, "80")
+        return
+    with pytest.raises(abi.StatusError, match=re.escape(field)) as caught:
+        abi.plan("linear_quant_swiglu", params, "80")
+    assert caught.value.status == f"MK_ERR_{status}"
+
+
+def test_block_of_each_type_divides_k() -> None:
+    up = {"tiles": POINTER, "type": C["MK_Q6_K"], "rows": 3072}
+    params = make_params(
+        "linear_quant_swiglu", **{"w.rows": 3072, "w.type": C["MK_Q4_0"], "up": up, "k": 4064}
+    )
+    with pytest.raises(abi.StatusError, match=r"k must be .* 256, the block of up\.type = Q6_K"):
+        abi.plan("linear_quant_swiglu", params, "80")
 
 
 def test_theta_is_checked_without_tables() -> None:

@@ -265,6 +265,16 @@ __device__ __forceinline__ void cp_async_wait_group() {
     asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
+// ISA#parallel-synchronization-and-communication-instructions-bar
+// Named barriers 0 ... 15, of `threads` threads in whole warps: those that sync and those that only
+// arrive.
+__device__ __forceinline__ void bar_sync(int barrier, int threads) {
+    asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+__device__ __forceinline__ void bar_arrive(int barrier, int threads) {
+    asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+
 // ISA#data-movement-and-conversion-instructions-prefetch-prefetchu
 __device__ __forceinline__ void prefetch_global_l2(const void* address) {
     asm volatile("prefetch.global.L2 [%0];" ::"l"(address));

@@ -233,16 +233,6 @@ __device__ __forceinline__ void cp_async_mbarrier_arrive(uint32_t barrier) {
     asm volatile("cp.async.mbarrier.arrive.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
 }
 
-// ISA#parallel-synchronization-and-communication-instructions-bar
-// Named barriers 0 ... 15, of `threads` threads in whole warps: those that sync and those that only
-// arrive.
-__device__ __forceinline__ void bar_sync(int barrier, int threads) {
-    asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
-}
-__device__ __forceinline__ void bar_arrive(int barrier, int threads) {
-    asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
-}
-
 // ISA#parallel-synchronization-and-communication-instructions-membar
 // What this thread wrote to shared memory is seen by later wgmma and bulk copies of those that it
 // synchronises with.

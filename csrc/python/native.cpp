@@ -315,8 +315,8 @@ PYBIND11_MODULE(_native, m) {
            MK_FIELD(residual_stride), MK_FIELD(out_stride), MK_FIELD(m), MK_FIELD(n), MK_FIELD(k),
            MK_FIELD(eps), MK_FIELD(dtype), MK_FIELD(out_dtype));
     def_op(m, "linear_quant_swiglu", &mk_linear_quant_swiglu, &mk_linear_quant_swiglu_plan,
-           MK_FIELD(x), MK_MEMBER(linear_quant, "w", w), MK_FIELD(norm_weight), MK_FIELD(out),
-           MK_MEMBER(linear_quant, "workspace", workspace),
+           MK_FIELD(x), MK_MEMBER(linear_quant, "w", w), MK_MEMBER(linear_quant, "up", up),
+           MK_FIELD(norm_weight), MK_FIELD(out), MK_MEMBER(linear_quant, "workspace", workspace),
            MK_MEMBER(linear_quant, "workspace_bytes", workspace_bytes), MK_FIELD(x_stride),
            MK_FIELD(out_stride), MK_FIELD(m), MK_FIELD(n), MK_FIELD(k), MK_FIELD(eps),
            MK_FIELD(dtype));

@@ -3,9 +3,10 @@
 namespace mk {
 namespace {
 
-int32_t rows_of_tiles(const mk_quant_matrix* w, int count) {
+// Or pairs of them, of gate and up.
+int32_t rows_of_tiles(const QuantMatrices& w) {
     int32_t rows = 0;
-    for (int i = 0; i < count; ++i) rows += quant_row_of_tiles(w[i].rows);
+    for (int i = 0; i < (w.is_pair ? 1 : w.count); ++i) rows += quant_row_of_tiles(w.w[i].rows);
     return rows;
 }
 
@@ -14,42 +15,42 @@ int32_t num_blocks(int32_t num_tiles, const mk_device& device) {
     return ceil_div(num_tiles, ceil_div(num_tiles, device.num_sms));
 }
 
-QuantDecodeShape decode_shape(const Product& a, int32_t num_tiles, const mk_device& device) {
+QuantDecodeShape decode_shape(const Product& a, const QuantMatrices& w, const mk_device& device) {
+    const int32_t num_tiles = rows_of_tiles(w);
     return quant_decode_shape(a.m, a.k, num_tiles, num_blocks(num_tiles, device),
-                              device.smem_per_block);
+                              device.smem_per_block, w.is_pair ? 2 : 1);
 }
 
 }  // namespace
 
-mk_plan plan_quant_decode(const Product& a, const mk_quant_matrix* w, int count,
-                          const mk_device& device) {
+mk_plan plan_quant_decode(const Product& a, const QuantMatrices& w, const mk_device& device) {
     const int32_t tokens = kQuantTokens * quant_token_tiles(a.m);
     mk_plan plan = make_plan("quant_decode", device, "b16_m" + std::to_string(tokens));
     plan.grid[0] = 0;
     if (a.m == 0) return plan;
-    const int32_t num_tiles = rows_of_tiles(w, count);
-    plan.grid[0] = num_blocks(num_tiles, device);
+    plan.grid[0] = num_blocks(rows_of_tiles(w), device);
     plan.block[0] = kQuantThreads;
-    plan.smem_bytes = decode_shape(a, num_tiles, device).smem_bytes;
+    plan.smem_bytes = decode_shape(a, w, device).smem_bytes;
     return plan;
 }
 
-QuantDecodeArgs quant_decode_args(const Product& a, const mk_quant_matrix* w, int count,
-                                  const Outputs& to, const mk_device& device) {
-    QuantDecodeArgs args{a, {}, count, {}, to};
+QuantDecodeArgs quant_decode_args(const Product& a, const QuantMatrices& w, const Outputs& to,
+                                  const mk_device& device) {
+    QuantDecodeArgs args{a, {}, w.count, {}, to};
     if (a.m == 0) return args;
     int32_t end = 0;
-    for (int i = 0; i < count; ++i) {
+    for (int i = 0; i < w.count; ++i) {
+        const mk_quant_matrix& from = w.w[i];
         QuantDecodeMatrix& m = args.w[i];
-        m.tiles = static_cast<const uint8_t*>(w[i].tiles);
-        m.row_tile_bytes = static_cast<int32_t>(quant_row_tile_bytes(w[i].type, a.k));
-        m.tile_bytes = quant_tile_bytes(w[i].type, 4);
-        m.type = w[i].type;
-        m.unit = quant_unit(w[i].type);
-        m.first = end;
-        m.end = end += quant_row_of_tiles(w[i].rows);
+        m.tiles = static_cast<const uint8_t*>(from.tiles);
+        m.row_tile_bytes = static_cast<int32_t>(quant_row_tile_bytes(from.type, a.k));
+        m.tile_bytes = quant_tile_bytes(from.type, 4);
+        m.type = from.type;
+        m.unit = quant_unit(from.type);
+        m.first = w.is_pair ? 0 : end;
+        m.end = end = m.first + quant_row_of_tiles(from.rows);
     }
-    args.shape = decode_shape(a, end, device);
+    args.shape = decode_shape(a, w, device);
     return args;
 }
 

@@ -2,15 +2,13 @@
 // x.
 #pragma once
 
-#include "launch/op.h"
+#include "quant/quant_plan.h"
 #include "quant/quant_tiles.h"
 
 namespace mk {
 
-// Of one matrix, or of the three of Q, K and V.
-mk_plan plan_quant_decode(const Product& a, const mk_quant_matrix* w, int count,
-                          const mk_device& device);
-QuantDecodeArgs quant_decode_args(const Product& a, const mk_quant_matrix* w, int count,
-                                  const Outputs& to, const mk_device& device);
+mk_plan plan_quant_decode(const Product& a, const QuantMatrices& w, const mk_device& device);
+QuantDecodeArgs quant_decode_args(const Product& a, const QuantMatrices& w, const Outputs& to,
+                                  const mk_device& device);
 
 }  // namespace mk

@@ -12,8 +12,9 @@
 // such): quant_layout.h, quant_unpack.cuh, quant_x.cuh tell how. All blocks convert all of x first.
 // What is added in which order depends on k alone, and a column of an MMA on its own tokens: so a
 // row's bits depend on nothing else. Types are told apart once per run of a warp's columns of the
-// same type: Q, K and V may differ. One entry serves all products and dtypes, which are branches
-// where x is converted and where sums are stored.
+// same type: Q, K and V may differ. Of gate and up that are two matrices a round has tiles of the
+// same rows, first gate's, then up's; a thread adds those of two rows of both. One entry serves all
+// products and dtypes, which are branches where x is converted and where sums are stored.
 //
 // Weights come by 16-byte loads straight into the registers of the tile at hand, each as soon as
 // its quarter is unpacked, a tile ahead: all warps have a tile each on its way all the time. Scales
@@ -27,28 +28,14 @@
 // only the end of a row or extreme ones need is kept from being computed for all (ptx::mov_b32).
 #pragma once
 
-#include "linear/linear_epilogue.cuh"
 #include "ptx/sm90.cuh"
+#include "quant/quant_decode_output.cuh"
 #include "quant/quant_decode_x.cuh"
 #include "quant/quant_unpack.cuh"
 
 namespace mk {
 
 // ---- w ----
-
-// Which of the matrices has a row of tiles.
-__device__ __forceinline__ const QuantDecodeMatrix& matrix_of(const QuantDecodeMatrix* w, int row) {
-    while (row >= w->end) ++w;
-    return *w;
-}
-
-// Rows of tiles and groups that a block multiplies before it adds.
-struct QuantRound {
-    int first_row, end_row;  // every gridDim.x'th
-    int num_rows;
-    int first_group, num_groups;
-    int num_quarters;  // of all of w
-};
 
 // A run of a warp's tiles: a group, of one row after the other.
 struct QuantColumn {
@@ -168,10 +155,6 @@ __device__ __forceinline__ void load_short(uint32_t (&words)[kQuantTileWords<kTy
 template <int kPiece>
 __device__ __forceinline__ uint4 load_lane_piece(const uint8_t* first) {
     return ptx::ld_global_nc_l1_no_allocate_v4<kPiece * 512>(first);
-}
-
-__device__ __forceinline__ float4 as_float4(const uint4& v) {
-    return {__uint_as_float(v.x), __uint_as_float(v.y), __uint_as_float(v.z), __uint_as_float(v.w)};
 }
 
 // s += scale * p, of rows g and g + 8.
@@ -325,24 +308,6 @@ __device__ __forceinline__ void multiply_columns(QuantWalk<kTokenTiles>& at, uin
     }
 }
 
-// total += the sums of a tile's groups, in ascending order; kStep bytes from one to the next.
-template <int kStep>
-__device__ __forceinline__ void add_groups(float4& total, int num_groups, uint32_t smem_y) {
-    const auto add = [&](const float4& y) {
-        total = {total.x + y.x, total.y + y.y, total.z + y.z, total.w + y.w};
-    };
-    MK_NO_UNROLL
-    for (; num_groups >= 8; num_groups -= 8) {
-        static_for<8>([&](auto i) { add(as_float4(ptx::ld_shared_v4<i * kStep>(smem_y))); });
-        smem_y += 8 * kStep;
-    }
-    MK_NO_UNROLL
-    for (; num_groups > 0; --num_groups) {
-        add(as_float4(ptx::ld_shared_v4(smem_y)));
-        smem_y += kStep;
-    }
-}
-
 // Y of all tiles of the round that are this warp's.
 template <int kTokenTiles>
 __device__ __forceinline__ void multiply_round(const QuantDecodeMatrix* w, const QuantRound& round,
@@ -376,66 +341,6 @@ __device__ __forceinline__ void prefetch_tiles(const QuantDecodeMatrix* w) {
 }
 
 // ---- the kernel ----
-
-// Sums of the round's tiles to outputs: a thread has those of two rows and two tokens, of up to
-// kQuantKeptSteps tiles at a time. With chunks of k the totals stay in `totals` until the last one.
-template <int kTokenTiles>
-__device__ __forceinline__ void add_round(const QuantDecodeArgs& args, const QuantRound& round,
-                                          const QuantSmem& smem, uint32_t smem_sums, bool is_last,
-                                          float4 (&totals)[kQuantKeptSteps]) {
-    constexpr int kTileThreads = 32 * kTokenTiles;
-    constexpr int kStep = kQuantThreads / kTileThreads;  // tiles at a time
-    const int m = args.product.m;
-    const uint32_t thread = ptx::mov_u32_tid_x();
-    const int token = thread % kTileThreads / 32 * kQuantTokens + thread % 4 * 2;
-    if (token >= m) return;
-    const uint32_t tile_bytes = round.num_groups * kTileThreads * 16;
-    for (int first = thread / kTileThreads; first < round.num_rows;
-         first += kQuantKeptSteps * kStep) {
-        const uint32_t first_y = smem_sums + first * tile_bytes + thread % kTileThreads * 16;
-        static_for<kQuantKeptSteps>([&](auto i) {
-            if (first + i * kStep >= round.num_rows) return;
-            add_groups<kTileThreads * 16>(totals[i], round.num_groups,
-                                          first_y + i * kStep * tile_bytes);
-        });
-        if (!is_last) continue;
-        with_epilogue(args.to, [&](auto epilogue) {
-            using Row = typename decltype(epilogue)::Row;
-            if constexpr (requires { epilogue.in_pairs; }) epilogue.in_pairs = *smem.in_pairs;
-            const uint8_t* const rows = smem.rows + token * kQuantRowPitch;
-            const float* const unscale = smem.unscale + token;
-            static_for<kQuantKeptSteps>([&](auto i) {
-                const int tile = first + i * kStep;
-                if (tile >= round.num_rows) return;
-                const int row = round.first_row + tile * static_cast<int>(gridDim.x);
-                const auto column = epilogue.column(row * kQuantTileRows + thread % 32 / 4 * 2);
-                const float unit = matrix_of(args.w, row).unit;
-                const float4& y = totals[i];
-                const auto store = [&](int r, float y0, float y1) {
-                    const Row& row = *reinterpret_cast<const Row*>(rows + r * kQuantRowPitch);
-                    epilogue.store(row, column, y0 * unit * unscale[r], y1 * unit * unscale[r]);
-                };
-                store(0, y.x, y.y);
-                if (token + 1 < m) store(1, y.z, y.w);
-            });
-        });
-        for (float4& total : totals) total = {};
-    }
-}
-
-// Where each row's outputs go, and whether in pairs, for add_round.
-__device__ __forceinline__ void set_rows(const QuantDecodeArgs& args, const QuantSmem& smem) {
-    const int r = threadIdx.x;
-    if (r >= args.product.m) return;
-    with_epilogue(args.to, [&](const auto& epilogue) {
-        using Row = typename std::decay_t<decltype(epilogue)>::Row;
-        static_assert(sizeof(Row) <= kQuantEpilogueRowBytes);
-        *reinterpret_cast<Row*>(smem.rows + r * kQuantRowPitch) = epilogue.row(r);
-        if constexpr (requires { epilogue.in_pairs; }) {
-            if (r == 0) *smem.in_pairs = epilogue.in_pairs;
-        }
-    });
-}
 
 template <int kTokenTiles>
 __device__ __forceinline__ void quant_decode_sm80(const QuantDecodeArgs& args) {
@@ -475,7 +380,12 @@ __device__ __forceinline__ void quant_decode_sm80(const QuantDecodeArgs& args) {
             if (shape.num_chunks > 1 || first == blockIdx.x) {
                 convert_x(a, dtype, smem, shape, share, first_group, num_groups);
             }
-            multiply_round<kTokenTiles>(args.w, round, smem_x, x_bytes, smem.scales, smem_sums);
+            const uint32_t matrix_sums = num_rows * num_groups * kTokenTiles * 512;
+            MK_NO_UNROLL
+            for (int i = 0; i < shape.together; ++i) {
+                multiply_round<kTokenTiles>(args.w + i, round, smem_x, x_bytes, smem.scales,
+                                            smem_sums + i * matrix_sums);
+            }
             __syncthreads();
             add_round<kTokenTiles>(args, round, smem, smem_sums, chunk + 1 == shape.num_chunks,
                                    totals);

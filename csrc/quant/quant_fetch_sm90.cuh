@@ -2,8 +2,9 @@
 // warps that fetch them: one x and its sums, for all blocks of the cluster, one w.
 //
 // A stage of x has 64 k of T.tokens rows or, behind those of 256 k, their sums; a slot of w has 256
-// k of the block's 128 rows. Each is full when its bytes are there, and empty when both warpgroups
-// of all blocks that get it have read it (w: all warps of the block).
+// k of the block's 128 rows, 64 of them for each of the two warpgroups that multiply: of gate and
+// up one has gate's, the other up's. Each is full when its bytes are there, and empty when both
+// warpgroups of all blocks that get it have read it (w: all warps of the block).
 #pragma once
 
 #include "common/vec.cuh"
@@ -21,11 +22,14 @@ struct QuantRingSm90 {
     static_assert(kBarriersAt % 8 == 0);
     static_assert(T.stages >= 5, "a group's stages have room, so that the next one's w is fetched");
 
-    struct Tile {
+    struct Tile {  // of a warpgroup
         const QuantGemmMatrix& w;
         int first_row;    // of the matrix
         int first_token;  // of x
     };
+    static constexpr int kGroupRows = kQuantGemmRowsSm90 / kGroups;
+    static constexpr int kGroupTiles = kGroupRows / kQuantTileRows;
+    static constexpr int kGroupSlotBytes = kQuantGemmSlotBytes / kGroups;
 
     const QuantGemmArgs& args;
     const uint32_t smem;  // address of all
@@ -34,8 +38,8 @@ struct QuantRingSm90 {
     __device__ __forceinline__ uint32_t x_at(uint32_t stage) const {
         return smem + stage * kStageBytes;
     }
-    __device__ __forceinline__ uint32_t w_at(uint32_t slot) const {
-        return smem + kWAt + slot * kQuantGemmSlotBytes;
+    __device__ __forceinline__ uint32_t w_at(uint32_t slot, int group) const {
+        return smem + kWAt + slot * kQuantGemmSlotBytes + group * kGroupSlotBytes;
     }
     __device__ __forceinline__ uint32_t x_full(uint32_t stage) const {
         return smem + kBarriersAt + 8 * stage;
@@ -71,7 +75,7 @@ struct QuantRingSm90 {
     __device__ __forceinline__ int num_tiles() const {  // of the cluster's
         return tiles_m() * (args.strips / args.cluster);
     }
-    __device__ __forceinline__ Tile tile(int i) const {
+    __device__ __forceinline__ Tile tile(int i, int of_group) const {
         constexpr int kGroup = kQuantGemmGroupRows / T.tokens;
         const int tiles_n = args.strips / args.cluster;
         const int group = i / (kGroup * tiles_n) * kGroup;
@@ -79,11 +83,13 @@ struct QuantRingSm90 {
         const int height = min(kGroup, tiles_m() - group);
         const int n = in_group / height;
         const int strip = n * args.cluster + rank;
+        const int first_token = (group + in_group - n * height) * T.tokens;
+        if (args.is_pair) return {args.w[of_group], strip * kGroupRows, first_token};
         const int matrix = (args.num_matrices > 1 && strip >= args.w[1].first_strip) +
                            (args.num_matrices > 2 && strip >= args.w[2].first_strip);
         const QuantGemmMatrix& w = args.w[matrix];
-        return {w, (strip - w.first_strip) * kQuantGemmRowsSm90,
-                (group + in_group - n * height) * T.tokens};
+        return {w, (strip - w.first_strip) * kQuantGemmRowsSm90 + of_group * kGroupRows,
+                first_token};
     }
 
     // By one thread, before a barrier of the cluster.
@@ -133,7 +139,7 @@ struct QuantRingSm90 {
         for (int i = blockIdx.x / args.cluster; i < num_tiles(); i += gridDim.x / args.cluster) {
             // Past m the rows before are copied again.
             const int block =
-                min((tile(i).first_token + row) / kPreparedRows, (args.m - 1) / kPreparedRows);
+                min((tile(i, 0).first_token + row) / kPreparedRows, (args.m - 1) / kPreparedRows);
             const auto of_rows = [&](const uint8_t* from, int count, int bytes) {
                 return from + int64_t{block} * count * bytes +
                        row % kPreparedRows * (bytes / kPreparedRows);
@@ -155,26 +161,29 @@ struct QuantRingSm90 {
     // By a warp: a lane has one of the tiles.
     __device__ __forceinline__ void fetch_w() const {
         Place<T.slots> slot;
-        const int lane = threadIdx.x % 32;
+        const int lane = threadIdx.x % 32, group = min(lane / kGroupTiles, kGroups - 1);
         MK_NO_UNROLL
         for (int i = blockIdx.x / args.cluster; i < num_tiles(); i += gridDim.x / args.cluster) {
-            const Tile to = tile(i);
+            const Tile to = tile(i, group);
             const int tile_bytes = to.w.tile_bytes;
             // Past the last tile that one is copied again.
-            const uint8_t* from = to.w.tiles + min(to.first_row / kQuantTileRows + lane,
-                                                   (to.w.rows - 1) / kQuantTileRows) *
-                                                   to.w.row_tile_bytes;
+            const uint8_t* from =
+                to.w.tiles + min(to.first_row / kQuantTileRows + lane % kGroupTiles,
+                                 (to.w.rows - 1) / kQuantTileRows) *
+                                 to.w.row_tile_bytes;
+            const int both_bytes = tile_bytes + __shfl_sync(0xFFFFFFFFu, tile_bytes, kGroupTiles);
             MK_NO_UNROLL
             for (int left = args.x.quarters; left > 0; left -= 4) {
-                const uint32_t bytes = tile_bytes * min(left, 4) / 4;
                 const uint32_t full = w_full(slot.at);
                 wait(w_empty(slot.at), slot.parity ^ 1);
-                if (lane == 0) {
-                    ptx::mbarrier_arrive_expect_tx(full, kQuantGemmWarpsSm90 * bytes);
+                if (lane == 0) {  // which has one of the first warpgroup's
+                    ptx::mbarrier_arrive_expect_tx(full,
+                                                   kGroupTiles * (both_bytes * min(left, 4) / 4));
                 }
                 __syncwarp();
                 if (lane < kQuantGemmWarpsSm90) {
-                    ptx::cp_async_bulk(w_at(slot.at) + lane * tile_bytes, from, bytes, full);
+                    ptx::cp_async_bulk(w_at(slot.at, group) + lane % kGroupTiles * tile_bytes, from,
+                                       tile_bytes * min(left, 4) / 4, full);
                 }
                 from += tile_bytes;
                 slot.advance();

@@ -19,17 +19,19 @@ struct Choice {
 };
 
 // Strips of a matrix that blocks multiply, whole clusters of them; those of two matrices are never
-// in one cluster.
-int32_t strips_of(const mk_quant_matrix& w, const Choice& c) {
-    return ceil_div(w.rows, c.rows() * c.cluster) * c.cluster;
+// in one cluster. A strip of gate and up has half as many rows of each: up has none of its own.
+int32_t strips_of(const QuantMatrices& w, int i, const Choice& c) {
+    if (w.is_pair && i > 0) return 0;
+    const int32_t rows = c.rows() / (w.is_pair ? 2 : 1);
+    return ceil_div(w.w[i].rows, rows * c.cluster) * c.cluster;
 }
-int32_t num_strips(const mk_quant_matrix* w, int count, const Choice& c) {
+int32_t num_strips(const QuantMatrices& w, const Choice& c) {
     int32_t strips = 0;
-    for (int i = 0; i < count; ++i) strips += strips_of(w[i], c);
+    for (int i = 0; i < w.count; ++i) strips += strips_of(w, i, c);
     return strips;
 }
-int64_t num_blocks(int32_t m, const mk_quant_matrix* w, int count, const Choice& c) {
-    return static_cast<int64_t>(ceil_div(m, c.tokens())) * num_strips(w, count, c);
+int64_t num_blocks(int32_t m, const QuantMatrices& w, const Choice& c) {
+    return static_cast<int64_t>(ceil_div(m, c.tokens())) * num_strips(w, c);
 }
 
 // What a row of w times a row of x costs in a tile, by the large one's: from counts of wavefronts
@@ -39,13 +41,13 @@ constexpr int kLargeCost = 100, kMiddleCost = 125, kSmallCost = 185;
 // The tile with the least work on the busiest SM; of equals the larger one. Up to 64 rows of x the
 // bytes of w count, and small tiles have most of them on their way. Without room for a larger one
 // (A100's kernels on an RTX 3090): small ones.
-Choice choose(int32_t m, const mk_quant_matrix* w, int count, const mk_device& device) {
+Choice choose(int32_t m, const QuantMatrices& w, const mk_device& device) {
     const QuantGemmTiles& tiles = quant_gemm_tiles(device.sm);
     Choice best{};
     int64_t least = INT64_MAX;
     const auto consider = [&](const QuantGemmTile& tile, int cost) {
         Choice c{&tile, nullptr, 1, 0};
-        c.blocks = num_blocks(m, w, count, c);
+        c.blocks = num_blocks(m, w, c);
         const int64_t needed =
             ceil_div<int64_t>(c.blocks, device.num_sms) * tile.rows * tile.tokens * cost;
         if (needed >= least) return;
@@ -74,32 +76,37 @@ constexpr TileClocks kSmallClocks = {464, 350, 550};
 constexpr TileClocks kClocksSm90[] = {{2304, 2400, 3650}, {1152, 1600, 2350}};
 
 // Clocks of all SMs and of L2 for 256 k of every tile.
-int64_t clocks_of(const Choice& c, const TileClocks& clocks, const mk_quant_matrix* w, int count,
+int64_t clocks_of(const Choice& c, const TileClocks& clocks, const QuantMatrices& w,
                   const mk_device& device) {
     const int64_t at_once = int64_t{clusters_at_once(c.cluster, device)} * c.cluster;
     const int64_t busy = std::min(c.blocks, at_once);
+    const auto issue_of = [&](int i) {
+        return quant_format(w.w[i].type).scale_k == 16 ? clocks.issue_16 : clocks.issue_32;
+    };
     int64_t of_strips = 0, strips = 0;
-    for (int i = 0; i < count; ++i) {
-        const bool is_16 = quant_format(w[i].type).scale_k == 16;
-        const int64_t bytes = c.tokens() * int64_t{kQuantXGroupBytes} / c.cluster +
-                              c.rows() / kQuantTileRows * quant_tile_bytes(w[i].type, 4);
-        const int64_t most =
-            std::max({int64_t{clocks.tensor}, int64_t{is_16 ? clocks.issue_16 : clocks.issue_32},
-                      bytes / kL2BytesOfOne, bytes * busy / (kL2Bytes * int64_t{device.num_sms})});
-        of_strips += most * strips_of(w[i], c);
-        strips += strips_of(w[i], c);
+    for (int i = 0; i < (w.is_pair ? 1 : w.count); ++i) {
+        const int other = w.is_pair ? 1 : i;  // whose rows are the other half of a strip
+        const int64_t issue = (issue_of(i) + issue_of(other)) / 2;
+        const int64_t bytes =
+            c.tokens() * int64_t{kQuantXGroupBytes} / c.cluster +
+            c.rows() / kQuantTileRows *
+                (quant_tile_bytes(w.w[i].type, 4) + quant_tile_bytes(w.w[other].type, 4)) / 2;
+        const int64_t most = std::max({int64_t{clocks.tensor}, issue, bytes / kL2BytesOfOne,
+                                       bytes * busy / (kL2Bytes * int64_t{device.num_sms})});
+        of_strips += most * strips_of(w, i, c);
+        strips += strips_of(w, i, c);
     }
     return ceil_div(c.blocks, at_once) * of_strips / strips;
 }
 
 // The fewest clocks; of equals the larger tile, in smaller clusters.
-Choice choose_sm90(int32_t m, const mk_quant_matrix* w, int count, const mk_device& device) {
+Choice choose_sm90(int32_t m, const QuantMatrices& w, const mk_device& device) {
     Choice best{};
     int64_t least = INT64_MAX;
     const auto consider = [&](Choice c, const TileClocks& clocks) {
         if (c.cluster > device.num_sms) return;
-        c.blocks = num_blocks(m, w, count, c);
-        const int64_t needed = clocks_of(c, clocks, w, count, device);
+        c.blocks = num_blocks(m, w, c);
+        const int64_t needed = clocks_of(c, clocks, w, device);
         if (needed >= least) return;
         least = needed;
         best = c;
@@ -117,8 +124,8 @@ Choice choose_sm90(int32_t m, const mk_quant_matrix* w, int count, const mk_devi
     return best;
 }
 
-Choice choice_of(int32_t m, const mk_quant_matrix* w, int count, const mk_device& device) {
-    return device.sm == 90 ? choose_sm90(m, w, count, device) : choose(m, w, count, device);
+Choice choice_of(int32_t m, const QuantMatrices& w, const mk_device& device) {
+    return device.sm == 90 ? choose_sm90(m, w, device) : choose(m, w, device);
 }
 
 }  // namespace
@@ -130,8 +137,8 @@ mk_plan plan_quant_prepare(const Product& a, int32_t dtype, const mk_device& dev
     return plan;
 }
 
-mk_plan plan_quant_gemm(int32_t m, const mk_quant_matrix* w, int count, const mk_device& device) {
-    const Choice c = choice_of(m, w, count, device);
+mk_plan plan_quant_gemm(int32_t m, const QuantMatrices& w, const mk_device& device) {
+    const Choice c = choice_of(m, w, device);
     mk_plan plan =
         make_plan("quant_gemm", device,
                   "b16_rows" + std::to_string(c.rows()) + "_m" + std::to_string(c.tokens()));
@@ -142,27 +149,29 @@ mk_plan plan_quant_gemm(int32_t m, const mk_quant_matrix* w, int count, const mk
     return plan;
 }
 
-QuantGemmArgs quant_gemm_args(const Product& a, const mk_quant_matrix* w, int count,
-                              void* workspace, const mk_device& device) {
-    const Choice c = choice_of(a.m, w, count, device);
+QuantGemmArgs quant_gemm_args(const Product& a, const QuantMatrices& w, void* workspace,
+                              const mk_device& device) {
+    const Choice c = choice_of(a.m, w, device);
     QuantGemmArgs args{};
     args.x = prepared_x(workspace, a.m, a.k);
     args.m = a.m;
-    args.strips = num_strips(w, count, c);
+    args.strips = num_strips(w, c);
     args.cluster = c.cluster;
-    args.num_matrices = count;
+    args.num_matrices = w.count;
+    args.is_pair = w.is_pair;
     int32_t first_row = 0, first_strip = 0;
-    for (int i = 0; i < count; ++i) {
-        args.w[i] = {static_cast<const uint8_t*>(w[i].tiles),
-                     quant_row_tile_bytes(w[i].type, a.k),
-                     w[i].type,
-                     w[i].rows,
-                     quant_tile_bytes(w[i].type, 4),
-                     quant_unit(w[i].type),
+    for (int i = 0; i < w.count; ++i) {
+        const mk_quant_matrix& from = w.w[i];
+        args.w[i] = {static_cast<const uint8_t*>(from.tiles),
+                     quant_row_tile_bytes(from.type, a.k),
+                     from.type,
+                     from.rows,
+                     quant_tile_bytes(from.type, 4),
+                     quant_unit(from.type),
                      first_row,
                      first_strip};
-        first_row += w[i].rows;
-        first_strip += strips_of(w[i], c);
+        first_row += from.rows;
+        first_strip += strips_of(w, i, c);
     }
     return args;
 }

@@ -6,7 +6,8 @@
 //    n0    |   warp   |          |              registers: S of the group of 256 k, and the total
 //    ...   +----------+----------+       grid:  tiles in groups of kQuantGemmGroupRows rows of x;
 //    +rows |          |          |              in a group m first, so that w crosses DRAM once a
-//          +----------+----------+              group. A block has rows of one matrix only.
+//          +----------+----------+              group. A block has rows of one matrix only, or as
+//                                               many of gate and up, each by half the warps.
 //
 // Arithmetic: quant_unpack.cuh, quant_x.cuh. 32 k at a time: A of the warp's rows is unpacked, then
 // for every 8 rows of x a lane loads B (16 bytes) and adds scale * P to S. At a group's end the
@@ -43,22 +44,23 @@ using QuantGemmSums = float[QuantGemmShape<T>::kTiles][QuantGemmShape<T>::kToken
 
 // ---- the product ----
 
-// The scales of this group's tiles as floats, by a warp per tile: lane 4g + t's of quarter t, which
-// the four lanes of row g then read.
+// The scales of the tiles of `slot` as floats, as those of `set`, by the first warp that copies a
+// tile: lane 4g + t's of quarter t, which the four lanes of row g then read.
 template <int kType, QuantGemmTile T>
-__device__ __forceinline__ void convert_scales(const uint8_t* group, uint8_t* to, int quarters) {
+__device__ __forceinline__ void convert_scales(uint8_t* smem, int slot, int set, int quarters) {
     using S = QuantGemmShape<T>;
     using Smem = QuantGemmSmem<kType, T>;
-    const int thread = ptx::mov_u32_tid_x(), lane = thread % 32, tile = thread / 32;
-    if (tile >= S::kBlockTiles) return;
+    const int thread = ptx::mov_u32_tid_x(), lane = thread % 32, warp = thread / 32;
+    if (warp % S::kWarpsPerTile != 0) return;
     using Scales = QuantScales<kType>;
+    uint8_t* const row = smem + Smem::kRowsAt + warp / S::kWarpsPerTile * Smem::kRow;
     typename Scales::Pairs pairs;
-    load_scales<kType>(group + tile * Smem::kTile, lane, quarters).scale_pairs(pairs);
+    load_scales<kType>(row + slot * Smem::kTile, lane, quarters).scale_pairs(pairs);
     MK_UNROLL
     for (int i = 0; i < Scales::kFloat4s; ++i) {
-        *reinterpret_cast<float4*>(to + tile * Smem::kTileScales + i * kQuantGemmScalePart +
-                                   lane % 4 * kQuantGemmScalePitch + lane / 4 * 16) =
-            Scales::scales(pairs, i);
+        *reinterpret_cast<float4*>(row + Smem::kScalesAt + set * Smem::kScales +
+                                   i * kQuantGemmScalePart + lane % 4 * kQuantGemmScalePitch +
+                                   lane / 4 * 16) = Scales::scales(pairs, i);
     }
 }
 
@@ -73,7 +75,7 @@ __device__ __forceinline__ void multiply(QuantGemmSums<T>& sums,
     float2 scale[S::kTiles][2];  // of rows g and g + 8: of the block, or of its two
     MK_UNROLL
     for (int i = 0; i < S::kTiles; ++i) {
-        const uint8_t* const from = scales + i * QuantGemmSmem<kType, T>::kTileScales;
+        const uint8_t* const from = scales + i * QuantGemmSmem<kType, T>::kRow;
         memcpy(scale[i], __builtin_assume_aligned(from, kIs16 ? 16 : 8), kIs16 ? 16 : 8);
     }
     const auto add = [](float (&s)[4], const float (&p)[4], float2 scale) {
@@ -112,7 +114,7 @@ __device__ __forceinline__ void add_group(QuantGemmSums<T>& total, QuantGemmSums
     uint32_t minima[S::kTiles][4];
     MK_UNROLL
     for (int i = 0; i < S::kTiles; ++i) {
-        scales[i] = load_scales<kType>(tiles + i * QuantGemmSmem<kType, T>::kTile, lane, quarters);
+        scales[i] = load_scales<kType>(tiles + i * QuantGemmSmem<kType, T>::kRow, lane, quarters);
         typename QuantScales<kType>::Pairs pairs;
         scales[i].scale_pairs(pairs);
         scales[i].minima(pairs, minima[i]);
@@ -134,14 +136,20 @@ __device__ __forceinline__ void add_group(QuantGemmSums<T>& total, QuantGemmSums
     }
 }
 
+// All warps', each of which may be in the loop of another type.
+template <QuantGemmTile T>
+__device__ __forceinline__ void sync_block() {
+    ptx::bar_sync(1, QuantGemmShape<T>::kThreads);
+}
+
 template <int kType, QuantGemmTile T>
 __device__ __forceinline__ void quant_gemm_sums(const QuantGemmBlock& block, uint8_t* smem,
                                                 QuantGemmSums<T>& total) {
     using S = QuantGemmShape<T>;
     using Smem = QuantGemmSmem<kType, T>;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const int first_tile = warp % S::kWarpsRows * S::kTiles;
-    const int first_token = warp / S::kWarpsRows * T.warp_tokens;
+    const int first_tile = warp / S::kWarpsTokens * S::kTiles;
+    const int first_token = warp % S::kWarpsTokens * T.warp_tokens;
     const int tokens = block.args.m - block.first_token - first_token;  // from this warp's first on
     const int num_quarters = block.args.x.quarters;
     const auto quarters_of = [&](int group) { return min(num_quarters - 4 * group, 4); };
@@ -160,8 +168,8 @@ __device__ __forceinline__ void quant_gemm_sums(const QuantGemmBlock& block, uin
         ptx::cp_async_commit_group();
     }
     ptx::cp_async_wait_group<T.stages - 2>();
-    __syncthreads();
-    convert_scales<kType, T>(smem + Smem::kGroupsAt, smem + Smem::kScalesAt, quarters_of(0));
+    sync_block<T>();
+    convert_scales<kType, T>(smem, 0, 0, quarters_of(0));
 
     const uint8_t* const lane_x = smem + first_token * kQuantQuarterK * 2 + lane * 16;
     constexpr int kHalfScales = QuantScales<kType>::kIs16 ? kQuantGemmScalePart : 8;
@@ -170,10 +178,10 @@ __device__ __forceinline__ void quant_gemm_sums(const QuantGemmBlock& block, uin
         QuantGemmSums<T> sums{};
         QuantGemmWords<kType> words[S::kTiles];
         const int quarters = min((left + 1) / 2, 4);
-        const uint8_t* const tiles =
-            smem + Smem::kGroupsAt + slot * Smem::kGroup + first_tile * Smem::kTile;
-        const uint8_t* const scales = smem + Smem::kScalesAt + group % 2 * Smem::kScales +
-                                      first_tile * Smem::kTileScales + lane / 4 * 16;
+        uint8_t* const rows = smem + Smem::kRowsAt + first_tile * Smem::kRow;
+        const uint8_t* const tiles = rows + slot * Smem::kTile;
+        const uint8_t* const scales =
+            rows + Smem::kScalesAt + group % 2 * Smem::kScales + lane / 4 * 16;
         const int next_slot = slot + 1 == T.groups ? 0 : slot + 1;
         const uint8_t* x = nullptr;
         MK_NO_UNROLL
@@ -183,7 +191,7 @@ __device__ __forceinline__ void quant_gemm_sums(const QuantGemmBlock& block, uin
             if (half % 2 == 0) {
                 const int quarters_left = (left + 1) / 2;
                 ptx::cp_async_wait_group<T.stages - 2>();
-                __syncthreads();
+                sync_block<T>();
                 if (quarters_left >= T.stages) {
                     copy.copy_x(stage < 0 ? T.stages - 1 : stage);
                 }
@@ -196,14 +204,12 @@ __device__ __forceinline__ void quant_gemm_sums(const QuantGemmBlock& block, uin
                 stage = stage + 1 == T.stages ? 0 : stage + 1;
                 x = lane_x + stage * S::kXBytes;
                 if (half == 6 && quarters_left > 1) {
-                    convert_scales<kType, T>(
-                        smem + Smem::kGroupsAt + next_slot * Smem::kGroup,
-                        smem + Smem::kScalesAt + (group + 1) % 2 * Smem::kScales,
-                        min(quarters_left - 1, 4));
+                    convert_scales<kType, T>(smem, next_slot, (group + 1) % 2,
+                                             min(quarters_left - 1, 4));
                 }
                 MK_UNROLL
                 for (int i = 0; i < S::kTiles; ++i) {
-                    words[i].next(tiles + i * Smem::kTile, lane, quarter, quarters);
+                    words[i].next(tiles + i * Smem::kRow, lane, quarter, quarters);
                     words[i].template unpack<0>(a[i]);
                 }
             } else {
@@ -215,10 +221,10 @@ __device__ __forceinline__ void quant_gemm_sums(const QuantGemmBlock& block, uin
                                tokens);
             if (--left == 0) break;
         }
-        add_group<kType, T>(total, sums, tiles,
-                            smem + Smem::kGroupsAt + slot * Smem::kGroup + Smem::kSumsAt +
-                                first_token * 64 + lane * 16,
-                            quarters, tokens);
+        add_group<kType, T>(
+            total, sums, tiles,
+            smem + Smem::kSumsAt + slot * Smem::kSums + first_token * 64 + lane * 16, quarters,
+            tokens);
         if (left == 0) return;
         slot = next_slot;
     }
@@ -240,12 +246,26 @@ __device__ __forceinline__ void store_outputs(const QuantGemmBlock& block, const
     __syncthreads();
     constexpr int kPairs = T.rows / 2;
     const int pair = threadIdx.x % kPairs;
-    if (block.first_row + 2 * pair >= block.w.rows) return;
-    const auto column = epilogue.column(block.w.first_row + block.first_row + 2 * pair);
-    _Pragma("unroll 4") for (int r = threadIdx.x / kPairs; r < num_rows;
-                             r += S::kThreads / kPairs) {
-        const float2 y = *reinterpret_cast<const float2*>(smem + r * S::kPitch + pair * 8);
-        epilogue.store(rows[r], column, y.x, y.y);
+    const auto store = [&](int c, const auto& sums_of) {
+        const auto column = epilogue.column(c);
+        _Pragma("unroll 4") for (int r = threadIdx.x / kPairs; r < num_rows;
+                                 r += S::kThreads / kPairs) {
+            const float2 y = sums_of(smem + r * S::kPitch);
+            epilogue.store(rows[r], column, y.x, y.y);
+        }
+    };
+    if (Epilogue::kOutputsOfPair == 1 && block.args.is_pair) {  // up's rows behind gate's
+        const int row = block.first_row + S::matrix_of_pair() * kPairs + pair;
+        if (row >= block.w.rows) return;
+        store(2 * row, [&](const uint8_t* y) {
+            const auto* const gate = reinterpret_cast<const float*>(y) + pair;
+            return float2{gate[0], gate[kPairs]};
+        });
+    } else {
+        const int row = block.first_row + 2 * pair;
+        if (row >= block.w.rows) return;
+        store(block.w.first_row + row,
+              [&](const uint8_t* y) { return *reinterpret_cast<const float2*>(y + pair * 8); });
     }
 }
 
@@ -255,8 +275,8 @@ __device__ __forceinline__ void stage_outputs(const QuantGemmBlock& block, uint8
                                               const QuantGemmSums<T>& total) {
     using S = QuantGemmShape<T>;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const int token = warp / S::kWarpsRows * T.warp_tokens + lane % 4 * 2;
-    const int row = warp % S::kWarpsRows * T.warp_rows + lane / 4 * 2;
+    const int token = warp % S::kWarpsTokens * T.warp_tokens + lane % 4 * 2;
+    const int row = warp / S::kWarpsTokens * T.warp_rows + lane / 4 * 2;
     MK_UNROLL
     for (int n = 0; n < S::kTokens; ++n) {
         MK_UNROLL
@@ -276,6 +296,7 @@ __device__ __forceinline__ void stage_outputs(const QuantGemmBlock& block, uint8
 
 template <QuantGemmTile T>
 __device__ __forceinline__ void quant_gemm(const QuantGemmArgs& args) {
+    using S = QuantGemmShape<T>;
     extern __shared__ __align__(128) uint8_t smem[];
     ptx::griddepcontrol_launch_dependents();
     const int tiles_m = (args.m + T.tokens - 1) / T.tokens;
@@ -284,14 +305,18 @@ __device__ __forceinline__ void quant_gemm(const QuantGemmArgs& args) {
     const int in_group = blockIdx.x % (kGroup * args.strips);
     const int height = min(kGroup, tiles_m - group);
     const int strip = in_group / height;
-    const int matrix = (args.num_matrices > 1 && strip >= args.w[1].first_strip) +
-                       (args.num_matrices > 2 && strip >= args.w[2].first_strip);
-    const QuantGemmMatrix& w = args.w[matrix];
-    const QuantGemmBlock block{args, w, (strip - w.first_strip) * T.rows,
+    int matrix = (args.num_matrices > 1 && strip >= args.w[1].first_strip) +
+                 (args.num_matrices > 2 && strip >= args.w[2].first_strip);
+    int first_row = (strip - args.w[matrix].first_strip) * T.rows;
+    if (args.is_pair) {
+        matrix = S::matrix_of_pair();
+        first_row = (strip - matrix) * (T.rows / 2);
+    }
+    const QuantGemmBlock block{args, args.w[matrix], first_row,
                                (group + in_group % height) * T.tokens};
 
     QuantGemmSums<T> total{};
-    switch (w.type) {
+    switch (block.w.type) {
 #define MK_QUANT_CASE(type)                           \
     case type:                                        \
         quant_gemm_sums<type, T>(block, smem, total); \

@@ -6,6 +6,7 @@
 //     warpgroup 0    two warps of it fetch (quant_fetch_sm90.cuh)                40 registers
 //     warpgroup 1    rows 0-63 of w by wgmma m64 n64 k16                        232
 //     warpgroup 2    rows 64-127; a warp has a tile of 16 (quant_layout.h)
+//   Of gate and up that are two matrices one has 64 rows of gate, the other the same of up.
 //
 // Arithmetic: quant_unpack.cuh, quant_x.cuh. P of 32 (or 16) k starts from 0, and scale * P is
 // added to S; the minima meet the sums of x in the same way, and Y of 256 k is added to the total.
@@ -40,7 +41,7 @@ constexpr int kQuantTileBytes = quant_tile_bytes(kType, 4);
 template <QuantGemmTileSm90 T>
 struct QuantGemmSm90 {
     using Ring = QuantRingSm90<T>;
-    static constexpr int kGroupRows = 64;  // of a warpgroup
+    static constexpr int kGroupRows = Ring::kGroupRows;  // of a warpgroup
     static constexpr int kGroups = Ring::kGroups;
     static constexpr int kScalesAt = Ring::kWAt + T.slots * kQuantGemmSlotBytes;
     static constexpr int kWarpScales = 2 * kQuantGemmScalePart;
@@ -48,7 +49,7 @@ struct QuantGemmSm90 {
     static constexpr int kGroupOut = quant_gemm_group_out_bytes(T);
     static constexpr int kRowsAt = kQuantStagedTokens * kQuantStagedPitch;  // in a group's
     static constexpr int kTotalsAt = kOutAt + kGroups * kGroupOut;
-    static_assert(kGroups * kGroupRows == kQuantGemmRowsSm90);
+    static_assert(kGroupRows == 64, "wgmma's");
     static_assert(kTotalsAt + quant_gemm_totals_bytes(T) == Ring::kBarriersAt);
     static_assert(kGroups == 2);
 
@@ -79,9 +80,11 @@ struct QuantGemmSm90 {
     }  // 0 ... 7
     static __device__ __forceinline__ int thread() { return ptx::mov_u32_tid_x() % 128; }
     __device__ __forceinline__ uint8_t* out_of_group() const {
-        return smem + kOutAt + warp() / 4 * kGroupOut;
+        return smem + kOutAt + group() * kGroupOut;
     }
-    static __device__ __forceinline__ void sync_group() { ptx::bar_sync(1 + warp() / 4, 128); }
+    static __device__ __forceinline__ int group() { return warp() / 4; }
+    static __device__ __forceinline__ void sync_group() { ptx::bar_sync(1 + group(), 128); }
+    static __device__ __forceinline__ void sync_groups() { ptx::bar_sync(1 + kGroups, 256); }
 
     struct Places {
         typename Ring::template Place<T.stages> stage;
@@ -210,7 +213,7 @@ struct QuantGemmSm90 {
         do {
             const int quarters = min(left, 4), lane = ptx::mov_b32(this->lane());
             const uint32_t smem_tile =
-                ptx::mov_b32(ring.w_at(at.slot.at) + warp() * kQuantTileBytes<kType>);
+                ptx::mov_b32(ring.w_at(at.slot.at, group()) + warp() % 4 * kQuantTileBytes<kType>);
             const auto* const tile =
                 static_cast<const uint8_t*>(__cvta_shared_to_generic(smem_tile));
             Ring::wait(ring.w_full(at.slot.at), at.slot.parity);
@@ -300,21 +303,25 @@ struct QuantGemmSm90 {
     }
 
     // Sums to outputs, kQuantStagedTokens rows of x at a time through shared memory: a lane then
-    // has a pair of rows of w, and the next lane the next pair.
+    // has a pair of rows of w, and the next lane the next pair. Of gate and up both warpgroups meet
+    // there, and a lane has a row of both, and the one 32 further.
     __device__ __forceinline__ void write(const typename Ring::Tile& tile,
                                           const Part& total) const {
         uint8_t* const staged = out_of_group();
         uint8_t* const to =
             staged + lane() % 4 * 2 * kQuantStagedPitch + warp() % 4 * 64 + lane() / 4 * 8;
         const int num_rows = min(T.tokens, ring.args.m - tile.first_token);
-        const int row_of_w = tile.first_row + warp() / 4 * kGroupRows + lane() * 2;
+        const int row_of_w = tile.first_row + lane() * 2;
         const float unit = tile.w.unit;
         with_epilogue(ring.args.to, [&](const auto& epilogue) {
-            using Row = typename std::decay_t<decltype(epilogue)>::Row;
+            using Epilogue = std::decay_t<decltype(epilogue)>;
+            using Row = typename Epilogue::Row;
+            const bool is_pair = Epilogue::kOutputsOfPair == 1 && ring.args.is_pair;
+            const auto sync = [&] { is_pair ? sync_groups() : sync_group(); };
             const auto column = epilogue.column(tile.w.first_row + row_of_w);
             MK_NO_UNROLL
             for (int first = 0; first < num_rows; first += kQuantStagedTokens) {
-                sync_group();
+                sync();
                 static_for<T.tokens / kQuantStagedTokens>([&](auto i) {
                     if (i * kQuantStagedTokens != first) return;
                     static_for<kQuantStagedTokens / 8>([&](auto j) {
@@ -330,9 +337,13 @@ struct QuantGemmSm90 {
                         *reinterpret_cast<float2*>(row + kQuantStagedPitch) = {y.y, y.w};
                     });
                 });
-                sync_group();
-                if (row_of_w >= tile.w.rows) continue;
+                sync();
                 const int end = min(num_rows - first, kQuantStagedTokens);
+                if (is_pair) {
+                    write_pairs(epilogue, tile, first, end);
+                    continue;
+                }
+                if (row_of_w >= tile.w.rows) continue;
                 _Pragma("unroll 4") for (int r = warp() % 4; r < end; r += 4) {
                     const float2 y = *reinterpret_cast<const float2*>(
                         staged + r * kQuantStagedPitch + lane() * 8);
@@ -344,16 +355,38 @@ struct QuantGemmSm90 {
         });
     }
 
+    // Of the staged rows first ... first + count - 1, every eighth by a warp.
+    template <class Epilogue>
+    __device__ __forceinline__ void write_pairs(const Epilogue& epilogue,
+                                                const typename Ring::Tile& tile, int first,
+                                                int count) const {
+        const float unit = ring.args.w[0].unit, unit_up = ring.args.w[1].unit;
+        const uint8_t* const staged = smem + kOutAt + lane() * 4;
+        MK_NO_UNROLL
+        for (int r = warp(); r < count; r += kQuantGemmWarpsSm90) {
+            const auto& slot =
+                row_slot<typename Epilogue::Row>(out_of_group() + kRowsAt, first + r);
+            MK_UNROLL
+            for (int row = 0; row < kGroupRows; row += 32) {
+                const auto* const gate =
+                    reinterpret_cast<const float*>(staged + r * kQuantStagedPitch + row * 4);
+                const int c = 2 * (tile.first_row + lane() + row);
+                epilogue.store(slot.row, epilogue.column(c), gate[0] * unit * slot.unscale,
+                               gate[kGroupOut / 4] * unit_up * slot.unscale);
+            }
+        }
+    }
+
     __device__ __forceinline__ void consume() const {
         Places at;
         MK_NO_UNROLL
         for (int i = blockIdx.x / ring.args.cluster; i < ring.num_tiles();
              i += gridDim.x / ring.args.cluster) {
-            look_up(ring.tile(i));
+            look_up(ring.tile(i, group()));
             Part total{};
             MK_UNROLL
             for (int n = 0; n < (kParts - 1) * kPartTokens / 8; ++n) *kept_total(n) = {};
-            switch (ring.tile(i).w.type) {
+            switch (ring.tile(i, group()).w.type) {
 #define MK_QUANT_CASE(type)        \
     case type:                     \
         multiply<type>(at, total); \
@@ -361,7 +394,8 @@ struct QuantGemmSm90 {
                 MK_FOR_EACH_QUANT_TYPE(MK_QUANT_CASE)
 #undef MK_QUANT_CASE
             }
-            write(ring.tile(ptx::mov_b32(i)), total);  // found again: registers are short
+            // Found again: registers are short.
+            write(ring.tile(ptx::mov_b32(i), group()), total);
         }
     }
 

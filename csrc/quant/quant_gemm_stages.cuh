@@ -12,6 +12,7 @@ struct QuantGemmShape {
     static constexpr int kThreads = quant_gemm_threads(T);
     static constexpr int kWarps = kThreads / 32;
     static constexpr int kWarpsRows = T.rows / T.warp_rows;
+    static constexpr int kWarpsTokens = T.tokens / T.warp_tokens;  // adjacent warps
     static constexpr int kBlockTiles = T.rows / kQuantTileRows;
     static constexpr int kTiles = T.warp_rows / kQuantTileRows;  // of a warp
     static constexpr int kTokens = T.warp_tokens / 8;            // MMAs of a warp
@@ -20,31 +21,37 @@ struct QuantGemmShape {
     static constexpr int kXBytes = quant_gemm_x_bytes(T);
     static constexpr int kPitch = quant_gemm_pitch(T);
 
+    // Gate, or up, of which this warp has rows.
+    static __device__ __forceinline__ int matrix_of_pair() { return threadIdx.x / (kThreads / 2); }
+
     static_assert(T.rows % T.warp_rows == 0 && T.warp_rows % kQuantTileRows == 0);
     static_assert(T.tokens % kPreparedRows == 0 && T.warp_tokens % 8 == 0);
     static_assert(kWarps % kBlockTiles == 0, "a tile of w is copied by whole warps");
+    static_assert(kWarpsTokens % kWarpsPerTile == 0, "which multiply it");
+    static_assert(kWarpsRows % 2 == 0, "half of them have rows of gate");
     static_assert(T.stages <= 4 * (T.groups - 1), "a group is there a stage before its first use");
 };
 
 // Bytes in shared memory, for w of kType (quant_gemm_tiles.h).
 template <int kType, QuantGemmTile T>
 struct QuantGemmSmem {
+    static constexpr int kSums = quant_gemm_sums_bytes(T);
+    static constexpr int kSumsAt = T.stages * quant_gemm_x_bytes(T);
+    static constexpr int kRow = quant_gemm_row_bytes(T);
+    static constexpr int kRowsAt = kSumsAt + T.groups * kSums;
     static constexpr int kTile = quant_tile_bytes(kType, 4);
-    static constexpr int kGroup = quant_gemm_group_bytes(T, kType);
-    static constexpr int kScales = quant_gemm_scales_bytes(T, kType);
-    static constexpr int kGroupsAt = T.stages * quant_gemm_x_bytes(T);
-    static constexpr int kScalesAt = kGroupsAt + T.groups * kGroup;
-    static constexpr int kTileScales = kScales / (T.rows / kQuantTileRows);
-    static constexpr int kSumsAt = T.rows / kQuantTileRows * kTile;  // in a group
-    static constexpr int kShortTile = quant_tile_bytes(kType, 1);    // a quarter of a shorter tile
+    static constexpr int kScales = quant_gemm_scales_bytes(kType);
+    static constexpr int kScalesAt = T.groups * kTile;             // in a row of tiles
+    static constexpr int kShortTile = quant_tile_bytes(kType, 1);  // a quarter of a shorter tile
     static_assert(quant_format(kType).block_k == 256 || kTile == 4 * kShortTile);
 };
 
-// What a block multiplies: its strip of a matrix and its tile of rows of x.
+// What a block multiplies: its strip of a matrix and its tile of rows of x. Of gate and up w is
+// that of the warp, and up's rows are the tile's second half.
 struct QuantGemmBlock {
     const QuantGemmArgs& args;
     const QuantGemmMatrix& w;
-    int first_row;    // of w
+    int first_row;    // of w, of the tile
     int first_token;  // of x
 };
 
@@ -108,8 +115,8 @@ struct QuantGemmCopy {
     // Of a group of `quarters`, into `slot` of the ring.
     __device__ __forceinline__ void copy_w(int slot, int quarters) {
         const int bytes = quarters == 4 ? Smem::kTile : quarters * Smem::kShortTile;
-        const uint32_t to = smem + Smem::kGroupsAt + slot * Smem::kGroup +
-                            thread() / 32 / S::kWarpsPerTile * Smem::kTile + w_offset();
+        const uint32_t to = smem + Smem::kRowsAt + slot * Smem::kTile +
+                            thread() / 32 / S::kWarpsPerTile * Smem::kRow + w_offset();
         MK_UNROLL
         for (int pass = 0; pass < kTilePasses; ++pass) {
             constexpr int kStep = S::kWarpsPerTile * 512;
@@ -122,8 +129,7 @@ struct QuantGemmCopy {
 
     __device__ __forceinline__ void copy_sums(int slot, int group) const {
         const PreparedX& from = block.args.x;
-        const uint32_t to =
-            smem + Smem::kGroupsAt + slot * Smem::kGroup + Smem::kSumsAt + thread() * 16;
+        const uint32_t to = smem + Smem::kSumsAt + slot * Smem::kSums + thread() * 16;
         MK_UNROLL
         for (int i = 0; i < S::kRowBlocks; ++i) {
             const uint8_t* const sums =

@@ -76,36 +76,36 @@ constexpr int quant_gemm_threads(const QuantGemmTile& t) {
     return t.rows / t.warp_rows * (t.tokens / t.warp_tokens) * 32;
 }
 
-// Shared memory in this order: stages of x, groups of (tiles of w, sums of x), two sets of scales
-// of the tiles as floats.
+// Shared memory in this order: stages of x; groups of x's sums; of each row of tiles its groups of
+// w and two sets of their scales as floats. So only what one warp needs depends on the type: of
+// gate and up, each the rows of half the warps, they differ.
 constexpr int quant_gemm_x_bytes(const QuantGemmTile& t) { return t.tokens * kQuantQuarterK * 2; }
-constexpr int quant_gemm_group_bytes(const QuantGemmTile& t, int type) {
-    return t.rows / kQuantTileRows * quant_tile_bytes(type, 4) + t.tokens * 64;
-}
+constexpr int quant_gemm_sums_bytes(const QuantGemmTile& t) { return t.tokens * 64; }  // of a group
 // Of a tile of w: 16 bytes of each g, 160 bytes apart for the four quarters: written by lanes 4g +
 // t and read for one t, both without bank conflicts.
 constexpr int kQuantGemmScalePitch = 160;
 constexpr int kQuantGemmScalePart = 4 * kQuantGemmScalePitch;
-constexpr int quant_gemm_scales_bytes(const QuantGemmTile& t, int type) {
-    return t.rows / kQuantTileRows * kQuantGemmScalePart *
-           (quant_format(type).scale_k == 16 ? 2 : 1);
-}
-constexpr int quant_gemm_smem_bytes(const QuantGemmTile& t, int type) {
-    return t.stages * quant_gemm_x_bytes(t) + t.groups * quant_gemm_group_bytes(t, type) +
-           2 * quant_gemm_scales_bytes(t, type);
+constexpr int quant_gemm_scales_bytes(int type) {
+    return kQuantGemmScalePart * (quant_format(type).scale_k == 16 ? 2 : 1);
 }
 // In place of all that, at the end: the outputs, [tokens][rows] floats.
 constexpr int quant_gemm_pitch(const QuantGemmTile& t) { return t.rows * 4 + 16; }
 
 constexpr int kQuantGemmTypes[] = {MK_Q4_0, MK_Q4_1, MK_Q5_0, MK_Q5_1, MK_Q8_0,
                                    MK_Q2_K, MK_Q3_K, MK_Q4_K, MK_Q5_K, MK_Q6_K};
-constexpr int quant_gemm_smem_bytes(const QuantGemmTile& t) {
-    int most = t.tokens * (quant_gemm_pitch(t) + kQuantEpilogueRowBytes);
+constexpr int quant_gemm_row_bytes(const QuantGemmTile& t) {  // of a row of tiles, of any type
+    int most = 0;
     for (const int type : kQuantGemmTypes) {
-        const int bytes = quant_gemm_smem_bytes(t, type);
+        const int bytes = t.groups * quant_tile_bytes(type, 4) + 2 * quant_gemm_scales_bytes(type);
         most = bytes > most ? bytes : most;
     }
     return most;
+}
+constexpr int quant_gemm_smem_bytes(const QuantGemmTile& t) {
+    const int outputs = t.tokens * (quant_gemm_pitch(t) + kQuantEpilogueRowBytes);
+    const int bytes = t.stages * quant_gemm_x_bytes(t) + t.groups * quant_gemm_sums_bytes(t) +
+                      t.rows / kQuantTileRows * quant_gemm_row_bytes(t);
+    return bytes > outputs ? bytes : outputs;
 }
 
 //   large   prompts. Warps of 32 x 64: 64 sums of the group and 64 of all k a thread
@@ -196,6 +196,7 @@ struct QuantGemmArgs {
     int32_t strips;   // of w
     int32_t cluster;  // blocks that share rows of x, on sm_90
     int32_t num_matrices;
+    int32_t is_pair;       // gate and up: a strip has as many rows of each, half the tile's
     QuantGemmMatrix w[3];  // Q, K and V
     Outputs to;
 };

@@ -101,10 +101,9 @@ Product make_product(const mk_qkv_rope_append_params& p) {
     return {p.x, nullptr, p.norm_weight, p.x_stride, 0, p.tokens, n, p.hidden, p.eps, is_aligned};
 }
 
-std::string product_line(const char* op, int32_t dtype, const Product& a, const mk_quant_matrix* w,
-                         int count) {
+std::string product_line(const char* op, int32_t dtype, const Product& a, const QuantMatrices& w) {
     std::string line = std::string(op) + " " + dtype_name(dtype);
-    for (int i = 0; i < count; ++i) line += std::string(" ") + quant_type_name(w[i].type);
+    for (int i = 0; i < w.count; ++i) line += std::string(" ") + quant_type_name(w.w[i].type);
     return line + " m " + std::to_string(a.m) + " n " + std::to_string(a.n) + " k " +
            std::to_string(a.k) + (a.norm_weight ? " norm" : "");
 }
@@ -113,38 +112,49 @@ struct LinearQuant {
     using Params = mk_linear_quant_params;
 
     static constexpr const char* kName = "linear_quant";
-    static constexpr int kMatrices = 1;
     static constexpr EpilogueKind kEpilogue = EpilogueKind::kPlain;
     static const mk_linear_params& inner(const Params& p) { return p.linear; }
-    static const mk_quant_matrix* matrices(const Params& p) { return &p.w; }
+    static QuantMatrices matrices(const Params& p) { return {{p.w}, 1, false}; }
 
     static mk_status check(const Params& p) {
         MK_TRY(check_product(p));
+        MK_REQUIRE(!has_up(p), MK_ERR_VALUE,
+                   "up.tiles, up.type and up.rows must be 0: mk_linear_quant_swiglu has them");
+        MK_TRY(check_matrix("w", p.w, p.linear.n, "k", p.linear.k, p.linear.m > 0));
         return check_linear_out(p.linear);
     }
 
+    // All but the matrices and the output.
     static mk_status check_product(const Params& p) {
         const mk_linear_params& a = p.linear;
         MK_TRY(check_size("n", a.n, 1, 1 << 24));
         MK_TRY(check_inputs(make_product(a), "m", "k", a.dtype, INT32_MAX));
         MK_TRY(check_no_dense("linear.w", a.w, "w"));
-        MK_TRY(check_matrix("w", p.w, a.n, "k", a.k, a.m > 0));
         return check_workspace(p.workspace, p.workspace_bytes, workspace_bytes(a.m, a.k));
     }
+
+    static bool has_up(const Params& p) { return p.up.tiles || p.up.type || p.up.rows; }
 };
 
 struct LinearQuantSwiglu {
     using Params = mk_linear_quant_params;
 
     static constexpr const char* kName = "linear_quant_swiglu";
-    static constexpr int kMatrices = 1;
     static constexpr EpilogueKind kEpilogue = EpilogueKind::kSwiglu;
     static const mk_linear_params& inner(const Params& p) { return p.linear; }
-    static const mk_quant_matrix* matrices(const Params& p) { return &p.w; }
+    static QuantMatrices matrices(const Params& p) {
+        if (LinearQuant::has_up(p)) return {{p.w, p.up}, 2, true};
+        return {{p.w}, 1, false};
+    }
 
     static mk_status check(const Params& p) {
         MK_TRY(LinearQuant::check_product(p));
-        return check_swiglu_out(p.linear);
+        const mk_linear_params& a = p.linear;
+        MK_TRY(check_swiglu_out(a));
+        const bool has_up = LinearQuant::has_up(p);
+        MK_TRY(check_matrix("w", p.w, has_up ? a.n / 2 : a.n, "k", a.k, a.m > 0));
+        if (!has_up) return MK_OK;
+        return check_matrix("up", p.up, a.n / 2, "k", a.k, a.m > 0);
     }
 };
 
@@ -152,10 +162,9 @@ struct QkvRopeAppendQuant {
     using Params = mk_qkv_rope_append_quant_params;
 
     static constexpr const char* kName = "qkv_rope_append_quant";
-    static constexpr int kMatrices = 3;
     static constexpr EpilogueKind kEpilogue = EpilogueKind::kQkv;
     static const mk_qkv_rope_append_params& inner(const Params& p) { return p.qkv; }
-    static const mk_quant_matrix* matrices(const Params& p) { return p.w; }
+    static QuantMatrices matrices(const Params& p) { return {{p.w[0], p.w[1], p.w[2]}, 3, false}; }
 
     static mk_status check(const Params& p) {
         const mk_qkv_rope_append_params& a = p.qkv;
@@ -242,17 +251,14 @@ struct EmbeddingQuant {
 template <class Op>
 mk_plan plan_product(const typename Op::Params& p, const mk_device& device) {
     const Product a = make_product(Op::inner(p));
-    if (a.m <= MK_QUANT_MAX_DECODE_M) {
-        return plan_quant_decode(a, Op::matrices(p), Op::kMatrices, device);
-    }
-    return plan_quant_gemm(a.m, Op::matrices(p), Op::kMatrices, device);
+    if (a.m <= MK_QUANT_MAX_DECODE_M) return plan_quant_decode(a, Op::matrices(p), device);
+    return plan_quant_gemm(a.m, Op::matrices(p), device);
 }
 
 template <class Op>
 std::string shape_of(const void* params) {
     const auto& p = *static_cast<const typename Op::Params*>(params);
-    return product_line(Op::kName, Op::inner(p).dtype, make_product(Op::inner(p)), Op::matrices(p),
-                        Op::kMatrices);
+    return product_line(Op::kName, Op::inner(p).dtype, make_product(Op::inner(p)), Op::matrices(p));
 }
 
 // More than MK_QUANT_MAX_DECODE_M rows: two launches.
@@ -263,8 +269,7 @@ mk_status run_gemm(const typename Op::Params& p, const Device& device, void* str
     const QuantPrepareArgs prepare{a, prepared_x(p.workspace, a.m, a.k)};
     MK_TRY(launch(plan_quant_prepare(a, inner.dtype, device.info), device, &prepare, stream,
                   shape_of<Op>, &p));
-    QuantGemmArgs args =
-        quant_gemm_args(a, Op::matrices(p), Op::kMatrices, p.workspace, device.info);
+    QuantGemmArgs args = quant_gemm_args(a, Op::matrices(p), p.workspace, device.info);
     args.to = outputs_of(Op::kEpilogue, inner);
     return launch(plan_product<Op>(p, device.info), device, &args, stream, shape_of<Op>, &p);
 }
@@ -283,8 +288,8 @@ mk_status run_product(const typename Op::Params* params, void* stream) {
     const auto& inner = Op::inner(*params);
     const Product a = make_product(inner);
     if (a.m > MK_QUANT_MAX_DECODE_M) return run_gemm<Op>(*params, *device, stream);
-    const QuantDecodeArgs args = quant_decode_args(a, Op::matrices(*params), Op::kMatrices,
-                                                   outputs_of(Op::kEpilogue, inner), device->info);
+    const QuantDecodeArgs args =
+        quant_decode_args(a, Op::matrices(*params), outputs_of(Op::kEpilogue, inner), device->info);
     return launch(plan_product<Op>(*params, device->info), *device, &args, stream, shape_of<Op>,
                   params);
 }

@@ -11,7 +11,8 @@ constexpr int kQuantEpilogueRowBytes = 32;  // at most, of an Epilogue::Row
 
 // ---- up to 16 rows of x: quant_decode_sm80.cuh ----
 
-// A packed matrix, or one of several that make one: rows of tiles first ... end - 1 are its.
+// A packed matrix, or one of several that make one: rows of tiles first ... end - 1 are its. Of
+// gate and up both begin at 0.
 struct QuantDecodeMatrix {
     int32_t end, first;
     int32_t type;
@@ -65,8 +66,11 @@ constexpr int quant_x_shares(int m, int groups) {
 // them) are multiplied by the warps, and then added. Chunks are for x that does not fit, or leaves
 // room for few sums: 8 rows of 4096 and 99 KB would take 6 rounds of one tile, in which no warp has
 // more than two groups, and take 2 chunks of 8 groups of all 6. None of it changes a bit.
+// Of gate and up that are matrices of their own a row of tiles is a pair of them: the rows
+// `together`.
 struct QuantDecodeShape {
     int32_t num_tiles;     // rows of tiles of all matrices
+    int32_t together;      // 2: pairs of them
     int32_t num_groups;    // of 256 k, of a row
     int32_t num_quarters;  // of 64 k
     int32_t chunk_groups, num_chunks;
@@ -85,17 +89,18 @@ constexpr int kQuantKeptSteps = 2;
 constexpr int quant_tile_threads(int m) { return 32 * quant_token_tiles(m); }
 
 constexpr QuantDecodeShape quant_decode_shape(int m, int k, int num_tiles, int num_blocks,
-                                              int smem_bytes) {
+                                              int smem_bytes, int together = 1) {
     QuantDecodeShape s{};
     s.num_tiles = num_tiles;
+    s.together = together;
     s.num_groups = quant_row_tiles(k);
     s.num_quarters = quant_row_quarters(k);
     const int block_tiles = (num_tiles + num_blocks - 1) / num_blocks;
-    const int slot = quant_slot_bytes(m);
+    const int slot = quant_slot_bytes(m) * together;
     // Enough for every warp to have two groups, and for the sums of squares of a norm.
-    const int least = 2 * kQuantWarps * slot;
+    const int least = 2 * kQuantWarps * quant_slot_bytes(m);
     // Of a round with chunks: the totals are in registers.
-    const int most_kept = kQuantKeptSteps * (kQuantThreads / quant_tile_threads(m));
+    const int most_kept = kQuantKeptSteps * (kQuantThreads / quant_tile_threads(m)) / together;
     QuantDecodeShape best{};
     for (s.num_chunks = 1; s.num_chunks <= s.num_groups; ++s.num_chunks) {
         s.chunk_groups = (s.num_groups + s.num_chunks - 1) / s.num_chunks;

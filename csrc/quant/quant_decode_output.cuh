@@ -1,0 +1,122 @@
+// What a decode kernel does with the sums of its tiles: it adds those of a row of tiles in
+// ascending order of k, and runs the epilogue. Gate and up that are two matrices meet here: a
+// thread has the sums of the same two rows of both.
+#pragma once
+
+#include "linear/linear_epilogue.cuh"
+#include "quant/quant_decode_x.cuh"
+
+namespace mk {
+
+// Which of the matrices has a row of tiles.
+__device__ __forceinline__ const QuantDecodeMatrix& matrix_of(const QuantDecodeMatrix* w, int row) {
+    while (row >= w->end) ++w;
+    return *w;
+}
+
+// Rows of tiles and groups that a block multiplies before it adds.
+struct QuantRound {
+    int first_row, end_row;  // every gridDim.x'th
+    int num_rows;            // of gate and up: of each
+    int first_group, num_groups;
+    int num_quarters;  // of all of w
+};
+
+__device__ __forceinline__ float4 as_float4(const uint4& v) {
+    return {__uint_as_float(v.x), __uint_as_float(v.y), __uint_as_float(v.z), __uint_as_float(v.w)};
+}
+
+// total += the sums of a tile's groups, in ascending order; kStep bytes from one to the next.
+template <int kStep>
+__device__ __forceinline__ void add_groups(float4& total, int num_groups, uint32_t smem_y) {
+    const auto add = [&](const float4& y) {
+        total = {total.x + y.x, total.y + y.y, total.z + y.z, total.w + y.w};
+    };
+    MK_NO_UNROLL
+    for (; num_groups >= 8; num_groups -= 8) {
+        static_for<8>([&](auto i) { add(as_float4(ptx::ld_shared_v4<i * kStep>(smem_y))); });
+        smem_y += 8 * kStep;
+    }
+    MK_NO_UNROLL
+    for (; num_groups > 0; --num_groups) {
+        add(as_float4(ptx::ld_shared_v4(smem_y)));
+        smem_y += kStep;
+    }
+}
+
+// Totals of two rows of gate and of up, times their units, to those of gate's and up's first row,
+// and of their second one.
+__device__ __forceinline__ void pair_rows(float4 (&totals)[2], float unit, float unit_up) {
+    const float4 gate = totals[0], up = totals[1];
+    totals[0] = {gate.x * unit, up.x * unit_up, gate.z * unit, up.z * unit_up};
+    totals[1] = {gate.y * unit, up.y * unit_up, gate.w * unit, up.w * unit_up};
+}
+
+// Sums of the round's tiles to outputs: a thread has those of two rows and two tokens, of up to
+// kQuantKeptSteps tiles at a time; of gate and up, those of a tile of each, which it orders as if
+// their rows came by turns. With chunks of k the totals stay in `totals` until the last one.
+template <int kTokenTiles>
+__device__ __forceinline__ void add_round(const QuantDecodeArgs& args, const QuantRound& round,
+                                          const QuantSmem& smem, uint32_t smem_sums, bool is_last,
+                                          float4 (&totals)[kQuantKeptSteps]) {
+    constexpr int kTileThreads = 32 * kTokenTiles;
+    constexpr int kAtOnce = kQuantThreads / kTileThreads;  // tiles
+    static_assert(kQuantKeptSteps == 2, "gate and up");
+    const int m = args.product.m, blocks = gridDim.x;
+    const uint32_t thread = ptx::mov_u32_tid_x();
+    const int token = thread % kTileThreads / 32 * kQuantTokens + thread % 4 * 2;
+    if (token >= m) return;
+    const bool is_pair = args.shape.together == 2;
+    const int num_tiles = round.num_rows * args.shape.together;
+    const int step = is_pair ? round.num_rows : kAtOnce;  // to a thread's next tile
+    const uint32_t tile_bytes = round.num_groups * kTileThreads * 16;
+    for (int first = thread / kTileThreads; first < round.num_rows;
+         first += is_pair ? kAtOnce : kQuantKeptSteps * kAtOnce) {
+        const uint32_t first_y = smem_sums + first * tile_bytes + thread % kTileThreads * 16;
+        static_for<kQuantKeptSteps>([&](auto i) {
+            if (first + i * step >= num_tiles) return;
+            add_groups<kTileThreads * 16>(totals[i], round.num_groups,
+                                          first_y + i * step * tile_bytes);
+        });
+        if (!is_last) continue;
+        if (is_pair) pair_rows(totals, args.w[0].unit, args.w[1].unit);
+        with_epilogue(args.to, [&](auto epilogue) {
+            using Row = typename decltype(epilogue)::Row;
+            if constexpr (requires { epilogue.in_pairs; }) epilogue.in_pairs = *smem.in_pairs;
+            const uint8_t* const rows = smem.rows + token * kQuantRowPitch;
+            const float* const unscale = smem.unscale + token;
+            static_for<kQuantKeptSteps>([&](auto i) {
+                const int tile = first + i * step;
+                if (tile >= num_tiles) return;
+                const int row = round.first_row + (is_pair ? first : tile) * blocks;
+                const int row_of_w = row * kQuantTileRows + thread % 32 / 4 * 2;
+                const auto column = epilogue.column(is_pair ? 2 * (row_of_w + i) : row_of_w);
+                const float unit = is_pair ? 1.f : matrix_of(args.w, row).unit;
+                const float4& y = totals[i];
+                const auto store = [&](int r, float y0, float y1) {
+                    const Row& row = *reinterpret_cast<const Row*>(rows + r * kQuantRowPitch);
+                    epilogue.store(row, column, y0 * unit * unscale[r], y1 * unit * unscale[r]);
+                };
+                store(0, y.x, y.y);
+                if (token + 1 < m) store(1, y.z, y.w);
+            });
+        });
+        for (float4& total : totals) total = {};
+    }
+}
+
+// Where each row's outputs go, and whether in pairs, for add_round.
+__device__ __forceinline__ void set_rows(const QuantDecodeArgs& args, const QuantSmem& smem) {
+    const int r = threadIdx.x;
+    if (r >= args.product.m) return;
+    with_epilogue(args.to, [&](const auto& epilogue) {
+        using Row = typename std::decay_t<decltype(epilogue)>::Row;
+        static_assert(sizeof(Row) <= kQuantEpilogueRowBytes);
+        *reinterpret_cast<Row*>(smem.rows + r * kQuantRowPitch) = epilogue.row(r);
+        if constexpr (requires { epilogue.in_pairs; }) {
+            if (r == 0) *smem.in_pairs = epilogue.in_pairs;
+        }
+    });
+}
+
+}  // namespace mk
