@@ -365,10 +365,8 @@ MK_API mk_status mk_quant_unpack(const mk_quant_pack_params* params);
 typedef struct mk_linear_quant_params {
     mk_linear_params linear; /* w NULL; k a multiple of 32, or of 256 for the K types */
     mk_quant_matrix w;       /* [n, k]; of mk_linear_quant_swiglu gate and up by turns, or gate */
-    mk_quant_matrix up;      /* zeros; of mk_linear_quant_swiglu with w = gate, [n / 2, k], up:
-                              * [n / 2, k] of any type */
-    void* workspace;         /* of mk_linear_quant_workspace_bytes, aligned to 16 bytes, contents
-                              * arbitrary; NULL: none is needed */
+    mk_quant_matrix up;      /* zeros; where w is gate: up, of any type, both [n / 2, k] */
+    void* workspace;         /* mk_linear_quant_workspace_bytes, aligned to 16 bytes; NULL for 0 */
     int64_t workspace_bytes;
 } mk_linear_quant_params;
 

@@ -324,7 +324,7 @@ PREPARED = ["quant_prepare_x", "quant_gemm"]
 
 @places("sm_90")
 @pytest.mark.parametrize("rows", [1, 16, 64])
-@pytest.mark.parametrize("weights", ["dense", "quantised"])
+@pytest.mark.parametrize("weights", ["dense", "uniform", "apart"])
 def test_pdl_chains_all_launches_of_a_decode_step(
     place: str, weights: str, rows: int, checkpoints: Any, gguf_files: Any
 ) -> None:
@@ -334,7 +334,7 @@ def test_pdl_chains_all_launches_of_a_decode_step(
     if weights == "dense":
         folder = checkpoints("gqa2-hd64")[1]
     else:
-        folder = gguf_files("uniform")
+        folder = gguf_files(weights)
     params = SamplingParams(max_new_tokens=3, ignore_eos=True)
     with at(place) as where:
         if where.gpu is None:
@@ -358,7 +358,7 @@ def test_pdl_chains_all_launches_of_a_decode_step(
     assert ops[1:] == [*layers, *last, "sample"] and ops[0].startswith("embedding")
     # Which product each of the launches is, the functions tell that made them.
     names = [*(model.config.num_hidden_layers * LAYER), "linear"]
-    if weights == "quantised":
+    if weights != "dense":
         names = [QUANTISED.get(name, name) for name in names]
     step = [*names, "sample"]
     assert functions[-len(step) :] == step
@@ -561,7 +561,8 @@ def check_greedy(expected: GenerationResult, actual: GenerationResult) -> None:
 def gguf_files(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """ "mixed": all ten types and floats, three types in a QKV; "uniform": Q4_K, tied.
 
-    "typed" is mixed less the floats beside a quantised gate, which need a torch.cat.
+    "typed" is mixed less the floats beside a quantised gate, which need a torch.cat; in each layer
+    of "apart" Q, K and V, and gate and up, are of different types.
     """
     made: dict[str, Path] = {}
 
@@ -572,6 +573,7 @@ def gguf_files(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
             options = {
                 "mixed": (LAYERS,),
                 "typed": (typed,),
+                "apart": ((LAYERS[0],) * 3,),
                 "uniform": (UNIFORM, "Q4_K", None),
             }[name]
             made[name] = write_model(path, *options)
@@ -657,11 +659,14 @@ def test_greedy_tokens_of_quantised_weights_equal_the_cpus(place: str, gguf_file
 
 
 @places("sm_80")
-def test_launches_of_a_decode_step_with_quantised_weights(place: str, gguf_files: Any) -> None:
-    """As many as with dense ones where gate and up have one type."""
+@pytest.mark.parametrize("file", ["uniform", "apart"])
+def test_launches_of_a_decode_step_with_quantised_weights(
+    place: str, file: str, gguf_files: Any
+) -> None:
+    """As many as with dense ones, of whatever types the matrices are."""
     params = SamplingParams(max_new_tokens=5, ignore_eos=True)
     with at(place) as where:
-        model = MinitronForCausalLM.from_pretrained(gguf_files("uniform"), device=where.name)
+        model = MinitronForCausalLM.from_pretrained(gguf_files(file), device=where.name)
         engine = Engine(model, None, 256, max_batch_size=3, cuda_graphs=True)
         for i in range(3):
             engine.add(random_ids(4 + i, seed=i), params)

@@ -357,7 +357,7 @@ def test_bad_parameter_is_named(op: str, field: str, value: Any, status: str) ->
 @pytest.mark.parametrize(
     "field, value, status",
     [("up.tiles", None, "NULL"), ("up.tiles", POINTER + 4, "ALIGNMENT"), ("up.type", 0, "VALUE"),
-     ("up.type", C["MK_F16"], "VALUE"), ("up.type", C["MK_Q8_0"], "OK"), ("up.rows", 0, "SHAPE"),
+     ("up.type", 4, "VALUE"), ("up.type", C["MK_Q8_0"], "OK"), ("up.rows", 0, "SHAPE"),
      ("up.rows", 3071, "SHAPE"), ("w.rows", 6144, "SHAPE"), ("w.tiles", None, "NULL"),
      ("w.type", C["MK_Q4_0"], "OK"), ("linear.w", POINTER, "VALUE"), ("n", 6143, "SHAPE")],
 )  # fmt: skip

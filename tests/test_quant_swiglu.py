@@ -15,8 +15,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bench import quant_decode as counts
 from minitron_kernels.quant_packing import pack
 from minitron_kernels.quantized import QuantizedTensor
+from tests import emulator
 from tests import native_abi as abi
 from tests.linear_cases import in_turn
 from tests.native_emulator import BUILT, DEVICES, run, storage_of
@@ -143,9 +145,9 @@ def test_rows_of_any_number(arch: str, gate: str, up: str) -> None:
 
 SHAPES = {  # rows of x, rows of gate: with tails in both directions, of strips and of clusters
     "80": {(1100, 759): "rows128_m128", (300, 759): "rows128_m64"},
-    "89": {(700, 759): "rows64_m128"},
+    "89": {(1100, 759): "rows64_m128"},
     "90a": {(1100, 759): "rows128_m128", (300, 759): "rows128_m64"},
-    "100a": {(700, 759): "rows128_m128"},
+    "100a": {(1100, 759): "rows128_m128"},
 }
 
 
@@ -234,6 +236,42 @@ def test_no_rows_are_no_launch() -> None:
     x, w = torch.empty(0, 256, dtype=BF16), weights_of(("Q4_K", "Q6_K"), 16, 256)
     params, _ = params_of(x, w, torch.empty(0, 16, dtype=BF16))
     assert abi.plan(OP, params, "80").grid[0] == 0
+
+
+# -------------------------------------------------------------------------------------- counters
+
+
+@pytest.mark.skipif("80" not in BUILT, reason="sm_80 is not in this build")
+@pytest.mark.parametrize("gate, up", [
+    pytest.param(*pair, id=f"emu-sm_80-{'-'.join(pair)}", marks=marks)
+    for pair, marks in ((("Q4_K", "Q6_K"), []), (("Q4_0", "Q8_0"), pytest.mark.slow),
+                        (("Q4_K", "Q4_K"), pytest.mark.slow))
+])  # fmt: skip
+def test_instructions_and_bytes_per_weight(gate: str, up: str) -> None:
+    """Beside one matrix with rows by turns, the mean of both types: the start of a second loop more
+    for each warp. Each byte of w comes from DRAM once, without bank conflicts but of x's sums."""
+    rows, k = counts.N, counts.K
+
+    def lanes(counters: emulator.Counters | None) -> float:
+        assert counters is not None
+        return counts.lanes_per_weight(counters) / 2
+
+    for m in (1, 8):
+        x = values(m, k, dtype=BF16)
+        by_turns = []
+        for kind in (gate, up):
+            both = counts.zeros(kind, 2 * rows, k)
+            by_turns.append(lanes(run_linear(OP, "80", x, both, out_of(OP, x, both))))
+        w = counts.zeros(gate, rows, k), counts.zeros(up, rows, k)
+        counters = run(OP, "80", *params_of(x, w, out_of("linear_quant", x, w[0])))
+        assert counters is not None
+        apart, mean = lanes(counters), sum(by_turns) / 2
+        print(f"{gate} and {up}, M = {m}: {apart:.3f}, by turns {mean:.3f}")
+        assert apart <= 1.05 * mean
+        stored = w[0].tiles.numel() + w[1].tiles.numel()
+        assert counters.unique_read_sectors * 32 <= 1.001 * (stored + x.nbytes)
+        assert counters.unique_write_sectors == m * rows * 2 // 32
+        assert counters.shared_wavefronts <= 1.01 * counters.shared_wavefronts_min
 
 
 # ---------------------------------------------------------------------------------- can it fail
