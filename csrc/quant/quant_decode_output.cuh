@@ -53,25 +53,24 @@ __device__ __forceinline__ void pair_rows(float4 (&totals)[2], float unit, float
 }
 
 // Sums of the round's tiles to outputs: a thread has those of two rows and two tokens, of up to
-// kQuantKeptSteps tiles at a time; of gate and up, those of a tile of each, which it orders as if
+// kQuantKeptSteps tiles at a time; kIsPair: of a tile of gate and one of up, which it orders as if
 // their rows came by turns. With chunks of k the totals stay in `totals` until the last one.
-template <int kTokenTiles>
+template <int kTokenTiles, bool kIsPair>
 __device__ __forceinline__ void add_round(const QuantDecodeArgs& args, const QuantRound& round,
                                           const QuantSmem& smem, uint32_t smem_sums, bool is_last,
                                           float4 (&totals)[kQuantKeptSteps]) {
     constexpr int kTileThreads = 32 * kTokenTiles;
     constexpr int kAtOnce = kQuantThreads / kTileThreads;  // tiles
-    static_assert(kQuantKeptSteps == 2, "gate and up");
-    const int m = args.product.m, blocks = gridDim.x;
+    static_assert(!kIsPair || kQuantKeptSteps == 2);
+    const int m = args.product.m;
     const uint32_t thread = ptx::mov_u32_tid_x();
     const int token = thread % kTileThreads / 32 * kQuantTokens + thread % 4 * 2;
     if (token >= m) return;
-    const bool is_pair = args.shape.together == 2;
-    const int num_tiles = round.num_rows * args.shape.together;
-    const int step = is_pair ? round.num_rows : kAtOnce;  // to a thread's next tile
+    const int num_tiles = kIsPair ? 2 * round.num_rows : round.num_rows;
+    const int step = kIsPair ? round.num_rows : kAtOnce;  // to a thread's next tile
     const uint32_t tile_bytes = round.num_groups * kTileThreads * 16;
     for (int first = thread / kTileThreads; first < round.num_rows;
-         first += is_pair ? kAtOnce : kQuantKeptSteps * kAtOnce) {
+         first += kIsPair ? kAtOnce : kQuantKeptSteps * kAtOnce) {
         const uint32_t first_y = smem_sums + first * tile_bytes + thread % kTileThreads * 16;
         static_for<kQuantKeptSteps>([&](auto i) {
             if (first + i * step >= num_tiles) return;
@@ -79,19 +78,21 @@ __device__ __forceinline__ void add_round(const QuantDecodeArgs& args, const Qua
                                           first_y + i * step * tile_bytes);
         });
         if (!is_last) continue;
-        if (is_pair) pair_rows(totals, args.w[0].unit, args.w[1].unit);
+        if constexpr (kIsPair) pair_rows(totals, args.w[0].unit, args.w[1].unit);
         with_epilogue(args.to, [&](auto epilogue) {
-            using Row = typename decltype(epilogue)::Row;
+            using Epilogue = decltype(epilogue);
+            using Row = typename Epilogue::Row;
+            if constexpr (kIsPair && Epilogue::kOutputsOfPair != 1) return;
             if constexpr (requires { epilogue.in_pairs; }) epilogue.in_pairs = *smem.in_pairs;
             const uint8_t* const rows = smem.rows + token * kQuantRowPitch;
             const float* const unscale = smem.unscale + token;
             static_for<kQuantKeptSteps>([&](auto i) {
-                const int tile = first + i * step;
-                if (tile >= num_tiles) return;
-                const int row = round.first_row + (is_pair ? first : tile) * blocks;
+                const int tile = kIsPair ? first : first + i * kAtOnce;
+                if (tile >= round.num_rows) return;
+                const int row = round.first_row + tile * static_cast<int>(gridDim.x);
                 const int row_of_w = row * kQuantTileRows + thread % 32 / 4 * 2;
-                const auto column = epilogue.column(is_pair ? 2 * (row_of_w + i) : row_of_w);
-                const float unit = is_pair ? 1.f : matrix_of(args.w, row).unit;
+                const auto column = epilogue.column(kIsPair ? 2 * (row_of_w + i) : row_of_w);
+                const float unit = kIsPair ? 1.f : matrix_of(args.w, row).unit;
                 const float4& y = totals[i];
                 const auto store = [&](int r, float y0, float y1) {
                     const Row& row = *reinterpret_cast<const Row*>(rows + r * kQuantRowPitch);

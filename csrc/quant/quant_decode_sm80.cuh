@@ -380,15 +380,19 @@ __device__ __forceinline__ void quant_decode_sm80(const QuantDecodeArgs& args) {
             if (shape.num_chunks > 1 || first == blockIdx.x) {
                 convert_x(a, dtype, smem, shape, share, first_group, num_groups);
             }
-            const uint32_t matrix_sums = num_rows * num_groups * kTokenTiles * 512;
-            MK_NO_UNROLL
-            for (int i = 0; i < shape.together; ++i) {
-                multiply_round<kTokenTiles>(args.w + i, round, smem_x, x_bytes, smem.scales,
-                                            smem_sums + i * matrix_sums);
+            const bool is_pair = shape.together == 2;
+            uint32_t to = smem_sums;
+            const QuantDecodeMatrix* w = args.w;
+            for (;;) {
+                multiply_round<kTokenTiles>(w, round, smem_x, x_bytes, smem.scales, to);
+                if (!is_pair || w != args.w) break;
+                to += num_rows * num_groups * kTokenTiles * 512;
+                ++w;
             }
             __syncthreads();
-            add_round<kTokenTiles>(args, round, smem, smem_sums, chunk + 1 == shape.num_chunks,
-                                   totals);
+            const bool is_last = chunk + 1 == shape.num_chunks;
+            is_pair ? add_round<kTokenTiles, true>(args, round, smem, smem_sums, is_last, totals)
+                    : add_round<kTokenTiles, false>(args, round, smem, smem_sums, is_last, totals);
             // The next round's sums go to the other buffer; with chunks, x is converted again.
             if (shape.num_chunks > 1) __syncthreads();
             smem_sums += other_sums;
