@@ -99,6 +99,9 @@ def test_mma_entries_use_the_tensor_core_in_their_main_loop(arch: str) -> None:
         if "quant" in name:  # a loop for each of the ten types, behind a switch
             kinds |= {"HMMA.16816.F32.BF16"} if "quant_decode" in name else set()
             assert "HMMA.16816.F32" in opcodes <= {"HMMA.16816.F32", *kinds}, (name, opcodes)
+            if "quant_gemm" in name:  # of 16 or 32 rows of w and two times 8 of x, 32 k
+                loop = sass.main_loop(code(arch)[name])
+                assert loop is not None and loop.hmma >= 4, (name, loop)
             continue
         assert opcodes == kinds, (name, opcodes)
         loop = sass.main_loop(code(arch)[name])
