@@ -308,3 +308,18 @@ def test_integer_sums_wrap_or_saturate() -> None:
         else:
             assert np.array_equal(d, (expected + limit) % 2**32 - limit)
     assert np.array_equal(*multiply("u8", 32, acc="s32", b_name="s8")[:2])
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_instructions_between_mmas_are_counted(steps: int) -> None:
+    """A from registers is loaded with nothing under way: per step and warp, 8 instructions and the
+    wgmma itself, but not before the first one. The end is the second wait_group, 4 stores, ret."""
+    image, at = place(np.zeros((8, 16), BF16), 32, False, 0)
+    x, y = np.zeros(65536 + 2048 * steps, np.uint8), np.zeros((4, 128), np.float32)
+    x.view(np.uint32)[0] = len(image) // 16
+    for step in range(steps):
+        x.view(np.uint64)[2 + 2 * step : 4 + 2 * step] = at
+    counters = launch(
+        load(kernel_for("bf16", "bf16", "f32", 8, steps, True, ", 1, 1, 0")), x, y, 128
+    )
+    assert counters.between_mmas == 4 * (6 + 9 * (steps - 1))

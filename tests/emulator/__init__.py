@@ -47,6 +47,7 @@ MEMORY = [
     "shared_requests",
     "shared_wavefronts",
     "shared_wavefronts_min",
+    "between_mmas",
 ]
 
 
@@ -64,7 +65,8 @@ class Counters:
 
     Global memory in 32-byte sectors: per request (`read_sectors`), and distinct over the launch
     (`unique_read_sectors`). `shared_wavefronts_min` is what the shared-memory requests would take
-    without bank conflicts.
+    without bank conflicts. `between_mmas`: instructions, mov left out, of warps that have used
+    wgmma and have none under way.
     """
 
     issued: dict[str, int] = field(default_factory=dict)
@@ -80,6 +82,7 @@ class Counters:
     shared_requests: int = 0
     shared_wavefronts: int = 0
     shared_wavefronts_min: int = 0
+    between_mmas: int = 0
 
     @property
     def instructions(self) -> int:

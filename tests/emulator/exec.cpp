@@ -105,6 +105,7 @@ void Warp::run(uint32_t max_instructions) {
                 InstrCount& count = counts[pc];
                 ++count.issued;
                 count.lanes += static_cast<uint64_t>(std::popcount(m));
+                count.between_mmas += wgmma.is_between;
                 --budget;
                 ++pc;
                 if (in->taint) [[unlikely]]
@@ -600,6 +601,7 @@ Counters execute(Launch& launch, std::vector<InstrCount>* profile) {
         for (size_t i = 0; i < mine.size(); ++i) {
             counts[i].issued += mine[i].issued;
             counts[i].lanes += mine[i].lanes;
+            counts[i].between_mmas += mine[i].between_mmas;
         }
     };
     std::vector<std::thread> pool;
@@ -613,6 +615,7 @@ Counters execute(Launch& launch, std::vector<InstrCount>* profile) {
         const auto c = static_cast<size_t>(p.code[i].cls);
         total.issued[c] += counts[i].issued;
         total.lanes[c] += counts[i].lanes;
+        if (p.code[i].cls != Class::mov) total.between_mmas += counts[i].between_mmas;
     }
     for (const Region& r : launch.regions) {
         if (!r.touched) continue;

@@ -232,6 +232,7 @@ void Warp::check_hazard(const RegisterHazard& h) {
 void begin_wgmma(Warp& w, const uint32_t* list, uint32_t d_regs, uint32_t a_regs) {
     WgmmaState& s = w.wgmma;
     ++s.issued;
+    s.is_between = 0;
     for (uint32_t i = 0; i < d_regs + a_regs; ++i) {
         const uint32_t row = list[i] / kLanes;
         if (s.touched[row] > s.fences)

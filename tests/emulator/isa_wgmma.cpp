@@ -217,6 +217,7 @@ void wait(Warp& w, const Instr& in, Mask m) {
     }
     follow(s, in);
     s.retired = std::max(s.retired, over);
+    s.is_between = s.retired == s.issued;
     s.groups.erase(s.groups.begin(), s.groups.end() - static_cast<long>(left));
     w.cta->cluster->clocks.retire(w.agent, reader_of(w), s.base + over);
 }

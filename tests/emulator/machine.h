@@ -239,6 +239,7 @@ struct Counters {
     uint64_t read_requests = 0, read_sectors = 0, read_bytes = 0, unique_read_sectors = 0;
     uint64_t write_requests = 0, write_sectors = 0, write_bytes = 0, unique_write_sectors = 0;
     uint64_t shared_requests = 0, shared_wavefronts = 0, shared_wavefronts_min = 0;
+    uint64_t between_mmas = 0;  // issued, without mov, by warps with no wgmma under way after one
 
     void add(const Counters& other);
 };
@@ -294,12 +295,13 @@ struct BulkStore {
 };
 
 struct InstrCount {
-    uint64_t issued = 0, lanes = 0;
+    uint64_t issued = 0, lanes = 0, between_mmas = 0;
 };
 
 // What a warp has issued of wgmma, counted in instructions from 1.
 struct WgmmaState {
     uint32_t issued = 0, retired = 0;
+    uint64_t is_between = 0;       // 1: the last one has retired
     uint32_t base = 0;             // what the warpgroup's reader had counted before
     bool waits = false;            // for the other warps to issue
     std::vector<uint32_t> groups;  // `issued` at each commit

@@ -39,7 +39,7 @@ void Counters::add(const Counters& o) {
         write_bytes += o.write_bytes;
     unique_read_sectors += o.unique_read_sectors, unique_write_sectors += o.unique_write_sectors;
     shared_requests += o.shared_requests, shared_wavefronts += o.shared_wavefronts;
-    shared_wavefronts_min += o.shared_wavefronts_min;
+    shared_wavefronts_min += o.shared_wavefronts_min, between_mmas += o.between_mmas;
 }
 
 // ---- global regions ---------------------------------------------------------------------------

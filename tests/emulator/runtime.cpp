@@ -267,9 +267,10 @@ std::pair<uint64_t, uint64_t> LoadedModule::variable(const std::string& name) {
 void write_counters(const Counters& c, uint64_t* out) {
     out = std::copy_n(c.issued, kClasses, out);
     out = std::copy_n(c.lanes, kClasses, out);
-    for (uint64_t v : {c.read_requests, c.read_sectors, c.read_bytes, c.unique_read_sectors,
-                       c.write_requests, c.write_sectors, c.write_bytes, c.unique_write_sectors,
-                       c.shared_requests, c.shared_wavefronts, c.shared_wavefronts_min})
+    for (uint64_t v :
+         {c.read_requests, c.read_sectors, c.read_bytes, c.unique_read_sectors, c.write_requests,
+          c.write_sectors, c.write_bytes, c.unique_write_sectors, c.shared_requests,
+          c.shared_wavefronts, c.shared_wavefronts_min, c.between_mmas})
         *out++ = v;
 }
 
