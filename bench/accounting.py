@@ -78,26 +78,29 @@ class Epilogue:
     """The ends of tiles in sm_90's products: one of a block's two warpgroups writes its half while
     the other one multiplies, as long as that has something left.
 
-    run: (architecture, stages) -> counters of the whole problem, with so few stages along k.
-    tiles: launch -> of all blocks, and of the busiest one.
+    run: (architecture, stages) -> counters of the problem with so few stages along k.
+    tiles: launch -> those of `run`, and those of the problem's busiest block.
     lead: launch -> clocks that the tensor pipe has left to do when the first warpgroup is done.
-    latency: launch -> clocks that it waits for shared memory and L2 while it writes.
+    latency: clocks that it waits for L2 while it writes.
+    reads: whether it reads then; else it has asked for all when the tile began.
     """
 
     run: Callable[[str, int], Counters]
     tiles: Callable[[Plan], tuple[int, int]]
     lead: Callable[[Plan], float]
-    latency: Callable[[Plan], float]
+    latency: float
+    reads: bool
 
 
 @dataclass(frozen=True)
 class Ends:
     """What a launch does besides the stages of its tiles."""
 
-    instructions: int
-    shared_wavefronts: int
+    instructions: int  # of warps that multiply, from a tile's last MMA to the next one's first
     exp2_lanes: int
-    sectors: int
+    write_requests: int
+    write_sectors: int
+    read_sectors: int
 
 
 @dataclass(frozen=True)
@@ -176,10 +179,11 @@ def case_ends(epilogue: Epilogue, arch: str) -> Ends:
         return 2 * count(one) - count(two)
 
     return Ends(
-        rest(issued),
-        rest(lambda c: c.shared_wavefronts),
+        rest(lambda c: c.between_mmas),
         rest(lambda c: c.lanes["mufu"]),
-        rest(lambda c: c.read_sectors + c.write_sectors),
+        rest(lambda c: c.write_requests),
+        rest(lambda c: c.write_sectors),
+        rest(lambda c: c.read_sectors),
     )
 
 
@@ -256,20 +260,22 @@ def issued(c: Counters) -> int:
     return c.instructions - c.issued["mov"]
 
 
-ALONE = 2  # clocks that an instruction of the only warp of a scheduler takes, or a wavefront
+ALONE = 2  # clocks that an instruction of the only warp of a scheduler takes
+ROWS = 8  # that a request of an epilogue goes to, one at a time
 
 
 def epilogue_clocks(m: Measured, case: Case) -> float:
     """A warpgroup's for the end of a tile, each of its four warps on a scheduler of its own."""
     if case.epilogue is None or m.ends is None:
         return 0.0
+    sectors = m.ends.write_sectors + m.ends.read_sectors * case.epilogue.reads
     work = (
         ALONE * m.ends.instructions / WARP_SCHEDULERS,
-        ALONE * m.ends.shared_wavefronts,
         m.ends.exp2_lanes / EXP2_PER_CLOCK,
-        m.ends.sectors * SECTOR / L2_BYTES_PER_CLOCK,
+        ROWS * m.ends.write_requests,
+        sectors * SECTOR / L2_BYTES_PER_CLOCK,
     )
-    return max(work) / (2 * case.epilogue.tiles(m.plan)[0]) + case.epilogue.latency(m.plan)
+    return max(work) / (2 * case.epilogue.tiles(m.plan)[0]) + case.epilogue.latency
 
 
 def uncovered_clocks(m: Measured, case: Case) -> float:

@@ -38,6 +38,7 @@ def all_cases() -> list[Case]:
             cases.append(triton_attention_tma(rows, causal))
             if rows <= 2048:
                 cases.append(prefill_fp8(rows, causal))
+    cases += [prefill(16384, causal) for causal in (False, True)]
     cases += [prefill(2048, True, paged=True), prefill(2048, True, rope=True), prefill_chunks()]
     cases += [decode(batch, context) for context in (1024, 8192, 32768) for batch in (1, 8, 64)]
     for m in (1, 8, 16, 64):

@@ -64,10 +64,7 @@ def linear_fp8(name: str, n: int, k: int, m: int) -> Case:
         return counters
 
     # The other warpgroup has half a stage left, and then waits for its turn.
-    epilogue = gemm_epilogue(
-        of_stages, m, n, lambda width: width // (128 if name == "gate_up" else 64) or 1,
-        has_residual, lambda width: width,
-    )  # fmt: skip
+    epilogue = gemm_epilogue(of_stages, m, n, lambda width: width, has_residual)
     # FFMAs alone are 0.25 of 128 x 192; the rest is what 16-bit products may take.
     bars = [Bar("issue", 0.40, "90a", "_m128_n192")] if m > 64 else [Bar("dram", 1.10)]
     return native_case(

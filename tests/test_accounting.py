@@ -181,16 +181,17 @@ def test_epilogues_by_hand() -> None:
 
     def run(_arch: str, stages: int) -> Counters:
         return counters(
-            issued={"fp32": 264 * 8 * (600 + 50 * stages)},
-            shared_wavefronts=264 * 2 * (200 + 10 * stages), read_sectors=264 * 48 * stages,
+            issued={"fp32": 264 * 8 * (900 + 50 * stages)}, between_mmas=264 * 8 * 600,
+            read_sectors=264 * (400 + 48 * stages), write_sectors=264 * 2 * 300,
+            write_requests=264 * 2 * 150,
         )  # fmt: skip
 
-    epilogue = Epilogue(run, lambda _: (264, 2), lambda _: 1000.0, lambda _: 100.0)
+    epilogue = Epilogue(run, lambda _: (264, 2), lambda _: 1000.0, 100.0, reads=False)
     plan, binary = Plan("entry", (132, 1, 1), (384, 1, 1), 0), Binary(168, 0, 4096, None)
     case = case_of(plan, run("90a", 64), binary, epilogue=epilogue)
     gpu = ARCHITECTURES["H100"]
     measured = accounting.measure(case, "90a")
-    assert measured.ends == Ends(264 * 8 * 600, 264 * 2 * 200, 0, 0)
+    assert measured.ends == Ends(264 * 8 * 600, 0, 264 * 2 * 150, 264 * 2 * 300, 264 * 400)
     assert accounting.epilogue_clocks(measured, case) == 1300
     assert accounting.uncovered_clocks(measured, case) == 300 + 1300
     told = accounting.times(measured, case, gpu)["tensor pipe"]
@@ -198,6 +199,19 @@ def test_epilogues_by_hand() -> None:
     covered = replace(case, epilogue=replace(epilogue, lead=lambda _: 1400.0))
     assert accounting.uncovered_clocks(measured, covered) == 1300
     assert accounting.measure(case, "80").ends is None
+
+    def clocks(reads: bool = False, **ends: int) -> float:
+        """Where something takes longer than instructions do."""
+        longer = replace(measured, ends=replace(measured.ends, **ends))
+        return accounting.epilogue_clocks(
+            longer, replace(case, epilogue=replace(epilogue, reads=reads))
+        )
+
+    assert clocks(exp2_lanes=264 * 2 * 16 * 1400) == 1500
+    assert clocks(write_requests=264 * 2 * 175) == 1500
+    assert clocks(write_sectors=264 * 2 * 2800) == 1500
+    assert clocks(read_sectors=264 * 2 * 2500) == 1300
+    assert clocks(read_sectors=264 * 2 * 2500, reads=True) == 1500
 
 
 def test_balance() -> None:

@@ -97,23 +97,32 @@ def test_gemm_sm90_wide_tile(kind: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.skipif("90a" not in BUILT, reason="sm_90a is not in this build")
-@pytest.mark.parametrize("kind", ["plain", "residual", "swiglu"])
+@pytest.mark.parametrize(
+    "kind, cut",
+    [("plain", 64), ("residual", 64), ("f32", 64), ("swiglu", 64), ("f32", 48), ("plain", 48)],
+)
 @pytest.mark.parametrize("size", SM90_SIZES, ids=lambda s: f"emu-sm_90a-{s}")
-def test_gemm_sm90_writes_vectors(size: str, kind: str) -> None:
-    """Outputs in rows of whole vectors of 16 bytes; the last tile of 64 columns is cut."""
+def test_gemm_sm90_writes_vectors(size: str, kind: str, cut: int) -> None:
+    """Outputs of 16 bytes a thread, in whole sectors, where groups of its columns are whole: all
+    kinds if 64 columns of the last tile are cut, fp32 if 48 are. Others leave in pairs."""
     m, heads = SM90_SIZES[size]
-    op, n = "linear_swiglu" if kind == "swiglu" else "linear", heads * 128 - 48
+    op, n = "linear_swiglu" if kind == "swiglu" else "linear", heads * 128 - cut
     x, w = values(m, 136, dtype=BF16), values(n, 136, dtype=BF16, seed=1)
     assert entry_of("90a", op, x, n).endswith(size_on("90a", size))
     residual = strided(values(m, n, dtype=BF16, seed=2), 24) if kind == "residual" else None
-    out = out_of(op, x, n, padding=8)
+    out = out_of(op, x, n, F32 if kind == "f32" else None, padding=16)
     counters = check_linear(op, "90a", x, w, out, residual=residual, seed=m)
-    assert counters is not None and counters.shared_wavefronts == counters.shared_wavefronts_min
+    assert counters is not None
+    is_whole = cut == 64 or kind == "f32"
+    sectors = m * out.shape[1] * out.itemsize // 32
+    assert counters.write_sectors == sectors * (1 if is_whole else 2)
+    if is_whole:  # eight rows of 64 bytes
+        assert counters.write_requests == -(-m // 8) * (out.shape[1] * out.itemsize // 64)
 
 
 @pytest.mark.skipif("90a" not in BUILT, reason="sm_90a is not in this build")
 @pytest.mark.parametrize("stages", [1, 2, 5])
-@pytest.mark.parametrize("columns, m, n", [(256, 1400, 4608), (192, 1100, 4200)])
+@pytest.mark.parametrize("columns, m, n", [(256, 1400, 4608), (192, 1100, 4224)])
 def test_gemm_sm90_warpgroups_keep_their_distance(
     columns: int, m: int, n: int, stages: int
 ) -> None:
@@ -132,13 +141,13 @@ def test_gemm_sm90_warpgroups_keep_their_distance(
 @pytest.mark.parametrize("interleaved", [False, True], ids=["split", "interleaved"])
 @pytest.mark.parametrize(
     "head_dim, rotary_dim, padding",
-    [(128, 128, 8), (80, 20, 4), (64, 64, 2), (64, 6, 8), (64, 64, 1)],
+    [(128, 128, 8), (128, 64, 8), (80, 20, 4), (64, 64, 8), (64, 64, 2), (64, 6, 8), (64, 64, 1)],
     ids=lambda i: f"{i}",
 )
 def test_gemm_sm90_qkv_outputs(
     head_dim: int, rotary_dim: int, padding: int, interleaved: bool
 ) -> None:
-    """Four features at once, and pairs where a rotation cuts four or rows are odd."""
+    """16 or 8 bytes at once; pairs where a rotation or a head cuts 64 columns, or rows are odd."""
     case = Qkv.random(
         150, 72, (5, 2), head_dim, rotary_dim, dtype=F16, interleaved=interleaved, padding=padding
     )
@@ -367,25 +376,19 @@ LARGE_TILES = {
     "m128_n192": (512, 4608, 96),
     "m128_n128": (512, 3072, 96),
 }
-# The bar is .15. Where a tile misses it, it may not get worse: what is done once a tile is a larger
-# part of a smaller one.
-SMALLER_TILES = [
-    ("m128_n192", "plain", 0.15),
-    ("m128_n192", "qkv", 0.155),
-    ("m128_n128", "plain", 0.162),
-]
+SMALLER_TILES = [("m128_n192", "plain"), ("m128_n192", "qkv"), ("m128_n128", "plain")]
 
 
 @pytest.mark.skipif("90a" not in BUILT, reason="sm_90a is not in this build")
 @pytest.mark.parametrize(
-    "size, kind, bar",
+    "size, kind",
     [
-        *(pytest.param("m128_n256", k, 0.15, id=f"emu-sm_90a-m128_n256-{k}") for k in KINDS),
-        *(pytest.param(*c, id="-".join(("emu-sm_90a", *c[:2]))) for c in SMALLER_TILES),
+        pytest.param(*c, id="-".join(("emu-sm_90a", *c)))
+        for c in [*(("m128_n256", k) for k in KINDS), *SMALLER_TILES]
     ],
 )
-def test_gemm_sm90_large_tile_meets_the_bars(size: str, kind: str, bar: float) -> None:
-    """At k = 4096, by what a tile and a stage of it take at smaller k: issue slots as a share of
+def test_gemm_sm90_large_tile_meets_the_bars(size: str, kind: str) -> None:
+    """At k = 4096, by what a tile and a stage of it take at smaller k: issue slots at most .15 of
     the tensor pipe's time, 4 clocks of 4 slots a stage and column. Each sector from DRAM once."""
     m, n, blocks = LARGE_TILES[size]
     op = "linear_swiglu" if kind == "swiglu" else "linear"
@@ -416,7 +419,7 @@ def test_gemm_sm90_large_tile_meets_the_bars(size: str, kind: str, bar: float) -
     clocks = 4 * int(size.rpartition("n")[2])
     ratio = (issued[0] + 63 * stage) / (blocks * 64 * clocks * 4)
     print(f"{size} {kind} issue/t {ratio:.3f}")
-    assert ratio <= bar
+    assert ratio <= 0.15
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -527,3 +530,27 @@ def test_gemm_sm90_planted_fault_is_found(
     monkeypatch.setattr(native_emulator, "emulated_library", lambda: lib)
     with pytest.raises(AssertionError, match=found):
         check_linear("linear", "90a", x, w, out_of("linear", x, len(w)))
+
+
+@pytest.mark.skipif("90a" not in BUILT, reason="sm_90a is not in this build")
+@pytest.mark.parametrize(
+    "old, new, found",
+    [
+        (rb"(tensor\.5d[^{]*{%r\d+, %r\d+, %r\d+), (%r\d+), (%r\d+)}", rb"\1, \3, \2}",
+         "out: element"),
+        (rb"ld\.global\.v4\.b32 [^;]*;", rb"", "out: element"),
+    ],
+    ids=["emu-sm_90a-order", "emu-sm_90a-residual"],
+)  # fmt: skip
+def test_gemm_sm90_planted_fault_of_outputs_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, old: bytes, new: bytes, found: str
+) -> None:
+    """Groups of columns and pairs taken for each other, and residuals that nobody asked for."""
+    x, w = values(300, 616, dtype=BF16), values(160, 616, dtype=BF16, seed=1)
+    residual = values(300, 160, dtype=BF16, seed=2)
+    entry = entry_of("90a", "linear", x, len(w))
+    monkeypatch.setenv("MK_CUDA_DRIVER", str(emulator.build()))
+    lib = changed_library(tmp_path, entry, old, new, 0, "90a")
+    monkeypatch.setattr(native_emulator, "emulated_library", lambda: lib)
+    with pytest.raises(AssertionError, match=found):
+        check_linear("linear", "90a", x, w, out_of("linear", x, len(w)), residual=residual)

@@ -8,7 +8,7 @@
 //     Blocks of a row need the same x, blocks of a column the same w: each fetches its share of
 //     them, for itself and, by multicast, for the others.
 //
-//   smem, T.n = 256:  | 4 stages of x 16 KB, w 32 KB | 8 warps' 2 KB of sums, and rows | barriers |
+//   smem, T.n = 256:  | 4 stages of x 16 KB, w 32 KB | barriers |
 //
 // Events are mbarriers: a full stage's is its block's arrival and the bytes of the boxes, its own
 // and the others'; an empty one's the arrivals of both warpgroups of all blocks it is fetched for.
@@ -16,7 +16,7 @@
 #pragma once
 
 #include "common/wgmma.cuh"
-#include "linear/linear_tiles.h"
+#include "linear/linear_output_sm90.cuh"
 
 namespace mk {
 
@@ -29,6 +29,10 @@ struct GemmBlockSm90 {
     static constexpr int kXBytes = T.m * kRowBytes;
     static constexpr int kStageBytes = gemm_stage_bytes(T);
     static_assert(kGroups == 2 && kRowBytes == 128);
+    // Of a thread. 128 x 256 has 128 sums and 64 words that wait for the outputs.
+    static constexpr int kFetchRegisters = T.n == 256 ? 24 : kProducerRegisters;
+    static constexpr int kMultiplyRegisters = T.n == 256 ? 240 : kConsumerRegisters;
+    static_assert(kFetchRegisters + 2 * kMultiplyRegisters <= 3 * 168);
 
     const GemmGridSm90& grid;
     const TensorMap &x_map, &w_map;
@@ -51,51 +55,79 @@ struct GemmBlockSm90 {
         const int m = group + in_group - n * height;
         return {(m * grid.cluster.m + rank_m) * T.m, (n * grid.cluster.n + rank_n) * T.n};
     }
-    // The clusters take tiles in turn.
+    __device__ __forceinline__ GemmPlaceSm90 place(const Product& product, const Tile& to,
+                                                   int group) const {
+        const int warp = threadIdx.x / 32 % 4;
+        return {to.m0 + group * kGroupRows + 16 * warp, product.m, to.n0};
+    }
+    // The clusters take tiles in turn. body(tile, find_next): it calls that when it has time.
     template <class Body>
     __device__ __forceinline__ void each_tile(const Body& body) const {
-        const int size = grid.cluster.m * grid.cluster.n;
+        const int size = grid.cluster.m * grid.cluster.n, step = gridDim.x / size;
         const int end = grid.clusters_m * grid.clusters_n;
+        Tile next = tile(blockIdx.x / size);
         MK_NO_UNROLL
-        for (int i = blockIdx.x / size; i < end; i += gridDim.x / size) body(tile(i));
+        for (int i = blockIdx.x / size; i < end; i += step) {
+            const Tile to = next;
+            body(to, [&] { next = tile(min(i + step, end - 1)); });
+        }
     }
 
-    // A box of rows from `row` on, for all `blocks` of a mask, or for this one: multicast to itself
-    // is not asked of a launch that has no clusters.
-    static __device__ __forceinline__ void copy(uint32_t smem, const TensorMap& map, int k, int row,
-                                                uint32_t full, uint16_t blocks, bool is_shared) {
-        if (is_shared) {
+    // Multicast to itself is not asked of a launch that has no clusters.
+    static __device__ __forceinline__ void copy_x(uint32_t smem, const TensorMap& map, int k,
+                                                  int row, uint32_t full, uint16_t blocks) {
+        if (blocks) {
             ptx::cp_async_bulk_tensor_2d_multicast(smem, &map, k, row, full, blocks);
         } else {
             ptx::cp_async_bulk_tensor_2d(smem, &map, k, row, full);
         }
     }
+    static __device__ __forceinline__ void copy_w(uint32_t smem, const TensorMap& map, int k,
+                                                  int row, int group, int pair, uint32_t full,
+                                                  uint16_t blocks) {
+        if (blocks) {
+            ptx::cp_async_bulk_tensor_5d_multicast(smem, &map, k, row, 0, group, pair, full,
+                                                   blocks);
+        } else {
+            ptx::cp_async_bulk_tensor_5d(smem, &map, k, row, 0, group, pair, full);
+        }
+    }
 
     // By the thread that fetches.
     __device__ __forceinline__ void fetch() const {
-        // The blocks that share this one's rows of x (its row of the cluster), and of w.
-        const bool shares_x = grid.cluster.n > 1, shares_w = grid.cluster.m > 1;
+        // The blocks that share this one's rows of x (its row of the cluster), and of w: masks; 0
+        // if there are no others.
         uint16_t row = 0, column = 0;
-        for (int i = 0; i < grid.cluster.n; ++i) row |= 1 << rank(rank_m, i);
-        for (int i = 0; i < grid.cluster.m; ++i) column |= 1 << rank(i, rank_n);
+        if (grid.cluster.n > 1) {
+            for (int i = 0; i < grid.cluster.n; ++i) row |= 1 << rank(rank_m, i);
+        }
+        if (grid.cluster.m > 1) {
+            for (int i = 0; i < grid.cluster.m; ++i) column |= 1 << rank(i, rank_n);
+        }
         const int box_x = T.m / grid.cluster.n, box_w = T.n / grid.cluster.m;  // rows
         const int first_x = rank_n * box_x, first_w = rank_m * box_w;
         const uint32_t smem_x = smem_stages + first_x * kRowBytes;
         const uint32_t smem_w = smem_stages + kXBytes + first_w * kRowBytes;
+        // A tile has the 8 columns of pair 0 of all groups first; with one pair, rows as they lie.
+        const bool has_pairs = grid.pairs > 1;
+        const int pairs_log2 = __ffs(grid.pairs) - 1, groups = T.n / 8 >> pairs_log2;
+        const int first_pair = first_w / 8 / groups, first_group = first_w / 8 % groups;
         uint32_t stage = 0, parity = 1;  // of the phase before the one that fills it
-        each_tile([&](const Tile& to) {
+        each_tile([&](const Tile& to, const auto& find_next) {
+            const int group = has_pairs ? (to.n0 / 8 >> pairs_log2) + first_group : 0;
+            const int row_w = has_pairs ? 0 : to.n0 + first_w;
             MK_NO_UNROLL
             for (int s = 0; s < num_stages; ++s) {
                 const uint32_t full = smem_full + 8 * stage;
-                while (!ptx::mbarrier_try_wait_parity(smem_empty + 8 * stage, parity)) {
-                }
+                ptx::mbarrier_wait_parity(smem_empty + 8 * stage, parity);
                 ptx::mbarrier_arrive_expect_tx(full, kStageBytes);
-                copy(smem_x + stage * kStageBytes, x_map, s * kStageK, to.m0 + first_x, full, row,
-                     shares_x);
-                copy(smem_w + stage * kStageBytes, w_map, s * kStageK, to.n0 + first_w, full,
-                     column, shares_w);
+                copy_x(smem_x + stage * kStageBytes, x_map, s * kStageK, to.m0 + first_x, full,
+                       row);
+                copy_w(smem_w + stage * kStageBytes, w_map, s * kStageK, row_w, group, first_pair,
+                       full, column);
                 if (++stage == T.stages) stage = 0, parity ^= 1;
             }
+            find_next();
         });
     }
 
@@ -112,10 +144,7 @@ struct GemmBlockSm90 {
         bool is_releasing;
         uint32_t to_empty;
 
-        __device__ __forceinline__ void wait() const {
-            while (!ptx::mbarrier_try_wait_parity(full, parity)) {
-            }
-        }
+        __device__ __forceinline__ void wait() const { ptx::mbarrier_wait_parity(full, parity); }
         __device__ __forceinline__ void advance() {
             const bool is_last = full == last_full;
             full = is_last ? first_full : full + 8;
@@ -144,15 +173,14 @@ struct GemmBlockSm90 {
                 first_w,    is_releasing, to_empty};
     }
 
-    // The kernel: multiply(block, group, smem_warp) by each of the warpgroups that multiply.
+    // The kernel: multiply(block, group) by each of the warpgroups that multiply.
     template <class Args, class Multiply>
     static __device__ __forceinline__ void run(const Args& args, const Multiply& multiply) {
         extern __shared__ uint8_t smem_unaligned[];
         ptx::griddepcontrol_launch_dependents();
         const uint32_t unaligned = static_cast<uint32_t>(__cvta_generic_to_shared(smem_unaligned));
         const uint32_t smem_stages = (unaligned + 1023) & ~1023u;
-        const uint32_t smem_full =
-            smem_stages + T.stages * kStageBytes + kGemmWarps * kGemmWarpBytes;
+        const uint32_t smem_full = smem_stages + T.stages * kStageBytes;
         const uint32_t smem_empty = smem_full + 8 * T.stages;
         const int rank_in_cluster = static_cast<int>(ptx::mov_u32_cluster_ctarank());
         const GemmBlockSm90 block{args.grid,
@@ -179,14 +207,11 @@ struct GemmBlockSm90 {
         // The same in all lanes, and known to be: descriptors then take uniform registers.
         const int group = __shfl_sync(0xFFFFFFFFu, threadIdx.x / 128, 0) - 1;
         if (group < 0) {
-            ptx::setmaxnreg_dec<kProducerRegisters>();
+            ptx::setmaxnreg_dec<kFetchRegisters>();
             if (threadIdx.x == 0) block.fetch();
         } else {
-            ptx::setmaxnreg_inc<kConsumerRegisters>();
-            const uint32_t smem_warp =
-                ptx::mov_b32(smem_stages + T.stages * kStageBytes +
-                             (threadIdx.x / 32 - 4) * kGemmWarpBytes);  // kept in a register
-            multiply(block, group, static_cast<uint8_t*>(__cvta_shared_to_generic(smem_warp)));
+            ptx::setmaxnreg_inc<kMultiplyRegisters>();
+            multiply(block, group);
         }
         // Until then others may copy into this block's stages, and arrive at its barriers.
         __syncwarp();

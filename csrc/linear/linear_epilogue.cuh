@@ -12,10 +12,7 @@
 //   prefetch(row, c)           may be called before the sums are there, for what store reads
 //   store(row, column, y0, y1) writes the outputs of columns c and c + 1, rounded; as one access
 //                              where they are aligned; columns from n on are skipped
-//   angles, store_fours        if it has them, and in_fours: store() for four rows and columns
 //   store_quad(row, c, y)      if it has it, and in_quads: columns c ... c + 3, a multiple of 4
-//   kOutputsOfPair             of a pair of columns, if the outputs are a matrix of their own; then
-//   in_vectors                 whether its rows, of num_outputs(), are written 16 bytes at a time
 #pragma once
 
 #include "common/vec.cuh"
@@ -48,11 +45,9 @@ struct PlainEpilogue {
     };
 
     const Params& p;
-    static constexpr int kOutputsOfPair = 2;
     bool is_f32;
-    bool in_pairs;    // a pair of outputs is one access, and so is one of the residual
-    bool in_quads;    // so are 4
-    bool in_vectors;  // so are 8 outputs of 2 bytes, and of the residual
+    bool in_pairs;  // a pair of outputs is one access, and so is one of the residual
+    bool in_quads;  // so are 4
 
     __device__ __forceinline__ explicit PlainEpilogue(const Params& params)
         : p(params), is_f32(params.out_dtype == MK_F32) {
@@ -61,11 +56,7 @@ struct PlainEpilogue {
                    is_multiple(p.residual, p.residual_stride * 2, 4);
         in_quads = p.n % 4 == 0 && is_multiple(p.out, p.out_stride * bytes, 4 * bytes) &&
                    is_multiple(p.residual, p.residual_stride * 2, 8);
-        in_vectors = !is_f32 && p.n % kVec == 0 && is_multiple(p.out, p.out_stride * 2, 16) &&
-                     is_multiple(p.residual, p.residual_stride * 2, 16);
     }
-
-    __device__ __forceinline__ int num_outputs() const { return p.n; }
 
     __device__ __forceinline__ Row row(int r) const {
         return {static_cast<char*>(p.out) + r * p.out_stride * (is_f32 ? 4 : 2),
@@ -132,15 +123,10 @@ struct SwigluEpilogue {
         uint16_t* out;
     };
 
-    static constexpr int kOutputsOfPair = 1;
     const Params& p;
-    bool in_vectors;  // 8 outputs are one access
 
-    __device__ __forceinline__ explicit SwigluEpilogue(const Params& params)
-        : p(params),
-          in_vectors(p.n % (2 * kVec) == 0 && is_multiple(p.out, p.out_stride * 2, 16)) {}
+    __device__ __forceinline__ explicit SwigluEpilogue(const Params& params) : p(params) {}
 
-    __device__ __forceinline__ int num_outputs() const { return p.n / 2; }
     __device__ __forceinline__ float output(float gate, float up) const { return silu(gate) * up; }
 
     __device__ __forceinline__ Row row(int r) const {
@@ -167,13 +153,10 @@ struct QkvEpilogue {
         const float* sin = nullptr;
     };
 
-    static constexpr int kOutputsOfPair = 0;
-    static constexpr bool in_vectors = false;
     const Params& p;
     int num_q, num_qk, n;  // columns of Q, of Q and K, of all
     int gap;               // from the first to the second feature of a pair
     bool in_pairs;         // adjacent features are one access
-    bool in_fours;         // so are four, and the angles of two pairs
 
     __device__ __forceinline__ explicit QkvEpilogue(const Params& params)
         : p(params),
@@ -181,10 +164,7 @@ struct QkvEpilogue {
           num_qk(num_q + params.num_kv_heads * params.head_dim),
           n(num_qk + params.num_kv_heads * params.head_dim),
           gap(params.rope.interleaved ? 1 : params.rope.rotary_dim / 2),
-          in_pairs(are_multiples(4)),
-          in_fours(are_multiples(8) && p.rope.rotary_dim % 4 == 0 &&
-                   is_multiple(p.rope.cos, p.rope.table_stride * 4, 8) &&
-                   is_multiple(p.rope.sin, p.rope.table_stride * 4, 8)) {}
+          in_pairs(are_multiples(4)) {}
 
     __device__ __forceinline__ Row row(int r) const {
         const int64_t slot = load_index(p.slots, p.slots_dtype, r);
@@ -243,51 +223,6 @@ struct QkvEpilogue {
         } else {
             to[0] = static_cast<uint16_t>(pair);
             to[gap] = static_cast<uint16_t>(pair >> 16);
-        }
-    }
-
-    // The angles of rows 0 ... 3 for four columns from c on, if in_fours; NaN where there are none.
-    struct Angles {
-        float2 cos[4], sin[4];
-    };
-    template <class RowAt>
-    __device__ __forceinline__ Angles angles(const Column& c, const RowAt& row_at) const {
-        Angles a;
-        MK_UNROLL
-        for (int r = 0; r < 4; ++r) {
-            const Row& row = row_at(r);
-            const float nan = __int_as_float(0x7FC00000);
-            a.cos[r] = a.sin[r] = {nan, nan};
-            if (c.pair < 0 || !row.cos) continue;
-            a.cos[r] = *reinterpret_cast<const float2*>(row.cos + c.pair);
-            a.sin[r] = *reinterpret_cast<const float2*>(row.sin + c.pair);
-        }
-        return a;
-    }
-    // store() for these. Rows that do not exist are Row().
-    template <class RowAt, class SumsAt>
-    __device__ __forceinline__ void store_fours(const Column& c, const Angles& a,
-                                                const RowAt& row_at, const SumsAt& sums_at) const {
-        if (!c.is_inside) return;
-        const bool is_rotated = c.pair >= 0, is_split = is_rotated && gap != 1;
-        uint16_t* const cache = c.cache + c.offset;
-        MK_UNROLL
-        for (int r = 0; r < 4; ++r) {
-            const Row& row = row_at(r);
-            if (c.is_q ? !row.q : row.cache < 0) continue;
-            float4 y = sums_at(r);
-            if (is_rotated) {
-                const float2 first = rotated({a.cos[r].x, a.sin[r].x}, y.x, y.y);
-                const float2 other = rotated({a.cos[r].y, a.sin[r].y}, y.z, y.w);
-                y = {first.x, first.y, other.x, other.y};
-            }
-            uint16_t* const to = c.is_q ? row.q + c.offset : cache + row.cache;
-            if (is_split) {
-                *reinterpret_cast<uint32_t*>(to) = Dtype::pack(y.x, y.z);
-                *reinterpret_cast<uint32_t*>(to + gap) = Dtype::pack(y.y, y.w);
-            } else {
-                *reinterpret_cast<uint2*>(to) = {Dtype::pack(y.x, y.y), Dtype::pack(y.z, y.w)};
-            }
         }
     }
 

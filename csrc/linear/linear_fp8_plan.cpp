@@ -95,7 +95,7 @@ struct LinearFp8 {
         args->w_scale_stride = p.w_scale_stride;
         args->x_scale_block_stride = p.x_scale_block_stride;
         args->w_scale_block_stride = p.w_scale_block_stride;
-        return gemm_sm90_args(product, MK_E4M3, device, &args->grid, &args->x_map, &args->w_map);
+        return gemm_sm90_args(product, MK_E4M3, device, args);
     }
 
     static std::string shape(const Params& p) {

@@ -24,9 +24,9 @@
 // whose products would need no turns, x is read twice: 1.25.
 #pragma once
 
+#include "common/static_for.cuh"
 #include "linear/linear_block_sm90.cuh"
 #include "linear/linear_fp8_tiles.h"
-#include "linear/linear_output_sm90.cuh"
 #include "ptx/sm90_wgmma_fp8.cuh"
 
 namespace mk {
@@ -71,16 +71,16 @@ struct LinearFp8Sm90 {
             float x, w;
         };
 
-        __device__ __forceinline__ Scales(const LinearFp8Args& args, int first_row, int n0)
+        __device__ __forceinline__ Scales(const LinearFp8Args& args, const GemmPlaceSm90& at)
             : x_step(args.x_scale_block_stride), w_step(args.w_scale_block_stride) {
             const int lane = threadIdx.x % 32;
-            const int column = n0 + lane / 16 * (T.n - kScaleCols);
-            x = args.x_scale + min(first_row + lane % 16, args.product.m - 1) * args.x_scale_stride;
+            const int column = at.n0 + lane / 16 * (T.n - kScaleCols);
+            x = args.x_scale + min(at.warp_row + lane % 16, at.m - 1) * args.x_scale_stride;
             w = args.w_scale + min(column, args.product.n - 1) / kFp8Block * args.w_scale_stride;
             MK_UNROLL
             for (int i = 0; i < 2 * kColScales; ++i) {
                 const int c = i % kColScales;
-                const bool is_last = c == 2 || (c == 1 && n0 % kFp8Block);
+                const bool is_last = c == 2 || (c == 1 && at.n0 % kFp8Block);
                 from[i / kColScales][c] =
                     ptx::mov_b32(lane / 4 + 8 * (i / kColScales) + (is_last ? 16 : 0));
             }
@@ -114,31 +114,40 @@ struct LinearFp8Sm90 {
         });
     }
 
-    // sums += products, scaled.
-    static __device__ __forceinline__ void add(Sums& sums, const Sums& products,
+    // sums += products, scaled. Sums[j] are columns of group j % (T.n / 8 / pairs).
+    static __device__ __forceinline__ void add(Sums& sums, const Sums& products, int pairs,
                                                const float (&scale)[2][kColScales]) {
         MK_UNROLL
         for (int j = 0; j < T.n / 8; ++j) {
             MK_UNROLL
             for (int i = 0; i < 4; ++i) {
-                sums[j][i] = fmaf(products[j][i], scale[i / 2][j * 8 / kScaleCols], sums[j][i]);
+                const int group = kColScales == 1 ? 0 : j % (T.n / 8 / pairs);
+                sums[j][i] =
+                    fmaf(products[j][i], scale[i / 2][group * 8 * pairs / kScaleCols], sums[j][i]);
             }
         }
     }
 
+    // What the outputs need is in L2 when they are written.
+    template <class E>
+    static __device__ __forceinline__ void prefetch(const E& epilogue, const GemmPlaceSm90& at) {
+        const int row = at.warp_row + threadIdx.x % 32;
+        if (threadIdx.x % 32 >= 16 || row >= at.m) return;
+        MK_UNROLL
+        for (int c = 0; c < T.n; c += 64) epilogue.prefetch(epilogue.row(row), at.n0 + c);
+    }
+
+    // pairs: args.grid.pairs, a constant where the scale of a sum depends on it.
     static __device__ __forceinline__ void multiply(const LinearFp8Args& args, const Block& block,
-                                                    int group, uint8_t* smem_warp) {
+                                                    int group, int pairs) {
         auto at = block.ring(group);
         const int mine = ptx::mov_b32(kTurn + group), others = ptx::mov_b32(kTurn + 1 - group);
         if (group == 1) ptx::bar_arrive(kTurn, 256);
-        block.each_tile([&](const typename Block::Tile& to) {
-            const int first_row = to.m0 + group * Block::kGroupRows + threadIdx.x / 32 % 4 * 16;
-            const int num_rows = min(args.product.m - first_row, 16);
-            with_epilogue(args, [&]<class D, template <class> class E>(const E<D>& epilogue) {
-                GemmOutputSm90<D, T, E<D>>::look_up(epilogue, first_row, num_rows, to.n0,
-                                                    smem_warp + kGemmStagedBytes);
-            });
-            Scales scales(args, first_row, to.n0);
+        block.each_tile([&](const typename Block::Tile& to, const auto& find_next) {
+            const GemmPlaceSm90 place = block.place(args.product, to, group);
+            with_epilogue(args, [&](const auto& epilogue) { prefetch(epilogue, place); });
+            find_next();
+            Scales scales(args, place);
             auto pair = scales.load();
             Sums sums{}, products;
             MK_NO_UNROLL
@@ -155,11 +164,12 @@ struct LinearFp8Sm90 {
                 ptx::pin(products);
                 at.release(at.full);
                 at.advance();
-                add(sums, products, scale);
+                add(sums, products, pairs, scale);
             }
-            with_epilogue(args, [&]<class D, template <class> class E>(const E<D>& epilogue) {
-                GemmOutputSm90<D, T, E<D>>::write(epilogue, first_row, num_rows, to.n0, sums,
-                                                  smem_warp);
+            with_epilogue(args, [&]<class E>(const E& epilogue) {
+                GemmOutputSm90<T, E> output;
+                output.load(epilogue, pairs, place);
+                output.write(epilogue, pairs, place, sums);
             });
         });
         if (group == 0) ptx::bar_sync(kTurn, 256);  // as many as arrivals
@@ -169,8 +179,19 @@ struct LinearFp8Sm90 {
 template <GemmTileSm90 T>
 __device__ __forceinline__ void linear_fp8_sm90(const LinearFp8Args& args) {
     using Gemm = LinearFp8Sm90<T>;
-    Gemm::Block::run(args, [&](const auto& block, int group, uint8_t* smem_warp) {
-        Gemm::multiply(args, block, group, smem_warp);
+    Gemm::Block::run(args, [&](const auto& block, int group) __attribute__((always_inline)) {
+        const int pairs = args.grid.pairs;
+        if constexpr (Gemm::kColScales == 1) {
+            Gemm::multiply(args, block, group, pairs);
+        } else if (pairs == kPairsOf16Bit) {
+            Gemm::multiply(args, block, group, kPairsOf16Bit);
+        } else if (pairs == kPairsOfSwiglu) {
+            Gemm::multiply(args, block, group, kPairsOfSwiglu);
+        } else if (pairs == kPairsOfF32) {
+            Gemm::multiply(args, block, group, kPairsOfF32);
+        } else {
+            Gemm::multiply(args, block, group, 1);
+        }
     });
 }
 

@@ -10,7 +10,7 @@ constexpr int kFp8Block = 128;  // k of a scale, and of a stage; columns of a sc
 
 // A thread has a tile's sums twice, as products of a stage and in fp32: of 128 x 192 these are 192
 // registers. 128 x 256 would take 256.
-constexpr GemmTileSm90 kFp8Tiles[] = {{128, 192, 5}, {128, 128, 6}, {128, 64, 8}};
+constexpr GemmTileSm90 kFp8Tiles[] = {{128, 192, 5}, {128, 128, 7}, {128, 64, 9}};
 static_assert(gemm_smem_bytes(kFp8Tiles[0]) <= 227 << 10 &&
               gemm_smem_bytes(kFp8Tiles[1]) <= 227 << 10 &&
               gemm_smem_bytes(kFp8Tiles[2]) <= 227 << 10);

@@ -1,5 +1,5 @@
-// The plan of linear_gemm_sm90.cuh and linear_fp8_sm90.cuh, and the part of their argument that the
-// product gives. dtype: of x and w.
+// The plan of linear_gemm_sm90.cuh and linear_fp8_sm90.cuh, and the part of their argument that
+// product and outputs give. dtype: of x and w.
 #pragma once
 
 #include "launch/op.h"
@@ -23,6 +23,6 @@ bool is_gemm_sm90(const Product& a);
 mk_plan plan_gemm_sm90(const char* op, int32_t dtype, const Product& a, const mk_device& device);
 
 mk_status gemm_sm90_args(const Product& a, int32_t dtype, const mk_device& device,
-                         GemmGridSm90* grid, TensorMap* x_map, TensorMap* w_map);
+                         LinearGemmSm90Args* args);
 
 }  // namespace mk

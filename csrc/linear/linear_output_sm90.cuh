@@ -1,234 +1,297 @@
-// What a warp of linear_gemm_sm90.cuh and linear_fp8_sm90.cuh does with its 16 rows of a tile of
-// sums: outputs by way of the warp's own shared memory, so that they leave in whole sectors.
+// What a thread of linear_gemm_sm90.cuh and linear_fp8_sm90.cuh does with its sums of a tile:
+// outputs straight from registers, 16 bytes at once, in whole sectors.
 //
-//   Sums[j]: columns 8 j ... + 7 of the tile, as wgmma leaves them: row lane / 4 and that + 8
+// Of each row and each 8 columns wgmma gives a thread two, 2 q and 2 q + 1 (q = lane % 4). So that
+// more of a thread's columns adjoin, TMA puts the rows of w into shared memory in another order, by
+// a map of five dimensions (linear_gemm_plan.cpp): with `pairs` P, and G = T.n / 8 / P groups,
+//
+//   Sums[b G + g] = columns 8 P g + 2 P q + 2 b and + 1 of the tile        b < P, g < G
+//
+//   P = 4, group 0:    q = 0: columns 0-7    q = 1: 8-15    q = 2: 16-23    q = 3: 24-31
+//
+// No sum depends on its place. The four threads of a row write 64 bytes (32 of a rotation's halves)
+// and read residuals and angles alike. They need no shared memory and no other thread, and what
+// they read, they ask for when the tile begins. Where outputs are not aligned to 16 bytes, or
+// groups of columns are cut, P is 1: pairs leave as they lie.
 #pragma once
 
-#include "common/static_for.cuh"
-#include "common/swizzle.cuh"
 #include "linear/linear_epilogue.cuh"
 
 namespace mk {
 
-template <class Dtype, GemmTileSm90 T, class Epilogue>
-struct GemmOutputSm90 {
+// A thread's rows of a tile: `row` and that + 8, if these are below m; and its columns.
+struct GemmPlaceSm90 {
+    int warp_row, m, n0;
+
+    __device__ __forceinline__ int q() const { return threadIdx.x % 4; }
+    __device__ __forceinline__ int row(int half) const {
+        return warp_row + threadIdx.x % 32 / 4 + 8 * half;
+    }
+    __device__ __forceinline__ bool exists(int half) const { return row(half) < m; }
+    // The nearest row that exists.
+    __device__ __forceinline__ int64_t row_inside(int half) const { return min(row(half), m - 1); }
+};
+
+// load(epilogue, pairs, place)          what write() needs, while MMAs are under way
+// write(epilogue, pairs, place, sums)
+template <GemmTileSm90 T, class Epilogue>
+struct GemmOutputSm90;
+
+template <GemmTileSm90 T>
+using GemmSumsSm90 = float[T.n / 8][4];
+
+// P = 1.
+template <GemmTileSm90 T, class Epilogue>
+__device__ __forceinline__ void write_pairs(const Epilogue& epilogue, const GemmPlaceSm90& at,
+                                            const GemmSumsSm90<T>& sums) {
     using Row = typename Epilogue::Row;
-    using Sums = float[T.n / 8][4];
-
-    // 40 bytes apart no two of 16 rows share a bank in an access of 8 bytes.
-    struct RowSlot {
-        Row row;
-        uint8_t pad[kGemmRowPitch - sizeof(Row)];
-    };
-    static_assert(sizeof(RowSlot) == kGemmRowPitch && kGemmWarpBytes % 256 == 0);
-
-    // Where this warp's rows go, kept for write(); and what it will read there, to L2.
-    static __device__ __forceinline__ void look_up(const Epilogue& epilogue, int first_row,
-                                                   int num_rows, int n0, uint8_t* smem_rows) {
-        const int lane = threadIdx.x % 32;
-        if (lane < 16) {
-            const bool exists = lane < num_rows;
-            const Row row = exists ? epilogue.row(first_row + lane) : Row();
-            if (!epilogue.in_vectors) row_at(smem_rows, lane) = row;
-            MK_UNROLL
-            for (int c = 0; c < T.n; c += 64) {  // 128 bytes of a residual
-                if (exists) epilogue.prefetch(row, n0 + c);
-            }
-        }
-        __syncwarp();
-    }
-    static __device__ __forceinline__ Row& row_at(uint8_t* smem_rows, int r) {
-        return reinterpret_cast<RowSlot*>(smem_rows)[r].row;
-    }
-
-    // All of a tile's rows of this warp.
-    static __device__ __forceinline__ void write(const Epilogue& epilogue, int first_row,
-                                                 int num_rows, int n0, const Sums& sums,
-                                                 uint8_t* smem_warp) {
-        if constexpr (Epilogue::kOutputsOfPair > 0) {
-            if (epilogue.in_vectors) {
-                const auto in_vectors = [&](auto has_residual) {
-                    write_vectors<has_residual>(epilogue, first_row, num_rows, n0, sums, smem_warp);
-                };
-                if constexpr (Epilogue::kOutputsOfPair == 2) {
-                    if (epilogue.p.residual) return in_vectors(Constant<true>());
-                }
-                return in_vectors(Constant<false>());
-            }
-        }
-        if constexpr (requires { epilogue.in_fours; }) {
-            if (epilogue.in_fours) return write_fours(epilogue, n0, sums, smem_warp);
-        }
-        write_pairs(epilogue, num_rows, n0, sums, smem_warp);
-    }
-
-    // Sums go through shared memory 8 rows and 64 columns at a time, after which a lane has a pair
-    // of adjacent columns and the next lane the next pair: whole sectors of outputs, residuals and
-    // rotation tables.
-    static __device__ __forceinline__ void write_pairs(const Epilogue& epilogue, int num_rows,
-                                                       int n0, const Sums& sums, uint8_t* staged) {
-        const int lane = threadIdx.x % 32;
-        const uint32_t smem_lane = staged_at(staged, 0, lane * 8);
+    const Row rows[2] = {at.exists(0) ? epilogue.row(at.row(0)) : Row(),
+                         at.exists(1) ? epilogue.row(at.row(1)) : Row()};
+    MK_UNROLL
+    for (int j = 0; j < T.n / 8; ++j) {
+        const auto column = epilogue.column(at.n0 + 8 * j + 2 * at.q());
         MK_UNROLL
-        for (int c = 0; c < T.n; c += 64) {
-            const auto column = epilogue.column(n0 + c + lane * 2);
+        for (int half = 0; half < 2; ++half) {
+            const float (&y)[4] = sums[j];
+            if (at.exists(half)) epilogue.store(rows[half], column, y[2 * half], y[2 * half + 1]);
+        }
+    }
+}
+
+template <GemmTileSm90 T, class Dtype>
+struct GemmOutputSm90<T, PlainEpilogue<Dtype>> {
+    using Epilogue = PlainEpilogue<Dtype>;
+    static constexpr int kPairs = kPairsOf16Bit, kGroups = T.n / 8 / kPairs;
+
+    uint4 residual[kGroups][2]{};
+
+    // Rows and columns that do not exist: those of some that do.
+    __device__ __forceinline__ void load(const Epilogue& epilogue, int pairs,
+                                         const GemmPlaceSm90& at) {
+        const mk_linear_params& p = epilogue.p;
+        if (pairs != kPairs || !p.residual) return;
+        MK_UNROLL
+        for (int half = 0; half < 2; ++half) {
+            const auto* const from = static_cast<const uint16_t*>(p.residual) +
+                                     at.row_inside(half) * p.residual_stride + 2 * kPairs * at.q();
+            MK_UNROLL
+            for (int g = 0; g < kGroups; ++g) {
+                const int column = min(at.n0 + 8 * kPairs * g, p.n - 8 * kPairs);
+                residual[g][half] = ptx::ld_global_v4(from + column);
+            }
+        }
+    }
+
+    __device__ __forceinline__ void write(const Epilogue& epilogue, int pairs,
+                                          const GemmPlaceSm90& at,
+                                          const GemmSumsSm90<T>& sums) const {
+        if (pairs == kPairs) {
+            epilogue.p.residual ? write_vectors<true>(epilogue, at, sums)
+                                : write_vectors<false>(epilogue, at, sums);
+        } else if (pairs == kPairsOfF32) {
+            write_f32(epilogue, at, sums);
+        } else {
+            write_pairs<T>(epilogue, at, sums);
+        }
+    }
+
+    template <bool kHasResidual>
+    __device__ __forceinline__ void write_vectors(const Epilogue& epilogue, const GemmPlaceSm90& at,
+                                                  const GemmSumsSm90<T>& sums) const {
+        const mk_linear_params& p = epilogue.p;
+        auto* const out = static_cast<uint16_t*>(p.out) + at.n0 + 2 * kPairs * at.q();
+        uint16_t* const rows[2] = {out + at.row(0) * p.out_stride, out + at.row(1) * p.out_stride};
+        MK_UNROLL
+        for (int g = 0; g < kGroups; ++g) {
+            if (at.n0 + 8 * kPairs * g >= p.n) return;
             MK_UNROLL
             for (int half = 0; half < 2; ++half) {
-                stage(sums, c, half, staged);
-                const int end = min(8, num_rows - 8 * half);
-                _Pragma("unroll 4") for (int r = 0; r < end; ++r) {
-                    const auto y = vector_at<float2>((smem_lane ^ r % 4 * 32) + r * 256);
-                    epilogue.store(row_at(staged + kGemmStagedBytes, 8 * half + r), column, y.x,
-                                   y.y);
+                const uint4& r = residual[g][half];
+                const uint32_t add[kPairs] = {r.x, r.y, r.z, r.w};
+                uint32_t y[kPairs];
+                MK_UNROLL
+                for (int b = 0; b < kPairs; ++b) {
+                    const float (&sum)[4] = sums[b * kGroups + g];
+                    float2 v = {sum[2 * half], sum[2 * half + 1]};
+                    if (kHasResidual) {
+                        const float2 a = Dtype::unpack(add[b]);
+                        v = {v.x + a.x, v.y + a.y};
+                    }
+                    y[b] = Dtype::pack(v.x, v.y);
                 }
-                __syncwarp();
+                if (at.exists(half)) {
+                    ptx::st_global_v4(rows[half] + 8 * kPairs * g, {y[0], y[1], y[2], y[3]});
+                }
             }
         }
     }
 
-    // The same with four columns for a lane, of every second row. Angles are asked for a turn
-    // ahead.
-    static __device__ __forceinline__ void write_fours(const Epilogue& epilogue, int n0,
-                                                       const Sums& sums, uint8_t* staged) {
-        const int first = threadIdx.x % 32 / 16, lane = threadIdx.x % 16;
-        const uint32_t smem_lane = staged_at(staged, first, lane * 16);
-        const auto rows = [&](int turn) {
-            return [=](int r) -> const Row& {
-                return row_at(staged + kGemmStagedBytes, turn % 2 * 8 + 2 * r + first);
+    static __device__ __forceinline__ void write_f32(const Epilogue& epilogue,
+                                                     const GemmPlaceSm90& at,
+                                                     const GemmSumsSm90<T>& sums) {
+        constexpr int kColumns = 8 * kPairsOfF32, kCount = T.n / kColumns;
+        const mk_linear_params& p = epilogue.p;
+        auto* const out = static_cast<float*>(p.out) + at.n0 + 2 * kPairsOfF32 * at.q();
+        float* const rows[2] = {out + at.row(0) * p.out_stride, out + at.row(1) * p.out_stride};
+        MK_UNROLL
+        for (int g = 0; g < kCount; ++g) {
+            if (at.n0 + kColumns * g >= p.n) return;
+            MK_UNROLL
+            for (int half = 0; half < 2; ++half) {
+                const float *const y = sums[g] + 2 * half, *const z = sums[kCount + g] + 2 * half;
+                if (!at.exists(half)) continue;
+                *reinterpret_cast<float4*>(rows[half] + kColumns * g) = {y[0], y[1], z[0], z[1]};
+            }
+        }
+    }
+};
+
+template <GemmTileSm90 T, class Dtype>
+struct GemmOutputSm90<T, SwigluEpilogue<Dtype>> {
+    using Epilogue = SwigluEpilogue<Dtype>;
+    static constexpr int kPairs = kPairsOfSwiglu, kGroups = T.n / 8 / kPairs;
+
+    __device__ __forceinline__ void load(const Epilogue&, int, const GemmPlaceSm90&) {}
+
+    __device__ __forceinline__ void write(const Epilogue& epilogue, int pairs,
+                                          const GemmPlaceSm90& at,
+                                          const GemmSumsSm90<T>& sums) const {
+        if (pairs != kPairs) return write_pairs<T>(epilogue, at, sums);
+        const mk_linear_params& p = epilogue.p;
+        auto* const out = static_cast<uint16_t*>(p.out) + at.n0 / 2 + kPairs * at.q();
+        uint16_t* const rows[2] = {out + at.row(0) * p.out_stride, out + at.row(1) * p.out_stride};
+        MK_UNROLL
+        for (int g = 0; g < kGroups; ++g) {
+            if (at.n0 + 8 * kPairs * g >= p.n) return;
+            MK_UNROLL
+            for (int half = 0; half < 2; ++half) {
+                uint32_t y[kPairs / 2];
+                MK_UNROLL
+                for (int i = 0; i < kPairs / 2; ++i) {
+                    const float* const first = sums[2 * i * kGroups + g] + 2 * half;
+                    const float* const other = sums[(2 * i + 1) * kGroups + g] + 2 * half;
+                    y[i] = Dtype::pack(epilogue.output(first[0], first[1]),
+                                       epilogue.output(other[0], other[1]));
+                }
+                if (at.exists(half)) {
+                    ptx::st_global_v4(rows[half] + 4 * kPairs * g, {y[0], y[1], y[2], y[3]});
+                }
+            }
+        }
+    }
+};
+
+// Of heads of 64 or 128 columns and rotations of multiples of 64: 64 columns are all rotated or
+// all not, and groups of four have the same angles.
+template <GemmTileSm90 T, class Dtype>
+struct GemmOutputSm90<T, QkvEpilogue<Dtype>> {
+    using Epilogue = QkvEpilogue<Dtype>;
+    static constexpr int kPairs = kPairsOfQkv, kColumns = 8 * kPairs, kGroups = T.n / kColumns;
+    static constexpr int kSets = kGroups < 4 ? kGroups : 4;  // of angles
+
+    int64_t cache[2];  // as Epilogue::Row has it, in bytes
+    float4 cos[kSets][2], sin[kSets][2];
+
+    __device__ __forceinline__ void load(const Epilogue& epilogue, int pairs,
+                                         const GemmPlaceSm90& at) {
+        if (pairs != kPairs) return;
+        MK_UNROLL
+        for (int half = 0; half < 2; ++half) {
+            const auto row = epilogue.row(at.row_inside(half));
+            cache[half] = at.exists(half) ? 2 * row.cache : -1;
+            MK_UNROLL
+            for (int s = 0; s < kSets; ++s) {
+                const int column = at.n0 + kColumns * s, d = column & (epilogue.p.head_dim - 1);
+                const float nan = __int_as_float(0x7FC00000);
+                cos[s][half] = sin[s][half] = {nan, nan, nan, nan};
+                if (column >= epilogue.num_qk || d >= epilogue.p.rope.rotary_dim || !row.cos) {
+                    continue;
+                }
+                const int pair = d / 2 + kPairs * at.q();
+                cos[s][half] = *reinterpret_cast<const float4*>(row.cos + pair);
+                sin[s][half] = *reinterpret_cast<const float4*>(row.sin + pair);
+            }
+        }
+    }
+
+    __device__ __forceinline__ void write(const Epilogue& epilogue, int pairs,
+                                          const GemmPlaceSm90& at,
+                                          const GemmSumsSm90<T>& sums) const {
+        if (pairs != kPairs) return write_pairs<T>(epilogue, at, sums);
+        const auto& p = epilogue.p;
+        const int64_t q_rows[2] = {at.exists(0) ? 2 * at.row(0) * p.q_stride : -1,
+                                   at.exists(1) ? 2 * at.row(1) * p.q_stride : -1};
+        const int head_log2 = p.head_dim == 64 ? 6 : 7;
+        MK_UNROLL
+        for (int first = 0; first < T.n; first += 64) {
+            const int column = at.n0 + first;
+            if (column >= epilogue.n) return;
+            const bool is_q = column < epilogue.num_q, is_qk = column < epilogue.num_qk;
+            const int i = column - (is_q ? 0 : is_qk ? epilogue.num_q : epilogue.num_qk);
+            const int head = i >> head_log2, d = i & (p.head_dim - 1);
+            const bool is_rotated = is_qk && d < p.rope.rotary_dim;
+            const bool is_split = is_rotated && epilogue.gap != 1;
+            const int feature = is_split ? (d >> 1) + kPairs * at.q() : d + 2 * kPairs * at.q();
+            auto* const to = static_cast<uint16_t*>(is_q    ? p.q
+                                                    : is_qk ? p.k_cache
+                                                            : p.v_cache) +
+                             head * (is_q ? p.q_head_stride : p.cache_head_stride) + feature;
+            const auto each_row = [&](const auto& body) {
+                MK_UNROLL
+                for (int half = 0; half < 2; ++half) {
+                    const int64_t row = is_q ? q_rows[half] : cache[half];
+                    if (row < 0) continue;
+                    body(half, reinterpret_cast<uint16_t*>(reinterpret_cast<char*>(to) + row));
+                }
             };
-        };
-        const auto y = [&](int r) { return vector_at<float4>((smem_lane ^ r % 2 * 64) + r * 512); };
-        constexpr int kTurns = T.n / 32;
-        auto column = epilogue.column(n0 + lane * 4);
-        auto angles = epilogue.angles(column, rows(0));
-        MK_UNROLL
-        for (int turn = 0; turn < kTurns; ++turn) {
-            stage(sums, turn / 2 * 64, turn % 2, staged);
-            const auto now = column;
-            const auto angles_now = angles;
-            if (turn + 1 < kTurns) {
-                if (turn % 2) column = epilogue.column(n0 + (turn + 1) / 2 * 64 + lane * 4);
-                angles = epilogue.angles(column, rows(turn + 1));
-            }
-            epilogue.store_fours(now, angles_now, rows(turn), y);
-            __syncwarp();
-        }
-    }
-
-    // Byte b of row r of what a warp has staged is at 256 r + (b ^ 32 (r % 4)): four pairs move as
-    // one. As the warp's place is a multiple of 256, the XOR can be that of the address.
-    static __device__ __forceinline__ uint32_t staged_at(uint8_t* staged, int r, int byte) {
-        const uint32_t smem = static_cast<uint32_t>(__cvta_generic_to_shared(staged));
-        return smem + r * 256 + (byte ^ r % 4 * 32);
-    }
-    template <class Vector>
-    static __device__ __forceinline__ Vector& vector_at(uint32_t address) {
-        return *static_cast<Vector*>(__cvta_shared_to_generic(address));
-    }
-    // Rows 8 half ... + 7 of columns c ... c + 63.
-    static __device__ __forceinline__ void stage(const Sums& sums, int c, int half,
-                                                 uint8_t* staged) {
-        const int lane = threadIdx.x % 32;
-        const uint32_t smem_block = staged_at(staged, lane / 4, lane % 4 * 8);
-        MK_UNROLL
-        for (int j = 0; j < 8; ++j) {
-            const float (&y)[4] = sums[c / 8 + j];
-            vector_at<float2>(smem_block ^ j * 32) = {y[2 * half], y[2 * half + 1]};
-        }
-        __syncwarp();
-    }
-
-    // Outputs that are a matrix of 2-byte elements, with rows of whole vectors of 16 bytes: rounded
-    // in registers, through shared memory as 16 rows of up to 128 bytes, from there by vectors.
-    template <bool kHasResidual>
-    static __device__ __forceinline__ void write_vectors(const Epilogue& epilogue, int first_row,
-                                                         int num_rows, int n0, const Sums& sums,
-                                                         uint8_t* smem_warp) {
-        constexpr int kOutputs = Epilogue::kOutputsOfPair;
-        constexpr int kAll = T.n * kOutputs / 2;
-        constexpr int kCols = kAll % 64 ? 32 : 64;     // of outputs at a time
-        constexpr int kBlocks = kCols / kOutputs / 4;  // of 8 sums, for these
-        constexpr int kPieces = kCols / kVec;
-        constexpr int kRowsPerPass = 32 / kPieces, kPasses = 16 / kRowsPerPass;
-        const uint32_t staged = static_cast<uint32_t>(__cvta_generic_to_shared(smem_warp));
-        const int lane = threadIdx.x % 32;
-        // As rows: piece `piece` of every kRowsPerPass'th row from `row` on.
-        const int row = lane / kPieces, piece = lane % kPieces;
-        const int first_col = n0 * kOutputs / 2 + piece * kVec;
-        const auto place = [&](int pass) {
-            return staged + swizzled<kPieces>(row + pass * kRowsPerPass, piece);
-        };
-        const auto of_row = [&](const void* rows, int64_t stride) {
-            return static_cast<const uint16_t*>(rows) + (first_row + row) * stride + first_col;
-        };
-        uint16_t* const out = const_cast<uint16_t*>(of_row(epilogue.p.out, epilogue.p.out_stride));
-        const auto exists = [&](int c, int pass) {
-            return row + pass * kRowsPerPass < num_rows && first_col + c < epilogue.num_outputs();
-        };
-        uint4 residual[kPasses]{};
-        const auto load_residual = [&](int c) {
-            const int64_t stride = epilogue.p.residual_stride;
-            const uint16_t* const from = of_row(epilogue.p.residual, stride) + c;
-            MK_UNROLL
-            for (int pass = 0; pass < kPasses; ++pass) {
-                if (!exists(c, pass)) continue;
-                residual[pass] = ptx::ld_global_v4(from + pass * kRowsPerPass * stride);
-            }
-        };
-
-        if (kHasResidual) load_residual(0);
-        MK_UNROLL
-        for (int c = 0; c < kAll; c += kCols) {
-            const int first = c / kCols * kBlocks;  // of the sums' blocks
-            if (kHasResidual) {
-                MK_UNROLL
-                for (int i = 0; i < kPasses; ++i) ptx::st_shared_v4(place(i), residual[i]);
-                __syncwarp();
-                if (c + kCols < kAll) load_residual(c + kCols);
-            }
-            if constexpr (kOutputs == 2) {
-                // Of two 8 x 8 blocks side by side, twice, as stmatrix takes them from sums.
-                const uint32_t blocks = staged + swizzled<kPieces>(lane % 16, lane / 16);
-                MK_UNROLL
-                for (int j = 0; j < kBlocks; j += 2) {
-                    uint32_t pairs[4];
-                    if (kHasResidual) ptx::ldmatrix_x4(pairs, blocks ^ j * 16);
-                    MK_UNROLL
-                    for (int i = 0; i < 4; ++i) {
-                        const float (&y)[4] = sums[first + j + i / 2];
-                        float2 v = {y[i % 2 * 2], y[i % 2 * 2 + 1]};
-                        if (kHasResidual) {
-                            const float2 add = Dtype::unpack(pairs[i]);
-                            v.x += add.x;
-                            v.y += add.y;
-                        }
-                        pairs[i] = Dtype::pack(v.x, v.y);
-                    }
-                    if (kHasResidual) __syncwarp();
-                    ptx::stmatrix_x4(blocks ^ j * 16, pairs);
-                }
+            if (is_split) {
+                each_row([&](int half, uint16_t* row) {
+                    store_split(sums, first, half, row, epilogue.gap);
+                });
+            } else if (is_rotated) {
+                each_row([&](int half, uint16_t* row) { store<true>(sums, first, half, row); });
             } else {
-                MK_UNROLL
-                for (int j = 0; j < kBlocks; ++j) {
-                    MK_UNROLL
-                    for (int half = 0; half < 2; ++half) {
-                        const float (&y)[4] = sums[first + j];
-                        const float output = epilogue.output(y[2 * half], y[2 * half + 1]);
-                        uint8_t* const to = smem_warp + j % 2 * 8 + lane % 4 * 2 +
-                                            swizzled<kPieces>(lane / 4 + 8 * half, j / 2);
-                        *reinterpret_cast<uint16_t*>(to) =
-                            static_cast<uint16_t>(Dtype::pack(output, 0.f));
-                    }
-                }
+                each_row([&](int half, uint16_t* row) { store<false>(sums, first, half, row); });
             }
-            __syncwarp();
-            MK_UNROLL
-            for (int pass = 0; pass < kPasses; ++pass) {
-                if (!exists(c, pass)) continue;
-                ptx::st_global_v4(out + pass * kRowsPerPass * epilogue.p.out_stride + c,
-                                  ptx::ld_shared_v4(place(pass)));
-            }
-            __syncwarp();
+        }
+    }
+
+    // Of 64 columns from `first` on: features that adjoin,
+    template <bool kIsRotated>
+    __device__ __forceinline__ void store(const GemmSumsSm90<T>& sums, int first, int half,
+                                          uint16_t* to) const {
+        MK_UNROLL
+        for (int i = 0; i < 64; i += kColumns) {
+            float2 y[kPairs];
+            features<kIsRotated>(sums, (first + i) / kColumns, half, y);
+            ptx::st_global_v4(to + i, {Dtype::pack(y[0].x, y[0].y), Dtype::pack(y[1].x, y[1].y),
+                                       Dtype::pack(y[2].x, y[2].y), Dtype::pack(y[3].x, y[3].y)});
+        }
+    }
+    // and of pairs that are `gap` apart.
+    __device__ __forceinline__ void store_split(const GemmSumsSm90<T>& sums, int first, int half,
+                                                uint16_t* to, int gap) const {
+        uint16_t* const other = to + gap;
+        MK_UNROLL
+        for (int i = 0; i < 64; i += kColumns) {
+            float2 y[kPairs];
+            features<true>(sums, (first + i) / kColumns, half, y);
+            *reinterpret_cast<uint2*>(to + i / 2) = {Dtype::pack(y[0].x, y[1].x),
+                                                     Dtype::pack(y[2].x, y[3].x)};
+            *reinterpret_cast<uint2*>(other + i / 2) = {Dtype::pack(y[0].y, y[1].y),
+                                                        Dtype::pack(y[2].y, y[3].y)};
+        }
+    }
+    template <bool kIsRotated>
+    __device__ __forceinline__ void features(const GemmSumsSm90<T>& sums, int g, int half,
+                                             float2 (&y)[kPairs]) const {
+        const float4 &c = cos[g % kSets][half], &s = sin[g % kSets][half];
+        const float2 angles[kPairs] = {{c.x, s.x}, {c.y, s.y}, {c.z, s.z}, {c.w, s.w}};
+        MK_UNROLL
+        for (int b = 0; b < kPairs; ++b) {
+            const float* const sum = sums[b * kGroups + g] + 2 * half;
+            y[b] =
+                kIsRotated ? Epilogue::rotated(angles[b], sum[0], sum[1]) : float2{sum[0], sum[1]};
         }
     }
 };

@@ -269,8 +269,7 @@ mk_status run_product(const typename Op::Params* params, void* stream) {
     const Outputs to = outputs_of(Op::kEpilogue, *params);
     if (is_gemm_sm90(args.product)) {
         LinearGemmSm90Args gemm{args.product, to, {}, {}, {}};
-        MK_TRY(gemm_sm90_args(args.product, params->dtype, device->info, &gemm.grid, &gemm.x_map,
-                              &gemm.w_map));
+        MK_TRY(gemm_sm90_args(args.product, params->dtype, device->info, &gemm));
         return enqueue(&gemm);
     }
     LinearSkinnySm90Args skinny{args.product, to, {}, {}, {}};

@@ -131,22 +131,17 @@ struct GemmTileSm90 {
     int stages;
 };
 constexpr int kGemmSm90Threads = 384;
-constexpr int kGemmWarps = 8;  // that multiply
 constexpr int gemm_stage_bytes(const GemmTileSm90& t) { return (t.m + t.n) * kGemmStageK * 2; }
-// Of a warp's epilogue: 8 rows of 64 sums, and where its 16 rows go.
-constexpr int kGemmStagedBytes = 8 * 64 * 4;
-constexpr int kGemmRowPitch = 40;
-constexpr int kGemmWarpBytes = (kGemmStagedBytes + 16 * kGemmRowPitch + 255) / 256 * 256;
-// In this order: the stages, 1024-byte aligned; the warps' epilogues; two barriers per stage.
+// In this order: the stages, 1024-byte aligned; two barriers per stage.
 constexpr int gemm_smem_bytes(const GemmTileSm90& t) {
-    return 1024 + t.stages * gemm_stage_bytes(t) + kGemmWarps * kGemmWarpBytes + t.stages * 16;
+    return 1024 + t.stages * gemm_stage_bytes(t) + t.stages * 16;
 }
 
-// As many stages as there is room for, about 192 KB, of which one stage is in use. 192 columns
+// As many stages as there is room for, 192 to 224 KB, of which one stage is in use. 192 columns
 // leave fewer SMs idle in the last round of some shapes: 6144 columns of 512 rows are 128 tiles of
 // them.
 constexpr GemmTileSm90 kGemmTilesSm90[] = {
-    {128, 256, 4}, {128, 192, 5}, {128, 128, 6}, {128, 64, 8}};
+    {128, 256, 4}, {128, 192, 5}, {128, 128, 7}, {128, 64, 9}};
 static_assert(gemm_smem_bytes(kGemmTilesSm90[0]) <= 227 << 10 &&
               gemm_smem_bytes(kGemmTilesSm90[1]) <= 227 << 10 &&
               gemm_smem_bytes(kGemmTilesSm90[2]) <= 227 << 10 &&
@@ -158,11 +153,16 @@ struct GemmCluster {
 };
 constexpr GemmCluster kGemmClusters[] = {{1, 1}, {2, 1}, {1, 2}, {4, 1}, {2, 2}, {1, 4}};
 
+// Pairs of columns that adjoin in a thread's sums (linear_output_sm90.cuh): those that make 16
+// bytes of outputs, of a rotation's halves 8 each. Of SwiGLU a pair makes one. 1: none adjoin.
+constexpr int kPairsOf16Bit = 4, kPairsOfF32 = 2, kPairsOfSwiglu = 8, kPairsOfQkv = 4;
+
 // How the output is divided; the last clusters may reach past it.
 struct GemmGridSm90 {
     GemmCluster cluster;
     int32_t clusters_m, clusters_n;
     int32_t group;  // clusters along m that take w's rows together, while L2 has these
+    int32_t pairs;
 };
 
 struct LinearGemmSm90Args {

@@ -56,6 +56,15 @@ __device__ __forceinline__ bool mbarrier_try_wait_parity(uint32_t barrier, uint3
     return has_ended;
 }
 
+// Until it has, in as few instructions: the branch takes the predicate.
+__device__ __forceinline__ void mbarrier_wait_parity(uint32_t barrier, uint32_t parity) {
+    asm volatile(
+        "{.reg .pred p; $wait%=: mbarrier.try_wait.parity.shared::cta.b64 p, [%0 + 0], %1; "
+        "@!p bra $wait%=;}" ::"r"(barrier),
+        "r"(parity)
+        : "memory");
+}
+
 // ISA#parallel-synchronization-and-communication-instructions-barrier-cluster
 // All threads of the cluster's blocks that have not exited. Relaxed: orders no memory.
 __device__ __forceinline__ void barrier_cluster_arrive() {
@@ -134,7 +143,27 @@ __device__ __forceinline__ void cp_async_bulk_tensor_2d(uint32_t smem, const voi
         : "memory");
 }
 
+__device__ __forceinline__ void cp_async_bulk_tensor_5d(uint32_t smem, const void* map, int x0,
+                                                        int x1, int x2, int x3, int x4,
+                                                        uint32_t barrier) {
+    asm volatile(
+        "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
+        "[%0], [%1, {%2, %3, %4, %5, %6}], [%7];" ::"r"(smem),
+        "l"(map), "r"(x0), "r"(x1), "r"(x2), "r"(x3), "r"(x4), "r"(barrier)
+        : "memory");
+}
+
 // To the same place of each block of the cluster whose bit `blocks` has, each with its own barrier.
+__device__ __forceinline__ void cp_async_bulk_tensor_5d_multicast(uint32_t smem, const void* map,
+                                                                  int x0, int x1, int x2, int x3,
+                                                                  int x4, uint32_t barrier,
+                                                                  uint16_t blocks) {
+    asm volatile(
+        "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+        ".multicast::cluster [%0], [%1, {%2, %3, %4, %5, %6}], [%7], %8;" ::"r"(smem),
+        "l"(map), "r"(x0), "r"(x1), "r"(x2), "r"(x3), "r"(x4), "r"(barrier), "h"(blocks)
+        : "memory");
+}
 __device__ __forceinline__ void cp_async_bulk_tensor_4d_multicast(uint32_t smem, const void* map,
                                                                   int x0, int x1, int x2, int x3,
                                                                   uint32_t barrier,
