@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -59,6 +61,74 @@ def test_start_reads_a_file_before_torch_is_there(quantised: Path) -> None:
     assert run.stdout == f"{expected} {ids} 3.0\n"
 
 
+SLOW_LIBRARY = """
+#include <fcntl.h>
+#include <unistd.h>
+__attribute__((constructor)) static void wait_for_a_file(void) {
+    for (int i = 0; i < 6000 && access("read", F_OK); ++i) usleep(10000);
+    creat("loaded", 0600);
+}
+"""
+WHILE_LOADING = """
+import importlib.util
+import os
+import sys
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+
+from minitron_kernels import startup
+
+os.chdir(sys.argv[2])
+torch = SimpleNamespace(submodule_search_locations=["."])
+importlib.util.find_spec = lambda name: torch
+opened = startup.OpenedGGUF.read(Path(sys.argv[1]), scan_scales=True, num_threads=2)
+names = sorted(thread.name for thread in threading.enumerate())
+print(names, opened.scales._found, Path("loaded").exists())
+Path("read").touch()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="of Linux's loader")
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="needs gcc")
+def test_start_does_not_wait_for_the_library(quantised: Path, tmp_path: Path) -> None:
+    """The file and its tokenizer are read while the library is loading, the scales afterwards."""
+    (tmp_path / "lib").mkdir()
+    (tmp_path / "slow.c").write_text(SLOW_LIBRARY)
+    build = ["gcc", "-shared", "-fPIC", "-o", "lib/libtorch_cpu.so", "slow.c"]
+    subprocess.run(build, cwd=tmp_path, check=True)
+    program = [sys.executable, "-c", WHILE_LOADING, quantised, tmp_path]
+    run = subprocess.run(program, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout == "['MainThread', 'libtorch', 'scales'] None False\n"
+    assert (tmp_path / "loaded").exists()
+
+
+GENERATE = """
+import sys
+
+from minitron_kernels import cli
+from minitron_kernels.loaders import gguf_file
+
+opened = []
+init = gguf_file.GGUFFile.__init__
+gguf_file.GGUFFile.__init__ = lambda self, path: (opened.append(path), init(self, path))[1]
+assert cli.main(["generate", "Hi", "--model", sys.argv[1], "--max-new-tokens", "1"]) == 0
+heavy = "transformers", "huggingface_hub", "gguf", "safetensors", "sympy", "torch._dynamo"
+own = "bench", "info", "quantize", "scoring", "parallel", "reference", "loaders.safetensors"
+names = *heavy, *(f"minitron_kernels.{name}" for name in own)
+print(len(opened), [name for name in names if name in sys.modules])
+"""
+
+
+def test_generate_reads_the_header_once_and_imports_what_it_needs(quantised: Path) -> None:
+    run = subprocess.run(
+        [sys.executable, "-c", GENERATE, quantised], capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.endswith("1 []\n"), run.stdout
+
+
 def test_torch_library_that_is_not_there_is_left_to_the_import(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -71,3 +141,13 @@ def test_scale_scan_tells_its_error(quantised: Path, monkeypatch: pytest.MonkeyP
     scan = ScaleScan([GGUFFile(quantised)], 0)
     with pytest.raises(ValueError, match="num_threads must be 1"):
         scan.first_row("output.weight")
+
+
+def test_scale_scan_waits_for_what_is_loading(quantised: Path) -> None:
+    loaded = threading.Event()
+    loading = threading.Thread(target=loaded.wait)
+    loading.start()
+    scan = ScaleScan([GGUFFile(quantised)], 1, after=loading)
+    assert "scales" in {thread.name for thread in threading.enumerate()}
+    loaded.set()
+    assert scan.first_row("output.weight") is None

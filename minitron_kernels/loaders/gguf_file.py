@@ -362,20 +362,26 @@ class ScaleScan:
     """Looks for infinite and NaN scales in all quantised matrices of files, in a thread of its own.
 
     The thread needs the interpreter for a moment only, so that it may as well run while Python
-    imports something.
+    imports something. It begins when the thread ``after`` has ended.
     """
 
-    def __init__(self, files: Sequence[GGUFFile], num_threads: int) -> None:
+    def __init__(
+        self, files: Sequence[GGUFFile], num_threads: int, after: threading.Thread | None = None
+    ) -> None:
         self._found: dict[str, int] | None = None
         self._error: BaseException | None = None
         # A daemon: a program that ends early does not wait. It holds what it reads.
         self._thread = threading.Thread(
-            target=self._run, args=(files, num_threads), name="scales", daemon=True
+            target=self._run, args=(files, num_threads, after), name="scales", daemon=True
         )
         self._thread.start()
 
-    def _run(self, files: Sequence[GGUFFile], num_threads: int) -> None:
+    def _run(
+        self, files: Sequence[GGUFFile], num_threads: int, after: threading.Thread | None
+    ) -> None:
         try:
+            if after is not None:
+                after.join()
             names, matrices, held = [], [], []
             for file in files:
                 for name, tensor in file.tensors.items():
