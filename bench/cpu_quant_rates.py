@@ -19,7 +19,7 @@ from minitron_kernels import _native
 from minitron_kernels.block_types import GGML_NUMBERS
 
 N, K = 512, 1024
-ISAS = {"auto": 0, "baseline": 1, "avx2": 2, "avx512": 3}  # mk_cpu_isa
+ISAS = {"auto": 0, "baseline": 1, "avx2": 2, "avx512": 3, "avx512bf16": 4}  # mk_cpu_isa
 
 
 def rate(kind: str, m: int, x_bits: int, isa: int, repeat: int) -> float:

@@ -57,6 +57,7 @@ ENTRY_FILES: dict[str, tuple[str, ...]] = {
 _CPU_ISA_FLAGS = {
     "avx2": "-mavx2 -mfma -mf16c -mtune=haswell",
     "avx512": "-mavx512f -mavx512bw -mavx512vl -mfma -mtune=icelake-server",
+    "avx512bf16": "-mavx512f -mavx512bw -mavx512vl -mavx512bf16 -mfma -mtune=icelake-server",
     "avx512vnni": "-mavx512f -mavx512bw -mavx512vl -mavx512vnni -mfma -mtune=icelake-server",
 }
 

@@ -585,13 +585,15 @@ MK_API mk_status mk_sample_plan(const mk_sample_params* params, const mk_device*
  * out[m, n] = epilogue(sum over k of x[m, k] * w[n, k]) for tensors in host memory; it returns when
  * it is done. The sum is 16 partial sums in fp32 from +0, lane l adding by fused multiply-add the
  * products of k = l, l + 16, ... ascending (zeros past the last k, up to a multiple of 16), which
- * are then halved four times: s[l] += s[l + 8], += s[l + 4], += s[l + 2], += s[l + 1]. The epilogue
- * works in fp32 on it, and the result is rounded once, to nearest even; every NaN is stored as the
- * positive quiet NaN. So an output's bits depend on its row of x and of w only: not on m, n, the
- * strides, the threads, the processor, nor the rounding mode and flush-to-zero of the caller.
- * No byte outside the rows is read. May be called by several threads at once (one of them then has
- * the worker threads, the others work alone) and in a forked child. Every thread keeps 570 KiB of
- * scratch, and a calling thread x in fp32, up to 32 MiB of it or 126 rows, if these are more.
+ * are then halved four times: s[l] += s[l + 8], += s[l + 4], += s[l + 2], += s[l + 1]. Of bf16, as
+ * VDPBF16PS adds pairs, lane l takes k = 2 l + 1, 2 l, 2 l + 33, 2 l + 32, ... (zeros up to a
+ * multiple of 32), and what is below 2^-126 counts as zero. The epilogue works in fp32 on the sum,
+ * and the result is rounded once, to nearest even; every NaN is stored as the positive quiet NaN.
+ * So an output's bits depend on its row of x and of w only: not on m, n, the strides, the threads,
+ * the processor, nor the rounding mode and flush-to-zero of the caller. No byte outside the rows is
+ * read. May be called by several threads at once (one of them then has the worker threads, the
+ * others work alone) and in a forked child. Every thread keeps 630 KiB of scratch, and a calling
+ * thread x in fp32, up to 32 MiB of it or 144 rows, if these are more.
  */
 typedef enum mk_epilogue {
     MK_EPILOGUE_NONE = 0,
@@ -603,11 +605,12 @@ typedef enum mk_epilogue {
 
 /* Instruction sets. The results are the same. */
 typedef enum mk_cpu_isa {
-    MK_CPU_AUTO = 0,     /* that of the environment variable MK_CPU_ISA (baseline, avx2, avx512),
-                          * else the best that the processor has */
-    MK_CPU_BASELINE = 1, /* plain C++ */
-    MK_CPU_AVX2 = 2,     /* and FMA, F16C */
-    MK_CPU_AVX512 = 3    /* F, BW, VL */
+    MK_CPU_AUTO = 0,      /* that of the environment variable MK_CPU_ISA (baseline, avx2, avx512,
+                           * avx512bf16), else the best that the processor has */
+    MK_CPU_BASELINE = 1,  /* plain C++ */
+    MK_CPU_AVX2 = 2,      /* and FMA, F16C */
+    MK_CPU_AVX512 = 3,    /* F, BW, VL */
+    MK_CPU_AVX512BF16 = 4 /* and BF16, for bf16 in mk_cpu_linear; else as MK_CPU_AVX512 */
 } mk_cpu_isa;
 
 typedef struct mk_cpu_linear_params {
@@ -627,7 +630,7 @@ typedef struct mk_cpu_linear_params {
 
 MK_API mk_status mk_cpu_linear(const mk_cpu_linear_params* params);
 
-/* The instruction set of MK_CPU_AUTO: "baseline", "avx2", "avx512". */
+/* The instruction set of MK_CPU_AUTO: "baseline", "avx2", "avx512", "avx512bf16". */
 MK_API mk_status mk_cpu_isa_name(const char** name);
 
 /* ---- Quantised matrices on the CPU --------------------------------------------------------------
@@ -695,7 +698,7 @@ typedef struct mk_cpu_linear_quant_params {
     int32_t k;           /* 0 ... 2^20, a multiple of 32, or of 256 for the K types */
     int32_t dtype;       /* MK_BF16, MK_F16, MK_F32: of x and other */
     int32_t num_threads; /* 1 ... 256, the caller's among them */
-    int32_t isa;         /* mk_cpu_isa; MK_CPU_AVX512 without VNNI takes the kernels of AVX2 */
+    int32_t isa;         /* mk_cpu_isa; AVX-512 without VNNI takes the kernels of AVX2 */
     int32_t x_bits;      /* 0, or 8: x is rounded to 8 bits */
 } mk_cpu_linear_quant_params;
 
@@ -786,7 +789,7 @@ MK_API mk_status mk_cpu_rope_append(const mk_cpu_rope_append_params* params,
 
 /* As mk_attention, for prompts and single tokens alike; any page_size, head_dim 1 ... 1024, no
  * alignment, and rope.cos is NULL. For a block of 128 keys (0 ... 127, 128 ... 255, ...): the
- * logits as mk_cpu_linear sums them, times softmax_scale; their maximum; weights relative to it,
+ * logits as mk_cpu_linear sums fp32, times softmax_scale; their maximum; weights relative to it,
  * which are not rounded below fp32; and sum and product with v over the block's keys ascending.
  * Blocks are joined in ascending order. So a row has the same bits in a prompt, cut anywhere, and
  * as a single token. Keys that a query does not see are not multiplied with anything: a NaN there

@@ -974,6 +974,7 @@ CPU_AUTO: int
 CPU_BASELINE: int
 CPU_AVX2: int
 CPU_AVX512: int
+CPU_AVX512BF16: int
 
 def cpu_isa() -> str: ...
 def cpu_linear(

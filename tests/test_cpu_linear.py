@@ -25,7 +25,12 @@ DTYPES = {
     torch.bfloat16: _native.BF16,
     torch.float16: _native.F16,
 }
-ISAS = {"baseline": _native.CPU_BASELINE, "avx2": _native.CPU_AVX2, "avx512": _native.CPU_AVX512}
+ISAS = {
+    "baseline": _native.CPU_BASELINE,
+    "avx2": _native.CPU_AVX2,
+    "avx512": _native.CPU_AVX512,
+    "avx512bf16": _native.CPU_AVX512BF16,
+}
 EPILOGUES = {
     "none": _native.EPILOGUE_NONE,
     "silu": _native.EPILOGUE_SILU,
@@ -70,7 +75,9 @@ def cpu_linear(
     out_dtype: int = 0,
 ) -> Tensor:
     if out is None:
-        out = torch.full((x.shape[0], w.shape[0]), float("nan"), dtype=x.dtype)
+        out = torch.full(
+            (x.shape[0], w.shape[0]), float("nan"), dtype=torch.float32 if out_dtype else x.dtype
+        )
     _native.cpu_linear(
         x.data_ptr(),
         w.data_ptr(),
@@ -130,16 +137,26 @@ def fma(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
 
 
 def contract_sum(x: Tensor, w: Tensor) -> Tensor:
-    """[M, N] fp32: 16 partial sums, halved four times."""
-    pad = -x.shape[1] % 16
-    a, b = (np.pad(t.float().numpy(), ((0, 0), (0, pad))) for t in (x, w))
+    """[M, N] fp32: 16 partial sums, halved four times; of bfloat16 by pairs, without subnormals."""
+    in_pairs = x.dtype is torch.bfloat16
+    step = 32 if in_pairs else 16
+    a, b = (np.pad(t.float().numpy(), ((0, 0), (0, -t.shape[1] % step))) for t in (x, w))
+    flush = without_subnormals if in_pairs else np.asarray
+    a, b = flush(a), flush(b)
     s = np.zeros((a.shape[0], b.shape[0], 16), np.float32)
-    for k in range(0, a.shape[1], 16):
-        s = fma(a[:, None, k : k + 16], b[None, :, k : k + 16], s)
+    for k in range(0, a.shape[1], step):
+        for columns in (
+            [slice(k + 1, k + 32, 2), slice(k, k + 32, 2)] if in_pairs else [slice(k, k + 16)]
+        ):
+            s = flush(fma(a[:, None, columns], b[None, :, columns], s))
     while s.shape[-1] > 1:
         half = s.shape[-1] // 2
-        s = s[..., :half] + s[..., half:]
+        s = flush(s[..., :half] + s[..., half:])
     return torch.from_numpy(s[..., 0].copy())
+
+
+def without_subnormals(a: np.ndarray) -> np.ndarray:
+    return np.where(np.abs(a) < np.finfo(np.float32).tiny, np.copysign(np.float32(0), a), a)
 
 
 def test_cpu_linear_numpy_fma_rounds_once() -> None:
@@ -162,6 +179,7 @@ SHAPES = [  # M, N, K
     (9, 49, 1040),
     (17, 97, 130),
     (130, 50, 70),
+    (50, 9, 3300),  # several blocks of columns
 ]
 
 
@@ -176,13 +194,31 @@ def test_cpu_linear_bits(isa: str, dtype: torch.dtype, shape: tuple[int, int, in
 
 
 def test_cpu_linear_bits_tell_orders_apart() -> None:
-    """The check above would notice another order of summation: a plain running sum differs."""
+    """The check above would notice another order of summation: a plain running sum differs, and
+    bfloat16 without its pairs."""
     x, w = random(5, 576, dtype=torch.float32), random(40, 576, dtype=torch.float32, seed=1)
     running = np.zeros((5, 40), np.float32)
     for k in range(576):
         running = fma(x.numpy()[:, None, k], w.numpy()[None, :, k], running)
     ours = cpu_linear(x, w)
     assert (bits(torch.from_numpy(running)) != bits(ours)).float().mean() > 0.5
+    pairs = contract_sum(x.bfloat16(), w.bfloat16())
+    without = contract_sum(x.bfloat16().float(), w.bfloat16().float())
+    assert (bits(pairs) != bits(without)).float().mean() > 0.5
+
+
+@each_isa
+@pytest.mark.parametrize("m", [2, 60])
+def test_cpu_linear_bfloat16_subnormals_are_zeros(isa: str, m: int) -> None:
+    """As inputs and as sums, on processors that have the product and on those that do not."""
+    level = require(isa)
+    scale = torch.tensor([1e-39, 1e-21, 1e-19]).repeat(m // 2 + 1)[:m, None]
+    x = (random(m, 40, dtype=torch.float32) * scale).bfloat16()
+    w = (random(30, 40, dtype=torch.float32, seed=1) * 3e-19).bfloat16()
+    expected = contract_sum(x, w)
+    as_numbers = x.double() @ w.double().T
+    assert ((expected == 0) & (as_numbers != 0)).any() and (expected != 0).any()
+    assert_same_bits(cpu_linear(x, w, isa=level, out_dtype=_native.F32), expected)
 
 
 @each_dtype
@@ -422,7 +458,7 @@ def test_cpu_linear_float32_of_halves(
     wide = torch.full((m, n + 3), float("nan"))
     options = {"threads": 2, "isa": require(isa), "out_dtype": _native.F32}
     got = cpu_linear(x, w, out=wide[:, :n], **options)
-    assert_same_bits(got, cpu_linear(x.float(), w.float()))
+    assert_same_bits(got, contract_sum(x, w))
     assert wide[:, n:].isnan().all()
 
 
@@ -474,7 +510,7 @@ def test_cpu_linear_bad_arguments() -> None:
         ({"w_up": w.data_ptr(), "w_up_stride": 8}, ValueError, "w_up must be NULL"),
         ({"num_threads": 0}, ValueError, "num_threads must be 1 ... 256, got 0"),
         ({"num_threads": 257}, ValueError, "num_threads"),
-        ({"isa": 4}, ValueError, "isa must be .* got 4"),
+        ({"isa": 5}, ValueError, "isa must be .* got 5"),
     ]
     for change, error, message in bad:
         with pytest.raises(error, match=message):
@@ -494,7 +530,10 @@ def test_cpu_linear_isa_of_the_environment() -> None:
     assert python(code, MK_CPU_ISA="").stdout == f"{AVAILABLE[-1]}\n"
     wrong = python(code, MK_CPU_ISA="sse9")
     assert wrong.returncode == 1
-    assert "ValueError: MK_CPU_ISA must be baseline, avx2 or avx512, got sse9" in wrong.stderr
+    assert (
+        "ValueError: MK_CPU_ISA must be baseline, avx2, avx512 or avx512bf16, got sse9"
+        in wrong.stderr
+    )
 
 
 def test_cpu_linear_ignores_float_modes() -> None:

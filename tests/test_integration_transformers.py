@@ -137,12 +137,10 @@ def test_a_window_is_mistrals_only() -> None:
         check(all_logits(model, ids, None, "none"), stock, exact)
 
 
-@pytest.mark.parametrize("has_bf16_products", [True, False])
-def test_bfloat16(has_bf16_products: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("has_amx", [True, False])
+def test_bfloat16(has_amx: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Many rows and few, with PyTorch's products of many and with our own."""
-    monkeypatch.setattr(
-        "minitron_kernels.integrations.transformers._has_bf16_products", lambda: has_bf16_products
-    )
+    monkeypatch.setattr("minitron_kernels.integrations.transformers._has_amx", lambda: has_amx)
     model, ids = random_model("mistral").bfloat16(), random_ids(3, 41)
     mask = padding(ids, "left")
     stock = all_logits(model, ids, mask, "dynamic", 5)
@@ -158,7 +156,7 @@ def test_bfloat16(has_bf16_products: bool, monkeypatch: pytest.MonkeyPatch) -> N
         with monkeypatch.context() as context:
             context.setattr(torch.nn.functional, "linear", counted)
             whole = all_logits(model, ids, mask, "none")
-        assert len(products) == 1 + 2 * 7 * has_bf16_products  # the output matrix, and layers
+        assert len(products) == 1 + 2 * 7 * has_amx  # the output matrix, and layers
         actual = all_logits(model, ids, mask, "dynamic", 5)
     for logits in (actual, whole):
         check_bf16_logits(logits[mask.bool()], stock[mask.bool()], exact[mask.bool()])

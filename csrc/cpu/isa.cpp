@@ -20,9 +20,12 @@ const Isa* isas() {  // in the order of mk_cpu_isa, which begins at 1
     static const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
                                __builtin_cpu_supports("avx512bw") &&
                                __builtin_cpu_supports("avx512vl");
-    static const Isa all[] = {{"baseline", true}, {"avx2", avx2}, {"avx512", avx512}};
+    static const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+    static const Isa all[] = {
+        {"baseline", true}, {"avx2", avx2}, {"avx512", avx512}, {"avx512bf16", bf16}};
 #else
-    static const Isa all[] = {{"baseline", true}, {"avx2", false}, {"avx512", false}};
+    static const Isa all[] = {
+        {"baseline", true}, {"avx2", false}, {"avx512", false}, {"avx512bf16", false}};
 #endif
     return all;
 }
@@ -30,7 +33,7 @@ const Isa* isas() {  // in the order of mk_cpu_isa, which begins at 1
 // The level of MK_CPU_ISA, or the best; 0 when MK_CPU_ISA names none.
 int default_isa() {
     const char* const wanted = std::getenv("MK_CPU_ISA");
-    for (int level = MK_CPU_AVX512; level >= MK_CPU_BASELINE; --level) {
+    for (int level = MK_CPU_AVX512BF16; level >= MK_CPU_BASELINE; --level) {
         const Isa& isa = isas()[level - 1];
         if (wanted && *wanted ? !std::strcmp(wanted, isa.name) : isa.available) return level;
     }
@@ -41,11 +44,12 @@ int default_isa() {
 
 mk_status find_isa(int32_t level, int* found) {
     static const int best = default_isa();
-    MK_REQUIRE(MK_CPU_AUTO <= level && level <= MK_CPU_AVX512, MK_ERR_VALUE,
-               "isa must be MK_CPU_AUTO (0) ... MK_CPU_AVX512 (3), got %d", level);
+    MK_REQUIRE(MK_CPU_AUTO <= level && level <= MK_CPU_AVX512BF16, MK_ERR_VALUE,
+               "isa must be MK_CPU_AUTO (0) ... MK_CPU_AVX512BF16 (4), got %d", level);
     if (level == MK_CPU_AUTO) {
         level = best;
-        MK_REQUIRE(level, MK_ERR_VALUE, "MK_CPU_ISA must be baseline, avx2 or avx512, got %s",
+        MK_REQUIRE(level, MK_ERR_VALUE,
+                   "MK_CPU_ISA must be baseline, avx2, avx512 or avx512bf16, got %s",
                    std::getenv("MK_CPU_ISA"));
     }
     MK_REQUIRE(isas()[level - 1].available, MK_ERR_UNSUPPORTED, "this processor has no %s",

@@ -5,16 +5,17 @@
 
 namespace mk::cpu {
 
-// What `level` (a mk_cpu_isa) stands for on this processor: MK_CPU_BASELINE, _AVX2 or _AVX512.
+// What `level` (a mk_cpu_isa) stands for on this processor: MK_CPU_BASELINE or
+// above.
 mk_status find_isa(int32_t level, int* found);
 const char* isa_name(int level);
 
-// The kernels of an op at a level that find_isa gave.
+// The kernels of an op at a level that find_isa gave; MK_CPU_AVX512BF16 is AVX-512 for most.
 template <class Kernels>
 struct IsaTable {
     const Kernels *baseline, *avx2, *avx512;
     const Kernels& operator[](int level) const {
-        return level == MK_CPU_AVX512 ? *avx512 : level == MK_CPU_AVX2 ? *avx2 : *baseline;
+        return level >= MK_CPU_AVX512 ? *avx512 : level == MK_CPU_AVX2 ? *avx2 : *baseline;
     }
 };
 

@@ -30,21 +30,35 @@ float* thread_packed_x(int64_t floats) {
 
 constexpr IsaTable<LinearKernels> kLinear = MK_ISA_TABLE(kLinear);
 
+const LinearKernels& kernels_of(int isa) {
+#if defined(__x86_64__)
+    if (isa == MK_CPU_AVX512BF16) return kLinearAvx512Bf16;
+#endif
+    return kLinear[isa];
+}
+
+// Whether subnormals count as zeros, as they do in products of bfloat16.
+bool flushes(const mk_cpu_linear_params& p) { return p.dtype == MK_BF16; }
+
 // ---- division of the work ----
 
 // Runs f(chunk, scratch) for every chunk. The caller's scratch is there already.
 template <class F>
-void for_chunks(int num_threads, int64_t num_chunks, const F& f) {
+void for_chunks(const LinearTask& task, int num_threads, int64_t num_chunks, const F& f) {
+    struct Context {
+        const F& f;
+        bool flush;
+    } context{f, flushes(task.p)};
     parallel(
         num_threads, num_chunks,
-        [](void* context, Chunks& chunks) {
+        [](void* opaque, Chunks& chunks) {
             Scratch* const scratch = thread_scratch();
             if (!scratch) return;  // a worker without memory: the others do its share
-            const DefaultFloatMode mode;
-            for (int64_t c; (c = chunks.next()) >= 0;)
-                (*static_cast<const F*>(context))(c, *scratch);
+            const Context& own = *static_cast<Context*>(opaque);
+            const DefaultFloatMode mode(own.flush);
+            for (int64_t c; (c = chunks.next()) >= 0;) own.f(c, *scratch);
         },
-        const_cast<F*>(&f));
+        &context);
 }
 
 // At most kBlockM rows that all fit into packed x.
@@ -57,7 +71,7 @@ void run_stream(const LinearKernels& kernels, const LinearTask& task, int num_th
         std::min(kStreamChunkMacs / std::max(task.p.k, 1), ceil_div<int64_t>(n, 8 * num_threads));
     const int64_t rows =
         std::min<int64_t>(ceil_div(std::max<int64_t>(wanted, 1), kGrain) * kGrain, kStreamMaxN);
-    for_chunks(num_threads, ceil_div(n, rows), [&](int64_t chunk, Scratch& scratch) {
+    for_chunks(task, num_threads, ceil_div(n, rows), [&](int64_t chunk, Scratch& scratch) {
         kernels.stream(task, chunk * rows, std::min(n, (chunk + 1) * rows), scratch);
     });
 }
@@ -70,11 +84,11 @@ void run_blocks(const LinearKernels& kernels, const LinearTask& task, int num_th
     const int64_t even = ceil_div<int64_t>(m, ceil_div<int64_t>(m, kBlockM));
     const int64_t block_m = ceil_div(even, kPackRows) * kPackRows;
     const int64_t m_blocks = ceil_div(m, block_m), n_blocks = ceil_div<int64_t>(n, kBlockN);
-    for_chunks(num_threads, ceil_div(m, kPackRows), [&](int64_t chunk, Scratch&) {
+    for_chunks(task, num_threads, ceil_div(m, kPackRows), [&](int64_t chunk, Scratch&) {
         kernels.pack_x(task, chunk * kPackRows, std::min(m, (chunk + 1) * kPackRows));
     });
-    for_chunks(num_threads, n_blocks * m_blocks, [&](int64_t chunk, Scratch& scratch) {
-        const int64_t i = chunk % m_blocks * block_m, j = chunk / m_blocks * kBlockN;
+    for_chunks(task, num_threads, n_blocks * m_blocks, [&](int64_t chunk, Scratch& scratch) {
+        const int64_t i = chunk / n_blocks * block_m, j = chunk % n_blocks * kBlockN;
         kernels.block(task, i, std::min(m, i + block_m), j, std::min(n, j + kBlockN), scratch);
     });
 }
@@ -82,14 +96,16 @@ void run_blocks(const LinearKernels& kernels, const LinearTask& task, int num_th
 int32_t out_dtype(const mk_cpu_linear_params& p) { return p.out_dtype ? p.out_dtype : p.dtype; }
 
 mk_status run(const mk_cpu_linear_params& p, const LinearKernels& kernels) {
-    LinearTask task{p, nullptr, ceil_div<int64_t>(p.k, kLanes) * kLanes};
+    const int64_t columns = p.dtype == MK_BF16 ? 2 * kLanes : kLanes;  // of a step
+    const bool in_pairs = p.dtype == MK_BF16 && kernels.multiplies_bf16;
+    LinearTask task{p, nullptr, ceil_div<int64_t>(p.k, columns) * (in_pairs ? kLanes : columns)};
     const int64_t most = kMaxPackedX / std::max<int64_t>(task.packed_k, 1) / kBlockM * kBlockM;
     const int64_t slab = std::min<int64_t>(p.m, std::max<int64_t>(most, kBlockM));
     task.packed_x = thread_packed_x(slab * task.packed_k);
     MK_REQUIRE(task.packed_x && thread_scratch(), MK_ERR_MEMORY,
                "no memory for %lld x %lld floats of packed x", static_cast<long long>(slab),
                static_cast<long long>(task.packed_k));
-    const DefaultFloatMode mode;
+    const DefaultFloatMode mode(flushes(p));
     const int32_t bytes = dtype_bytes(p.dtype), out_bytes = dtype_bytes(out_dtype(p));
     const auto skip_rows = [&](const void* base, int64_t stride, int64_t rows) {
         return base ? static_cast<const char*>(base) + rows * stride * bytes : nullptr;
@@ -147,5 +163,5 @@ extern "C" mk_status mk_cpu_linear(const mk_cpu_linear_params* params) {
     int isa = 0;
     MK_TRY(mk::cpu::find_isa(params->isa, &isa));
     if (params->m == 0 || params->n == 0) return MK_OK;
-    return mk::cpu::run(*params, mk::cpu::kLinear[isa]);
+    return mk::cpu::run(*params, mk::cpu::kernels_of(isa));
 }

@@ -27,7 +27,7 @@ mk_status find_kernels(int32_t isa, const QuantKernels** kernels) {
     MK_TRY(find_isa(isa, &level));
 #if defined(__x86_64__)
     // The results are the same.
-    if (level == MK_CPU_AVX512 && !__builtin_cpu_supports("avx512vnni")) level = MK_CPU_AVX2;
+    if (level >= MK_CPU_AVX512 && !__builtin_cpu_supports("avx512vnni")) level = MK_CPU_AVX2;
 #endif
     *kernels = &kQuant[level];
     return MK_OK;

@@ -27,15 +27,19 @@ class Buffer {
     size_t size_ = 0;
 };
 
-// Default rounding, and subnormals as numbers, whatever the calling thread has set.
+// Default rounding, and subnormals as numbers or as zeros, whatever the calling thread has set.
 class DefaultFloatMode {
   public:
 #if defined(__x86_64__)
-    DefaultFloatMode() : before_(__builtin_ia32_stmxcsr()) { __builtin_ia32_ldmxcsr(0x1f80); }
+    explicit DefaultFloatMode(bool flush = false) : before_(__builtin_ia32_stmxcsr()) {
+        __builtin_ia32_ldmxcsr(flush ? 0x9fc0 : 0x1f80);
+    }
     ~DefaultFloatMode() { __builtin_ia32_ldmxcsr(before_); }
 
   private:
     const unsigned before_;
+#else
+    explicit DefaultFloatMode(bool = false) {}
 #endif
 };
 

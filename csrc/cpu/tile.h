@@ -28,16 +28,17 @@ struct Tile {
         });
     }
 
-    // acc[i][j] += x[i] * w[j] for 16 columns; load_w(j) gives those of row j.
-    template <class LoadW>
+    // acc[i][j] += x[i] * w[j] for the columns of a Frag, a Vec's 16; load_w(j) gives those of row
+    // j.
+    template <class Frag = Vec, class LoadW>
     MK_INLINE void step(const float* x, const LoadW& load_w) {
-        Vec x_frag[kM];
-        unroll<kM>([&](auto i) { x_frag[i.value] = Vec::load(x + i.value * kLanes); });
+        Frag x_frag[kM];
+        unroll<kM>([&](auto i) { x_frag[i.value] = Frag::load(x + i.value * kLanes); });
         unroll<kTileN>([&](auto j) {
-            const Vec w_frag = load_w(j.value);
+            const Frag w_frag = load_w(j.value);
             unroll<kM>([&](auto i) {
                 Vec& a = acc[i.value][j.value];
-                a = Vec::fma(x_frag[i.value], w_frag, a);
+                a = Frag::fma(x_frag[i.value], w_frag, a);
             });
         });
     }

@@ -6,8 +6,9 @@
 // None of these headers includes one of the C++ library: an inline function of the library compiled
 // with AVX-512 could be the copy that the linker keeps for everybody.
 //
-// Vec: load(T*), load(T*, count), store(T*), store(T*, count), fma, +, -, *, /, min, max, round,
-// scale; and for a register tile kTileM, kTileN, reduce(). T is float, Bf16 or F16.
+// Vec: load(T*), load(T*, count), store(T*), store(T*, count), load_odd(Bf16*), load_even, fma, +,
+// -, *, /, min, max, round, scale; and for a register tile kTileM, kTileN, reduce(). T is float,
+// Bf16 or F16.
 #pragma once
 
 #include <stdint.h>

@@ -33,6 +33,30 @@ struct Vec {
     }
     static __m256 widen(const F16* p) { return _mm256_cvtph_ps(load_bits(p)); }
 
+    // The odd and the even ones of 32, or of `count` <= 32 and then zeros.
+    static Vec load_odd(const Bf16* p) { return {odd(p), odd(p + kLanes)}; }
+    static Vec load_even(const Bf16* p) { return {even(p), even(p + kLanes)}; }
+    static Vec load_odd(const Bf16* p, int count) {
+        Bf16 all[2 * kLanes] = {};
+        __builtin_memcpy(all, p, count * sizeof(Bf16));
+        return load_odd(all);
+    }
+    static Vec load_even(const Bf16* p, int count) {
+        Bf16 all[2 * kLanes] = {};
+        __builtin_memcpy(all, p, count * sizeof(Bf16));
+        return load_even(all);
+    }
+    static __m256i load_pairs(const void* p) {
+        return _mm256_loadu_si256(static_cast<const __m256i*>(p));
+    }
+    static __m256 odd(const Bf16* p) {
+        const __m256i high = _mm256_set1_epi32(static_cast<int>(0xffff0000));
+        return _mm256_castsi256_ps(_mm256_and_si256(load_pairs(p), high));
+    }
+    static __m256 even(const Bf16* p) {
+        return _mm256_castsi256_ps(_mm256_slli_epi32(load_pairs(p), 16));
+    }
+
     // Rounded to nearest even; every NaN as the positive quiet one without payload.
     void store(float* p) const {
         _mm256_storeu_ps(p, lo);

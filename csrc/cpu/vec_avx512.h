@@ -37,6 +37,20 @@ struct Vec {
         return widen(T{}, _mm256_maskz_loadu_epi16(first(count), p));
     }
 
+    // The odd and the even ones of 32, or of `count` <= 32 and then zeros.
+    static Vec load_odd(const Bf16* p) { return odd(_mm512_loadu_si512(p)); }
+    static Vec load_even(const Bf16* p) { return even(_mm512_loadu_si512(p)); }
+    static Vec load_odd(const Bf16* p, int count) { return odd(load_pairs(p, count)); }
+    static Vec load_even(const Bf16* p, int count) { return even(load_pairs(p, count)); }
+    static __m512i load_pairs(const Bf16* p, int count) {
+        return _mm512_maskz_loadu_epi16(static_cast<__mmask32>((uint64_t{1} << count) - 1), p);
+    }
+    static Vec odd(__m512i pairs) {
+        const __m512i high = _mm512_set1_epi32(static_cast<int>(0xffff0000));
+        return {_mm512_castsi512_ps(_mm512_and_si512(pairs, high))};
+    }
+    static Vec even(__m512i pairs) { return {_mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16))}; }
+
     // Rounded to nearest even; every NaN as the positive quiet one without payload.
     void store(float* p) const { _mm512_storeu_ps(p, v); }
     void store(float* p, int count) const {

@@ -74,6 +74,14 @@ struct Vec {
         return each([&](int l) { return l < count ? widen(p[l]) : 0.f; });
     }
 
+    // The odd and the even ones of 32, or of `count` <= 32 and then zeros.
+    static Vec load_odd(const Bf16* p, int count = 2 * kLanes) {
+        return each([&](int l) { return 2 * l + 1 < count ? widen(p[2 * l + 1]) : 0.f; });
+    }
+    static Vec load_even(const Bf16* p, int count = 2 * kLanes) {
+        return each([&](int l) { return 2 * l < count ? widen(p[2 * l]) : 0.f; });
+    }
+
     // Rounded to nearest even; every NaN as the positive quiet one without payload.
     void store(float* p) const {
         for (int l = 0; l < kLanes; ++l) p[l] = v[l];

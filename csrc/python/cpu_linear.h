@@ -22,7 +22,8 @@ inline void def_cpu_linear(pybind11::module_& m, void (*check)(mk_status)) {
                                       {"CPU_AUTO", +MK_CPU_AUTO},
                                       {"CPU_BASELINE", +MK_CPU_BASELINE},
                                       {"CPU_AVX2", +MK_CPU_AVX2},
-                                      {"CPU_AVX512", +MK_CPU_AVX512}}) {
+                                      {"CPU_AVX512", +MK_CPU_AVX512},
+                                      {"CPU_AVX512BF16", +MK_CPU_AVX512BF16}}) {
         m.attr(name) = static_cast<int>(value);
     }
     m.def("cpu_isa", [check] {

@@ -216,10 +216,9 @@ def compute_attention(
 
 
 @functools.cache
-def _has_bf16_products() -> bool:
-    """Whether this CPU multiplies bfloat16, which PyTorch uses and the CPU kernels do not."""
-    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return any(getattr(torch.cpu, name, bool)() for name in names)
+def _has_amx() -> bool:
+    """Whether this CPU multiplies tiles of bfloat16, which PyTorch does and the kernels do not."""
+    return bool(getattr(torch.cpu, "_is_amx_tile_supported", bool)())
 
 
 def _is_for_torch(rows: Tensor, *weights: Tensor) -> bool:
@@ -230,11 +229,11 @@ def _is_for_torch(rows: Tensor, *weights: Tensor) -> bool:
         and rows.device.type == "cpu"
         and not cuda_ops.emulate
         and not any(map(ops.is_quantized, weights))
-        and _has_bf16_products()
+        and _has_amx()
     )
 
 
-_MANY_ROWS = 32  # from where on they are (up to twice as fast, from 64 rows on)
+_MANY_ROWS = 32  # from where on they may be; no such CPU was measured
 
 
 class _Norm(nn.Module):
