@@ -162,7 +162,7 @@ def linear_quant(name: str, kind: str, m: int) -> Case:
 
 
 def quant_prepare_x(m: int) -> Case:
-    """What precedes a product of more than 16 rows, once for all that read the same x."""
+    """What precedes a product of more than 64 rows, once for all that read the same x."""
 
     def build(units: int, filled: bool) -> tuple[ctypes.Structure, list[Tensor]]:
         x, norm = zeros(units, HIDDEN), zeros(HIDDEN)

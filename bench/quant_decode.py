@@ -1,6 +1,6 @@
 """The tables of docs/native.md: what products with few rows of x and quantised w take per weight.
 
-    python -m bench.quant_decode [--kind Q4_K] [--arch 80 --arch 90a]
+    python -m bench.quant_decode [--kind Q4_K] [--arch 80 --arch 90a] [--m 17 --m 32]
 
 The emulator executes the kernels and counts; nothing here has run on a GPU. What is counted does
 not depend on the values, so w is zeros. SASS: of a turn of the type's loop over tiles, for the 4096
@@ -87,9 +87,9 @@ def sass_per_weight(kind: str, tokens: int, arch: str) -> str:
     return "-" if loop is None else f"{loop.instructions * 32 / 4096:.2f}"
 
 
-def line(kind: str, archs: tuple[str, ...]) -> str:
+def line(kind: str, archs: tuple[str, ...], rows: tuple[int, ...] = ROWS) -> str:
     cells, read = [kind], set()
-    for m in ROWS:
+    for m in rows:
         lanes = []
         for arch in archs:
             counters, _ = count(kind, m, arch)
@@ -105,8 +105,9 @@ def line(kind: str, archs: tuple[str, ...]) -> str:
 @click.command(help=__doc__)
 @click.option("--kind", "kinds", multiple=True, type=click.Choice(KINDS), default=KINDS)
 @click.option("--arch", "archs", multiple=True, type=click.Choice(BUILT), default=BUILT)
-def main(kinds: tuple[str, ...], archs: tuple[str, ...]) -> None:
-    rows = [f"M = {m}" for m in ROWS]
+@click.option("--m", "rows_of_x", multiple=True, type=click.IntRange(1, 64), default=ROWS)
+def main(kinds: tuple[str, ...], archs: tuple[str, ...], rows_of_x: tuple[int, ...]) -> None:
+    rows = [f"M = {m}" for m in rows_of_x]
     click.echo(f"PTX and SASS on {', '.join(f'sm_{arch}' for arch in archs)}:\n")
     click.echo(
         f"| type | {' | '.join(rows)} | SASS loop, M <= 8 | DRAM bytes read / (blocks + x) | "
@@ -114,7 +115,7 @@ def main(kinds: tuple[str, ...], archs: tuple[str, ...]) -> None:
     )
     click.echo("|---" * (len(rows) + 5) + "|")
     for kind in kinds:
-        click.echo(line(kind, archs))
+        click.echo(line(kind, archs, rows_of_x))
 
 
 if __name__ == "__main__":

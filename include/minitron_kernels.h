@@ -360,7 +360,7 @@ MK_API mk_status mk_quant_unpack(const mk_quant_pack_params* params);
  * mk_quant_prepare_x, then the product (whose plan is the one that mk_<op>_plan tells). norm_weight
  * may be given for any m. All other fields of the inner structs mean what they mean there.
  */
-#define MK_QUANT_MAX_DECODE_M 16
+#define MK_QUANT_MAX_DECODE_M 64
 
 typedef struct mk_linear_quant_params {
     mk_linear_params linear; /* w NULL; k a multiple of 32, or of 256 for the K types */

@@ -103,7 +103,7 @@ def linear(
     eps: float,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    """norm(x [..., K]) @ w [N, K]^T + residual: one launch up to 16 rows, else two."""
+    """norm(x [..., K]) @ w [N, K]^T + residual: one launch up to 64 rows, else two."""
     out = torch.empty((*x.shape[:-1], w.rows), dtype=out_dtype, device=x.device)
     rows = rows_of(x)
     added = None if residual is None else rows_of(residual)

@@ -105,7 +105,7 @@ VALID["qkv_rope_append_quant"] = {
           for t, n in (("Q4_K", 4096), ("Q5_0", 1024), ("Q6_K", 1024))],
 }  # fmt: skip
 VALID["quant_prepare_x"] = {
-    "x": POINTER, "norm_weight": POINTER, "x_stride": 4096, "m": 17, "k": 4096, "eps": 1e-5,
+    "x": POINTER, "norm_weight": POINTER, "x_stride": 4096, "m": 65, "k": 4096, "eps": 1e-5,
     "dtype": C["MK_BF16"], **WORKSPACE,
 }  # fmt: skip
 VALID["embedding_quant"] = {

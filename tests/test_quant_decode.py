@@ -1,4 +1,4 @@
-"""mk_linear_quant, mk_linear_quant_swiglu and mk_qkv_rope_append_quant for up to 16 rows of x.
+"""mk_linear_quant, mk_linear_quant_swiglu and mk_qkv_rope_append_quant for up to 64 rows of x.
 
 quant_cases.py tells how results are compared. Outputs are poisoned with NaN and padded.
 """
@@ -17,6 +17,7 @@ from bench.sass import find_tool
 from minitron_kernels import reference
 from minitron_kernels.block_types import GGML_NUMBERS, QUANT_TYPES
 from minitron_kernels.quantized import QuantizedTensor
+from tests import emulator
 from tests import native_abi as abi
 from tests.linear_cases import EPS, Qkv, in_turn, magnitude, normalised
 from tests.native_emulator import BUILT, DEVICES, dtype_id, run, storage_of
@@ -75,11 +76,24 @@ def test_linear_quant(arch: str, kind: str, m: int, n: int, blocks: int) -> None
         check_linear("linear_quant", arch, x, w, out_of("linear_quant", x, w, F32), seed=n)
 
 
+@pytest.mark.parametrize(
+    "arch, kind, m", in_turn([(kind, m) for m in (17, 31, 32, 33, 48, 64) for kind in KINDS])
+)
+def test_rows_in_parts(arch: str, kind: str, m: int) -> None:
+    """More than 16 rows: two to four parts of them, the last one shorter or not."""
+    k, n = cols_of(kind, 2 + m % 3), 33 + m
+    x, w = values(m, k, dtype=HALVES[m // 16 % 2], seed=m), random_weights(kind, n, k, seed=m)
+    x = strided(x, 8)
+    with emulator.logged_launches() as launches:
+        check_linear("linear_quant", arch, x, w, out_of("linear_quant", x, w, F32), seed=n)
+    assert arch == "gpu" or len(launches) == 1
+
+
 @pytest.mark.parametrize("arch, kind, k", in_turn([(kind, 45 * 256) for kind in KINDS]))
 def test_linear_quant_of_45_groups(arch: str, kind: str, k: int) -> None:
     """k of Minitron's down projection; 16 rows of it do not fit shared memory at once."""
     w = random_weights(kind, 48, k)
-    for m in (1, 16):
+    for m in (1, 16, (17, 32, 64)[KINDS.index(kind) % 3]):
         x = values(m, k, dtype=BF16, seed=m)
         check_linear("linear_quant", arch, x, w, out_of("linear_quant", x, w, F32))
 
@@ -90,7 +104,7 @@ def test_linear_quant_of_45_groups(arch: str, kind: str, k: int) -> None:
 def test_norm_residual_and_swiglu(arch: str, kind: str, op: str) -> None:
     k = 768
     w, norm_weight = random_weights(kind, 70, k), values(k, dtype=BF16, seed=2)
-    for m, has_norm in ((5, True), (11, True), (3, False)):
+    for m, has_norm in ((5, True), (11, True), (3, False), (21, True), (50, False)):
         x = values(m, k, dtype=BF16, seed=m)
         residual = values(m, 70, dtype=BF16, seed=3) if op == "linear_quant" else None
         check_linear(op, arch, x, w, out_of(op, x, w), norm_weight if has_norm else None, residual)
@@ -101,7 +115,7 @@ def test_norm_residual_and_swiglu(arch: str, kind: str, op: str) -> None:
     arch=st.sampled_from(DEVICES),
     kind=st.sampled_from(KINDS),
     dtype=st.sampled_from(HALVES),
-    m=st.integers(0, 16),
+    m=st.one_of(st.integers(0, 16), st.integers(17, 64)),
     n=st.integers(1, 300),
     blocks=st.integers(1, 8),
     padding=st.tuples(*[st.sampled_from([0, 1, 8, 24])] * 2),
@@ -214,6 +228,9 @@ def qkv_params(case: Qkv, w: list[Weights]) -> tuple[ctypes.Structure, list[Tens
         (("Q2_K", "Q3_K", "Q5_K"), 16, 512, (2, 1), 128),
         (("Q4_0", "Q5_1", "Q4_0"), 9, 96, (3, 1), 16),
         (("Q6_K", "Q6_K", "Q6_K"), 8, 256, (2, 2), 32),
+        (("Q4_K", "Q5_K", "Q6_K"), 17, 512, (2, 1), 64),
+        (("Q8_0", "Q3_K", "Q4_0"), 37, 256, (3, 1), 80),
+        (("Q2_K", "Q5_0", "Q4_1"), 64, 256, (2, 2), 32),
     ]),
 )  # fmt: skip
 @pytest.mark.parametrize("interleaved", [False, True], ids=["halves", "interleaved"])
@@ -283,10 +300,11 @@ def check_qkv(case: Qkv, matrices: list[Weights], arch: str) -> None:
 def test_bits_depend_on_the_row_only(arch: str, kind: str) -> None:
     """Alone or among others, at another place, by elements or by 16 bytes, for any interleaving."""
     k, n = (768 if kind in K_KINDS else 736), 130
-    x, w = values(16, k, dtype=BF16), random_weights(kind, n, k)
+    x, w = values(64, k, dtype=BF16), random_weights(kind, n, k)
     whole = out_of("linear_quant", x, w, F32)
     run_linear("linear_quant", arch, x, w, whole)
-    for seed, (first, m, offset) in enumerate([(0, 1, 0), (3, 8, 0), (5, 9, 0), (2, 3, 1)]):
+    places = [(0, 1, 0), (3, 8, 0), (25, 9, 0), (62, 2, 1), (16, 16, 0), (30, 17, 0), (7, 45, 1)]
+    for seed, (first, m, offset) in enumerate(places):
         rows = strided(x[first : first + m], 0, offset)
         out = out_of("linear_quant", rows, w, F32)
         run_linear("linear_quant", arch, rows, w, out, seed=seed)
@@ -297,9 +315,9 @@ def test_rounds_of_chunks() -> None:
     """Rows of x that do not fit, and more rows of w than a round has: each round converts x again,
     when the last one's sums are stored."""
     k = 20 * 256
-    tiles = 8 * abi.device(BUILT[0]).num_sms + 1
-    x, w = values(16, k, dtype=BF16), random_weights("Q4_0", 16 * tiles, k)
-    whole, half = (out_of("linear_quant", x[:m], w, F32) for m in (16, 8))
+    tiles = 8 * (abi.device(BUILT[0]).num_sms // 2) + 1
+    x, w = values(32, k, dtype=BF16), random_weights("Q4_0", 16 * tiles, k)
+    whole, half = (out_of("linear_quant", x[:m], w, F32) for m in (32, 8))
     run_linear("linear_quant", BUILT[0], x, w, whole)
     run_linear("linear_quant", BUILT[0], x[:8], w, half)
     assert torch.equal(whole[:8], half)
@@ -310,11 +328,11 @@ def test_bits_are_those_of_all_devices_whose_tensor_cores_sum_alike(kind: str) -
     """They have 108 to 148 SMs and 99 to 227 KB: other rounds, and chunks of k on one of them.
     mma.sync sums 8 products at once before sm_90, and 16 from it on."""
     k = 23 * 256
-    x, w = values(16, k, dtype=BF16), random_weights(kind, 16 * 120, k)
+    x, w = values(17, k, dtype=BF16), random_weights(kind, 16 * 120, k)
     for alike in (set(BUILT) & {"80", "89"}, set(BUILT) - {"80", "89"}):
         outs = []
         for arch in sorted(alike):
-            for m in (16, 8, 1):
+            for m in (17, 8, 1):
                 out = out_of("linear_quant", x[:m], w, F32)
                 run_linear("linear_quant", arch, x[:m], w, out)
                 outs.append(out)
@@ -349,7 +367,7 @@ def test_norm_has_the_bits_of_rms_norm(
 @given(
     arch=st.sampled_from(list(abi.DEVICES)),
     kind=st.sampled_from(KINDS),
-    m=st.integers(1, 16),
+    m=st.integers(1, 64),
     n=st.one_of(st.integers(1, 2**24), st.integers(1, 20000)),
     blocks=st.integers(1, 4096),
 )
@@ -364,9 +382,10 @@ def test_plan_fits(arch: str, kind: str, m: int, n: int, blocks: int) -> None:
     plan, device = abi.plan("linear_quant", params, arch), abi.device(arch)
     assert plan.entry.decode().endswith("_m16" if m > 8 else "_m8")
     assert plan.smem_bytes <= device.smem_per_block
-    tiles = ceil_div(n, 16)
-    assert 1 <= plan.grid[0] <= min(device.num_sms, tiles)
-    assert ceil_div(tiles, plan.grid[0]) == ceil_div(tiles, device.num_sms)
+    tiles, parts = ceil_div(n, 16), ceil_div(m, 16)
+    assert plan.grid[1] == parts  # of rows of x
+    assert 1 <= plan.grid[0] <= min(device.num_sms // parts, tiles)
+    assert ceil_div(tiles, plan.grid[0]) == ceil_div(tiles, device.num_sms // parts)
 
 
 # Lane-instructions per weight (PTX, without mov), K 4096, N 11520: the bar at m = 1, and how many
@@ -412,6 +431,28 @@ def test_instructions_and_bytes_per_weight(arch: str, kind: str) -> None:
         blocks = abi.plan("linear_quant", params, arch).grid[0]
         conflicts = c.shared_wavefronts - c.shared_wavefronts_min
         assert conflicts <= 0.5 * blocks * m * counts.K / 256
+
+
+@pytest.mark.parametrize("arch, kind, m", [
+    pytest.param(
+        arch, kind, m, id=f"emu-sm_{arch}-{kind}-{m}",
+        marks=[] if (arch, kind, m) == ("90a", "Q4_K", 32) else pytest.mark.slow,
+    )
+    for arch in BUILT for kind in ("Q4_K", "Q6_K") for m in (17, 32, 64)
+])  # fmt: skip
+def test_bytes_and_conflicts_of_rows_in_parts(arch: str, kind: str, m: int) -> None:
+    """w crosses DRAM once, and goes to each part: a part costs what its rows alone do."""
+    c, _ = counts.count(kind, m, arch)
+    parts = ceil_div(m, 16)
+    lanes, alone = (counts.lanes_per_weight(counts.count(kind, r, arch)[0] if r != m else c)
+                    for r in (m, ceil_div(m, parts)))  # fmt: skip
+    print(
+        f"sm_{arch} {kind} m {m}: {lanes:.2f}, {parts} times {lanes / parts:.2f}; alone {alone:.2f}"
+    )
+    assert lanes <= 1.02 * parts * alone
+    assert c.unique_read_sectors * 32 <= 1.03 * counts.compulsory_bytes(kind, m)
+    assert c.unique_write_sectors == m * counts.N * 2 // 32
+    assert c.shared_wavefronts <= 1.01 * c.shared_wavefronts_min
 
 
 @pytest.mark.skipif(not find_tool("cuobjdump"), reason="cuobjdump is not installed")

@@ -1,4 +1,4 @@
-"""Products of more than 16 rows with quantised weights: the preparation of x and the GEMM.
+"""Products of more than 64 rows with quantised weights: the preparation of x and the GEMM.
 
 quant_cases.py tells how results are compared. The workspace and the outputs are poisoned with NaN,
 rows of x are padded with NaN. The plan chooses a tile by the shape: LARGE makes it take the large
@@ -68,11 +68,11 @@ def cols_of(kind: str, groups: int, rest: int) -> int:
 # ------------------------------------------------------------------------------------- results
 
 
-@pytest.mark.parametrize("arch, kind, m", in_turn([(k, m) for m in (17, 33, 129) for k in KINDS]))
+@pytest.mark.parametrize("arch, kind, m", in_turn([(k, m) for m in (65, 97, 129) for k in KINDS]))
 def test_small_tile(arch: str, kind: str, m: int) -> None:
     """fp32 outputs. n ends inside a tile of 16, k inside a group, a quarter and a half of it."""
-    n, rest = {17: (7, 1), 33: (41, 5), 129: (33, 7)}[m]
-    k = cols_of(kind, m // 33 + (kind in K_KINDS and m < 33), rest)
+    n, groups, rest = {65: (7, int(kind in K_KINDS), 1), 97: (41, 1, 5), 129: (33, 3, 7)}[m]
+    k = cols_of(kind, groups, rest)
     x, w = strided(values(m, k, dtype=HALVES[m % 2]), 8), random_weights(kind, n, k, seed=m)
     assert IS_SMALL in entry_of(arch, x, w)
     check_linear("linear_quant", arch, x, w, out_of("linear_quant", x, w, F32), seed=m)
@@ -81,13 +81,13 @@ def test_small_tile(arch: str, kind: str, m: int) -> None:
 @pytest.mark.parametrize("arch, kind", in_turn([(k,) for k in KINDS]))
 def test_small_tile_of_45_groups(arch: str, kind: str) -> None:
     """k of Minitron's down projection."""
-    x, w = values(17, 45 * 256, dtype=BF16), random_weights(kind, 33, 45 * 256)
+    x, w = values(65, 45 * 256, dtype=BF16), random_weights(kind, 33, 45 * 256)
     assert IS_SMALL in entry_of(arch, x, w)
     check_linear("linear_quant", arch, x, w, out_of("linear_quant", x, w, F32), seed=45)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("m", [1, 2, 7, 8, 16, 17, 33, 129])
+@pytest.mark.parametrize("m", [1, 2, 7, 8, 16, 17, 32, 33, 64, 65, 129])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("arch", DEVICES)
 def test_every_type_and_number_of_rows(arch: str, kind: str, m: int) -> None:
@@ -221,7 +221,7 @@ def run_qkv(arch: str, qkv: Qkv, w: tuple[Weights, ...], seed: int = 0, entry: s
     (mix, HALVES[i % 2]) for i, mix in enumerate(MIXES)
 ]))  # fmt: skip
 def test_qkv_of_three_types(arch: str, mix: tuple[str, ...], dtype: torch.dtype) -> None:
-    check_qkv(arch, mix, dtype, tokens=37, heads=(3, 1))
+    check_qkv(arch, mix, dtype, tokens=77, heads=(3, 1))
 
 
 @hopper
@@ -282,7 +282,7 @@ def check_qkv(
 
 @pytest.mark.parametrize("arch, kind", in_turn([(k,) for k in KINDS]))
 def test_rows_have_the_same_bits_in_any_batch(arch: str, kind: str) -> None:
-    """A row's outputs in 17 to 1100 rows, of all tiles; any order of warps."""
+    """A row's outputs in 17 to 1100 rows, of all tiles and in parts; any order of warps."""
     m, n = LARGE
     x, w = (
         values(m, 288 if kind not in K_KINDS else 256, dtype=BF16),
@@ -292,32 +292,32 @@ def test_rows_have_the_same_bits_in_any_batch(arch: str, kind: str) -> None:
     run_linear("linear_quant", arch, x, w, whole)
     names = {entry_of(arch, x, w)}
     has_middle = arch in ("80", "90a")
-    for rows in (17, MIDDLE[0] if has_middle else 65):
+    for rows in (17, 65, *([MIDDLE[0]] if has_middle else [])):
         part = x[-rows:]
         names.add(entry_of(arch, part, w))
         out = out_of("linear_quant", part, w, F32)
         run_linear("linear_quant", arch, part, w, out, seed=rows)
         assert torch.equal(out, whole[-rows:])
-    assert len(names) == (3 if has_middle else 2)
+    assert len(names) == (4 if has_middle else 3)
 
 
 @pytest.mark.parametrize("arch, kind", in_turn([(k,) for k in KINDS]))
 def test_rows_have_the_bits_of_the_decode_kernel(arch: str, kind: str) -> None:
-    """Rows alone and by 16 against those of 33, with a norm; k ends inside a group."""
+    """Rows alone, by 16 and by 64 against those of 65, with a norm; k ends inside a group."""
     k = cols_of(kind, 5, 3)
     dtype = HALVES[KINDS.index(kind) % 2]
-    x, w = values(33, k, dtype=dtype), random_weights(kind, 40, k, seed=3)
+    x, w = values(65, k, dtype=dtype), random_weights(kind, 40, k, seed=3)
     norm_weight = values(k, dtype=dtype, seed=9)
     whole = out_of("linear_quant", x, w, F32)
     run_linear("linear_quant", arch, x, w, whole, norm_weight=norm_weight)
-    for m in (1, 16):
+    for m in (1, 16, 64):
         out = out_of("linear_quant", x[:m], w, F32)
         try:
             run_linear("linear_quant", arch, x[:m], w, out, norm_weight=norm_weight, seed=m)
         except abi.StatusError as error:
             if error.status != "MK_ERR_UNSUPPORTED":
                 raise
-            pytest.skip("this build has no kernel for up to 16 rows")
+            pytest.skip("this build has no kernel for up to 64 rows")
         assert torch.equal(out, whole[:m])
 
 
@@ -326,7 +326,7 @@ def test_rows_have_the_bits_of_the_decode_kernel(arch: str, kind: str) -> None:
 def test_rows_of_any_size_have_the_bits_of_the_decode_kernel(arch: str, dtype: torch.dtype) -> None:
     """Rows from the smallest to the largest numbers, of elements 2^40 apart; those whose squares
     fp32 does not hold among them."""
-    m, k = 33, 4096
+    m, k = 65, 4096
     rng = torch.Generator().manual_seed(5)
     least, most = (-130, 126) if dtype == BF16 else (-24, 14)
     rows = torch.linspace(least, most, m).round()[:, None]
@@ -336,7 +336,7 @@ def test_rows_of_any_size_have_the_bits_of_the_decode_kernel(arch: str, dtype: t
     w = random_weights("Q4_1", 16, k, seed=4)
     whole = out_of("linear_quant", x, w, F32)
     run_linear("linear_quant", arch, x, w, whole)
-    for first, count in ((0, 16), (16, 16), (32, 1)):
+    for first, count in ((0, 16), (16, 48), (64, 1)):
         part = x[first : first + count]
         out = out_of("linear_quant", part, w, F32)
         run_linear("linear_quant", arch, part, w, out, seed=first)
@@ -345,12 +345,12 @@ def test_rows_of_any_size_have_the_bits_of_the_decode_kernel(arch: str, dtype: t
 
 @pytest.mark.parametrize("arch", BUILT, ids=lambda a: f"emu-sm_{a}")
 def test_row_with_a_nan_gives_nans_and_zeros_give_zeros(arch: str) -> None:
-    x, w = values(20, 512, dtype=BF16), random_weights("Q4_K", 30, 512)
+    x, w = values(70, 512, dtype=BF16), random_weights("Q4_K", 30, 512)
     x[3, 100], x[4, 5], x[7] = float("nan"), float("-inf"), 0
     out = out_of("linear_quant", x, w, F32)
     run_linear("linear_quant", arch, x, w, out)
     assert out[3].isnan().all() and out[4].isnan().all()
-    assert not out[[i for i in range(20) if i not in (3, 4)]].isnan().any()
+    assert not out[[i for i in range(70) if i not in (3, 4)]].isnan().any()
     assert (out[7] == 0).all()
 
 
@@ -410,7 +410,7 @@ def test_middle_tile_at_its_own_shape(kind: str) -> None:
 @pytest.mark.parametrize("kind", on_sm_80(("Q4_K",)))
 def test_small_tile_costs_what_the_plan_takes(kind: str) -> None:
     """kSmallCost of quant_gemm_plan.cpp: wavefronts, which bind it, per MMA's time."""
-    x, w = values(64, 2048, dtype=BF16), random_weights(kind, 1024, 2048)
+    x, w = values(128, 2048, dtype=BF16), random_weights(kind, 1024, 2048)
     assert IS_SMALL in entry_of("80", x, w)
     _, issued, wavefronts = counted(x, w)
     print(f"{kind}: {issued:.3f} of the MMAs' time issued, {wavefronts:.3f} in shared memory")
@@ -489,7 +489,7 @@ def test_planted_fault_of_wgmma_tile_is_found(
 
 def test_comparison_sees_a_changed_weight() -> None:
     """One bit of one quant, in the tile's first word."""
-    x, w = values(33, 256, dtype=BF16), random_weights("Q4_K", 16, 256)
+    x, w = values(65, 256, dtype=BF16), random_weights("Q4_K", 16, 256)
     w.tiles.view(-1)[0] ^= 8
     out = out_of("linear_quant", x, w, F32)
     with pytest.raises(AssertionError, match="times the error allowed"):
@@ -498,8 +498,8 @@ def test_comparison_sees_a_changed_weight() -> None:
 
 def test_empty_input_launches_nothing() -> None:
     w = random_weights("Q4_K", 16, 256)
-    x = values(17, 256, dtype=BF16)
-    params, _ = quant_params(x, w, poisoned(torch.empty(17, 16)))
+    x = values(65, 256, dtype=BF16)
+    params, _ = quant_params(x, w, poisoned(torch.empty(65, 16)))
     assert np.prod(abi.plan("linear_quant", params, "80").grid[:]) > 0
     prepare = abi.structs()["mk_quant_prepare_x_params"](m=0, k=256, dtype=dtype_id(x))
     assert abi.plan("quant_prepare_x", prepare, "80").grid[0] == 0

@@ -26,6 +26,10 @@ __device__ __forceinline__ float4 as_float4(const uint4& v) {
     return {__uint_as_float(v.x), __uint_as_float(v.y), __uint_as_float(v.z), __uint_as_float(v.w)};
 }
 
+__device__ __forceinline__ uint4 as_uint4(const float4& v) {
+    return {__float_as_uint(v.x), __float_as_uint(v.y), __float_as_uint(v.z), __float_as_uint(v.w)};
+}
+
 // total += the sums of a tile's groups, in ascending order; kStep bytes from one to the next.
 template <int kStep>
 __device__ __forceinline__ void add_groups(float4& total, int num_groups, uint32_t smem_y) {
@@ -52,17 +56,20 @@ __device__ __forceinline__ void pair_rows(float4 (&totals)[2], float unit, float
     totals[1] = {gate.y * unit, up.y * unit_up, gate.w * unit, up.w * unit_up};
 }
 
-// Sums of the round's tiles to outputs: a thread has those of two rows and two tokens, of up to
-// kQuantKeptSteps tiles at a time; kIsPair: of a tile of gate and one of up, which it orders as if
-// their rows came by turns. With chunks of k the totals stay in `totals` until the last one.
+// Tiles that a thread adds at a time.
+constexpr int kQuantAddedTiles = 2;
+
+// Sums of the round's tiles to outputs: a thread has those of two rows and two tokens; kIsPair:
+// of a tile of gate and one of up, which it orders as if their rows came by turns. With chunks of k
+// it keeps the totals behind the sums until the last one.
 template <int kTokenTiles, bool kIsPair>
 __device__ __forceinline__ void add_round(const QuantDecodeArgs& args, const QuantRound& round,
-                                          const QuantSmem& smem, uint32_t smem_sums, bool is_last,
-                                          float4 (&totals)[kQuantKeptSteps]) {
+                                          const QuantSmem& smem, uint32_t smem_sums, bool is_first,
+                                          bool is_last) {
     constexpr int kTileThreads = 32 * kTokenTiles;
     constexpr int kAtOnce = kQuantThreads / kTileThreads;  // tiles
-    static_assert(!kIsPair || kQuantKeptSteps == 2);
-    const int m = args.product.m;
+    static_assert(!kIsPair || kQuantAddedTiles == 2);
+    const int m = part_of<kTokenTiles>(args).m;
     const uint32_t thread = ptx::mov_u32_tid_x();
     const int token = thread % kTileThreads / 32 * kQuantTokens + thread % 4 * 2;
     if (token >= m) return;
@@ -70,14 +77,26 @@ __device__ __forceinline__ void add_round(const QuantDecodeArgs& args, const Qua
     const int step = kIsPair ? round.num_rows : kAtOnce;  // to a thread's next tile
     const uint32_t tile_bytes = round.num_groups * kTileThreads * 16;
     for (int first = thread / kTileThreads; first < round.num_rows;
-         first += kIsPair ? kAtOnce : kQuantKeptSteps * kAtOnce) {
+         first += kIsPair ? kAtOnce : kQuantAddedTiles * kAtOnce) {
         const uint32_t first_y = smem_sums + first * tile_bytes + thread % kTileThreads * 16;
-        static_for<kQuantKeptSteps>([&](auto i) {
+        const auto kept = [&](int i) {
+            return smem_sums + ptx::mov_b32(args.shape.totals_at) +
+                   ((first + i * step) * kTileThreads + thread % kTileThreads) * 16;
+        };
+        float4 totals[kQuantAddedTiles]{};
+        static_for<kQuantAddedTiles>([&](auto i) {
             if (first + i * step >= num_tiles) return;
+            if (!is_first) totals[i] = as_float4(ptx::ld_shared_v4(kept(i)));
             add_groups<kTileThreads * 16>(totals[i], round.num_groups,
                                           first_y + i * step * tile_bytes);
         });
-        if (!is_last) continue;
+        if (!is_last) {
+            static_for<kQuantAddedTiles>([&](auto i) {
+                if (first + i * step >= num_tiles) return;
+                ptx::st_shared_v4(kept(i), as_uint4(totals[i]));
+            });
+            continue;
+        }
         if constexpr (kIsPair) pair_rows(totals, args.w[0].unit, args.w[1].unit);
         with_epilogue(args.to, [&](auto epilogue) {
             using Epilogue = decltype(epilogue);
@@ -86,7 +105,7 @@ __device__ __forceinline__ void add_round(const QuantDecodeArgs& args, const Qua
             if constexpr (requires { epilogue.in_pairs; }) epilogue.in_pairs = *smem.in_pairs;
             const uint8_t* const rows = smem.rows + token * kQuantRowPitch;
             const float* const unscale = smem.unscale + token;
-            static_for<kQuantKeptSteps>([&](auto i) {
+            static_for<kQuantAddedTiles>([&](auto i) {
                 const int tile = kIsPair ? first : first + i * kAtOnce;
                 if (tile >= round.num_rows) return;
                 const int row = round.first_row + tile * static_cast<int>(gridDim.x);
@@ -102,18 +121,19 @@ __device__ __forceinline__ void add_round(const QuantDecodeArgs& args, const Qua
                 if (token + 1 < m) store(1, y.z, y.w);
             });
         });
-        for (float4& total : totals) total = {};
     }
 }
 
 // Where each row's outputs go, and whether in pairs, for add_round.
+template <int kTokenTiles>
 __device__ __forceinline__ void set_rows(const QuantDecodeArgs& args, const QuantSmem& smem) {
     const int r = threadIdx.x;
-    if (r >= args.product.m) return;
+    if (r >= part_of<kTokenTiles>(args).m) return;
     with_epilogue(args.to, [&](const auto& epilogue) {
         using Row = typename std::decay_t<decltype(epilogue)>::Row;
         static_assert(sizeof(Row) <= kQuantEpilogueRowBytes);
-        *reinterpret_cast<Row*>(smem.rows + r * kQuantRowPitch) = epilogue.row(r);
+        *reinterpret_cast<Row*>(smem.rows + r * kQuantRowPitch) =
+            epilogue.row(part_of<kTokenTiles>(args).first + r);
         if constexpr (requires { epilogue.in_pairs; }) {
             if (r == 0) *smem.in_pairs = epilogue.in_pairs;
         }

@@ -1,5 +1,7 @@
 #include "quant/quant_decode_plan.h"
 
+#include <algorithm>
+
 namespace mk {
 namespace {
 
@@ -10,25 +12,29 @@ int32_t rows_of_tiles(const QuantMatrices& w) {
     return rows;
 }
 
-// A block per SM, or fewer if that takes no more rounds over the tiles.
-int32_t num_blocks(int32_t num_tiles, const mk_device& device) {
-    return ceil_div(num_tiles, ceil_div(num_tiles, device.num_sms));
+// Of a part of the rows of x. A block per SM, or fewer if that takes no more rounds over the tiles.
+int32_t num_blocks(int32_t m, int32_t num_tiles, const mk_device& device) {
+    const int32_t sms = std::max(device.num_sms / quant_parts(m), 1);
+    return ceil_div(num_tiles, ceil_div(num_tiles, sms));
 }
 
 QuantDecodeShape decode_shape(const Product& a, const QuantMatrices& w, const mk_device& device) {
     const int32_t num_tiles = rows_of_tiles(w);
-    return quant_decode_shape(a.m, a.k, num_tiles, num_blocks(num_tiles, device),
-                              device.smem_per_block, w.is_pair ? 2 : 1);
+    return quant_decode_shape(quant_part_rows(a.m), a.k, num_tiles,
+                              num_blocks(a.m, num_tiles, device), device.smem_per_block,
+                              w.is_pair ? 2 : 1);
 }
 
 }  // namespace
 
 mk_plan plan_quant_decode(const Product& a, const QuantMatrices& w, const mk_device& device) {
-    const int32_t tokens = kQuantTokens * quant_token_tiles(a.m);
+    const int32_t rows = a.m > 0 ? quant_part_rows(a.m) : 0;
+    const int32_t tokens = kQuantTokens * quant_token_tiles(rows);
     mk_plan plan = make_plan("quant_decode", device, "b16_m" + std::to_string(tokens));
     plan.grid[0] = 0;
     if (a.m == 0) return plan;
-    plan.grid[0] = num_blocks(rows_of_tiles(w), device);
+    plan.grid[0] = num_blocks(a.m, rows_of_tiles(w), device);
+    plan.grid[1] = quant_parts(a.m);
     plan.block[0] = kQuantThreads;
     plan.smem_bytes = decode_shape(a, w, device).smem_bytes;
     return plan;

@@ -1,5 +1,5 @@
 // Plan and arguments of the products with quantised weights and up to MK_QUANT_MAX_DECODE_M rows of
-// x.
+// x, one launch.
 #pragma once
 
 #include "quant/quant_plan.h"

@@ -1,4 +1,5 @@
-// y = x w^T for up to 16 rows of x and packed weights w, bound by the bytes of w.
+// y = x w^T for up to 64 rows of x and packed weights w, bound by the bytes of w: each is read from
+// DRAM once. A block has up to 16 of the rows (blockIdx.y; docs/native.md says why not more).
 //
 //             256 k
 //   rows    +------+------+------+     block b: rows of tiles b, b + grid, ...; one block an SM
@@ -21,8 +22,8 @@
 // come two ways: each lane converts its own four (or eight), and gets those of its rows that the
 // other three lanes converted from 512 (1024) bytes of shared memory of the warp. Up to 8 tokens, x
 // of a column stays in registers (36).
-// Shared memory: quant_tiles.h. Where x does not fit, k goes in chunks, totals stay in registers.
-// docs/native.md has the instructions per weight; of Q4_K a tile takes 176 (80 unpack, 36 scale and
+// Shared memory: quant_tiles.h. Where x does not fit, k goes in chunks.
+// That file has the instructions per weight, too; of Q4_K a tile takes 176 (80 unpack, 36 scale and
 // add, 18 MMAs), the rest of the kernel as many as 23 more a tile at m = 1 and 50 at m = 8. Lost:
 // tiles by turns along k, x from shared memory each time: 12 more a tile. More warps spill. What
 // only the end of a row or extreme ones need is kept from being computed for all (ptx::mov_b32).
@@ -340,14 +341,37 @@ __device__ __forceinline__ void prefetch_tiles(const QuantDecodeMatrix* w) {
     }
 }
 
+// The same of a chunk, before its x is converted: a warp asks for a row.
+__device__ __forceinline__ void prefetch_round(const QuantDecodeMatrix* w,
+                                               const QuantRound& round) {
+    const int lane = threadIdx.x % 32, blocks = gridDim.x;
+    int left = kQuantPrefetchBytes / kQuantWarps;
+    MK_NO_UNROLL
+    for (int row = round.first_row + threadIdx.x / 32 * blocks; row < round.end_row && left > 0;
+         row += kQuantWarps * blocks) {
+        const QuantDecodeMatrix& m = matrix_of(w, row);
+        const int first = round.first_group * m.tile_bytes;
+        const int end = min(first + round.num_groups * m.tile_bytes, m.row_tile_bytes);
+        const uint8_t* const tiles = m.tiles + int64_t{row - m.first} * m.row_tile_bytes;
+        MK_NO_UNROLL
+        for (int at = first + lane * 128; at < end; at += 32 * 128) {
+            ptx::prefetch_global_l2(tiles + at);
+        }
+        left -= end - first;
+    }
+}
+
 // ---- the kernel ----
 
 template <int kTokenTiles>
 __device__ __forceinline__ void quant_decode_sm80(const QuantDecodeArgs& args) {
     extern __shared__ __align__(1024) uint8_t dynamic_smem[];
-    const Product a = args.product;  // copies: read once, not after every instruction on memory
+    Product a = args.product;  // copies: read once, not after every instruction on memory
     const QuantDecodeShape shape = args.shape;
     const int x_stride = shape.x_stride, dtype = args.to.dtype;
+    const QuantPart part = part_of<kTokenTiles>(args);
+    a.x = row_of(a.x, part.first, a.x_stride);
+    a.m = part.m;
     const QuantSmem smem(dynamic_smem, a.m, x_stride);
     const int lane = threadIdx.x % 32, num_blocks = gridDim.x;
 
@@ -355,7 +379,7 @@ __device__ __forceinline__ void quant_decode_sm80(const QuantDecodeArgs& args) {
     prefetch_tiles(args.w);
     ptx::griddepcontrol_wait();
 
-    set_rows(args, smem);
+    set_rows<kTokenTiles>(args, smem);
     const XShare share(a.m, shape.x_shares);
     find_x_maxima(a, dtype, smem, shape, share);
 
@@ -364,7 +388,6 @@ __device__ __forceinline__ void quant_decode_sm80(const QuantDecodeArgs& args) {
     const uint32_t smem_x = smem_address(smem.x) + min(g, last) * x_stride + threadIdx.x % 4 * 16;
     const uint32_t x_bytes = (min(kQuantTokens + g, last) - min(g, last)) * x_stride;
 
-    float4 totals[kQuantKeptSteps]{};
     uint32_t smem_sums = smem_address(smem.sums), other_sums = shape.round_bytes;
     int first = blockIdx.x;
     do {  // a block has a tile at least
@@ -378,6 +401,11 @@ __device__ __forceinline__ void quant_decode_sm80(const QuantDecodeArgs& args) {
             const QuantRound round{first,       end,        num_rows,
                                    first_group, num_groups, shape.num_quarters};
             if (shape.num_chunks > 1 || first == blockIdx.x) {
+                // For 8 rows, which are converted sooner, it would be 4 % more instructions.
+                if (kTokenTiles > 1 && shape.num_chunks > 1) {
+                    prefetch_round(args.w, round);
+                    if (shape.together == 2) prefetch_round(args.w + 1, round);
+                }
                 convert_x(a, dtype, smem, shape, share, first_group, num_groups);
             }
             const bool is_pair = shape.together == 2;
@@ -390,9 +418,10 @@ __device__ __forceinline__ void quant_decode_sm80(const QuantDecodeArgs& args) {
                 ++w;
             }
             __syncthreads();
-            const bool is_last = chunk + 1 == shape.num_chunks;
-            is_pair ? add_round<kTokenTiles, true>(args, round, smem, smem_sums, is_last, totals)
-                    : add_round<kTokenTiles, false>(args, round, smem, smem_sums, is_last, totals);
+            const bool is_first = chunk == 0, is_last = chunk + 1 == shape.num_chunks;
+            is_pair
+                ? add_round<kTokenTiles, true>(args, round, smem, smem_sums, is_first, is_last)
+                : add_round<kTokenTiles, false>(args, round, smem, smem_sums, is_first, is_last);
             // The next round's sums go to the other buffer; with chunks, x is converted again.
             if (shape.num_chunks > 1) __syncthreads();
             smem_sums += other_sums;

@@ -41,6 +41,20 @@ struct QuantSmem {
 
 // ---- x ----
 
+// The rows of x that the block has. Parts have more than 8 (quant_tiles.h).
+struct QuantPart {
+    int first, m;
+};
+template <int kTokenTiles>
+__device__ __forceinline__ QuantPart part_of(const QuantDecodeArgs& args) {
+    if constexpr (kTokenTiles > 1) {
+        const int rows = args.shape.part_rows, first = blockIdx.y * rows;
+        return {first, min(args.product.m - first, rows)};
+    } else {
+        return {0, args.product.m};
+    }
+}
+
 // 16 bytes of x that a thread takes, normalised if there is a norm. k is a multiple of 32, and 8
 // adjacent elements are in the row or past its end together.
 template <class Dtype, bool kIsAligned, bool kHasNorm>

@@ -38,9 +38,8 @@ int64_t num_blocks(int32_t m, const QuantMatrices& w, const Choice& c) {
 // of shared memory, and of instructions with scales for 16 k (docs/native.md).
 constexpr int kLargeCost = 100, kMiddleCost = 125, kSmallCost = 185;
 
-// The tile with the least work on the busiest SM; of equals the larger one. Up to 64 rows of x the
-// bytes of w count, and small tiles have most of them on their way. Without room for a larger one
-// (A100's kernels on an RTX 3090): small ones.
+// The tile with the least work on the busiest SM; of equals the larger one. Without room for a
+// larger one (A100's kernels on an RTX 3090): small ones.
 Choice choose(int32_t m, const QuantMatrices& w, const mk_device& device) {
     const QuantGemmTiles& tiles = quant_gemm_tiles(device.sm);
     Choice best{};
@@ -57,10 +56,8 @@ Choice choose(int32_t m, const QuantMatrices& w, const mk_device& device) {
     const auto has_room = [&](const QuantGemmTile& tile) {
         return tile.rows > 0 && quant_gemm_smem_bytes(tile) <= device.smem_per_block;
     };
-    if (m > tiles.small.tokens) {
-        if (has_room(tiles.large)) consider(tiles.large, kLargeCost);
-        if (has_room(tiles.middle)) consider(tiles.middle, kMiddleCost);
-    }
+    if (has_room(tiles.large)) consider(tiles.large, kLargeCost);
+    if (has_room(tiles.middle)) consider(tiles.middle, kMiddleCost);
     consider(tiles.small, kSmallCost);
     return best;
 }

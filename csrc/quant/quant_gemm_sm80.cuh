@@ -1,4 +1,4 @@
-// y = x w^T for more than 16 rows of x and quantised w, with the bits of quant_decode_sm80.cuh: w
+// y = x w^T for more than 64 rows of x and quantised w, with the bits of quant_decode_sm80.cuh: w
 // is A of the MMAs, unpacked in registers, and x, prepared by quant_prepare.cuh, is B.
 //
 //          x  m0 ...... m0 + tokens      block: one T.rows x T.tokens tile of y, all of k

@@ -111,7 +111,7 @@ constexpr int quant_gemm_smem_bytes(const QuantGemmTile& t) {
 //   large   prompts. Warps of 32 x 64: 64 sums of the group and 64 of all k a thread
 //   middle  on A100 N = 4096: of 512 rows of x the large one makes 128 blocks, for 108 SMs. As many
 //           bytes of x from shared memory, but each weight is unpacked for 32 tokens, not for 64
-//   small   few tokens, or few rows of w
+//   small   few rows of w
 struct QuantGemmTiles {
     QuantGemmTile large, middle, small;
 };

@@ -9,7 +9,7 @@ namespace mk {
 
 constexpr int kQuantEpilogueRowBytes = 32;  // at most, of an Epilogue::Row
 
-// ---- up to 16 rows of x: quant_decode_sm80.cuh ----
+// ---- up to 64 rows of x: quant_decode_sm80.cuh ----
 
 // A packed matrix, or one of several that make one: rows of tiles first ... end - 1 are its. Of
 // gate and up both begin at 0.
@@ -26,14 +26,21 @@ constexpr int kMaxQuantDecodeMatrices = 3;  // Q, K, V
 constexpr int kQuantTokens = 8;  // of an MMA
 constexpr int quant_token_tiles(int m) { return m > kQuantTokens ? 2 : 1; }
 
+// More than 16 rows of x go in parts, as equal as they can be, of which a block has one
+// (blockIdx.y). All blocks run at once: w crosses DRAM once, and L2 gives it to each of the parts.
+constexpr int kQuantPartRows = 16;
+constexpr int quant_parts(int m) { return (m + kQuantPartRows - 1) / kQuantPartRows; }
+constexpr int quant_part_rows(int m) { return (m + quant_parts(m) - 1) / quant_parts(m); }
+static_assert(quant_part_rows(kQuantPartRows + 1) > kQuantTokens);  // those of 8 have one part
+
 // 8 warps of up to 255 registers: the ten types together take 200 and, with 16 tokens, 230 (12
 // warps of 168 spill in some of the entries, 16 of 128 in all). With a tile each on its way they
 // have 18 KB of Q4_K in flight, what H100 needs for its DRAM; A100 needs 13 KB.
 constexpr int kQuantWarps = 8;
 constexpr int kQuantThreads = 32 * kQuantWarps;
 
-// Bytes of w that a block asks L2 for before it waits for x: while that is converted, 2 us or so,
-// DRAM has work.
+// Bytes of w that a block asks L2 for before it waits for x (and of more than 8 rows, before it
+// converts a chunk): while that is done, 2 us or so, DRAM has work.
 constexpr int kQuantPrefetchBytes = 64 << 10;
 
 // Shared memory in this order:
@@ -43,9 +50,10 @@ constexpr int kQuantPrefetchBytes = 64 << 10;
 //   x        m rows of chunk_groups groups of 256 k (quant_x.cuh), quant_x_stride apart
 //   sums     of the tiles under way, 16 rows x 8 (or 16) tokens fp32 a group; before that the
 //            norm's sums of squares
+//   totals   of these tiles, as large as the sums of a group, if k goes in chunks
 constexpr int kQuantScaleBytes = 8 * (128 + 16);  // 16 blocks of 16 rows; 16 B apart in banks
 constexpr int kQuantRowPitch = kQuantEpilogueRowBytes + 8;  // of an Epilogue::Row: other banks
-constexpr int kQuantRowsBytes = 256 + MK_QUANT_MAX_DECODE_M * kQuantRowPitch;
+constexpr int kQuantRowsBytes = 256 + kQuantPartRows * kQuantRowPitch;
 constexpr int kQuantFixedBytes = kQuantRowsBytes + kQuantWarps * kQuantScaleBytes;
 constexpr int kQuantXGroupBytes = 512 + 64;   // of a row of x
 constexpr int kQuantQuadK = 4 * kQuantTileK;  // whose squares are added together, quant_x.cuh
@@ -65,10 +73,12 @@ constexpr int quant_x_shares(int m, int groups) {
 // How a block goes over its tiles: in rounds of round_tiles, of which all groups (or chunks of
 // them) are multiplied by the warps, and then added. Chunks are for x that does not fit, or leaves
 // room for few sums: 8 rows of 4096 and 99 KB would take 6 rounds of one tile, in which no warp has
-// more than two groups, and take 2 chunks of 8 groups of all 6. None of it changes a bit.
+// more than two groups, and take 2 chunks of 8 groups of all 6. Each round of chunks converts x
+// again. None of it changes a bit.
 // Of gate and up that are matrices of their own a row of tiles is a pair of them: the rows
 // `together`.
 struct QuantDecodeShape {
+    int32_t part_rows;     // of x, of a block; the last part may have fewer
     int32_t num_tiles;     // rows of tiles of all matrices
     int32_t together;      // 2: pairs of them
     int32_t num_groups;    // of 256 k, of a row
@@ -80,10 +90,12 @@ struct QuantDecodeShape {
     int32_t x_share_groups;
     int32_t round_tiles, num_rounds;  // of the block with most tiles
     int32_t round_bytes;  // from one round's sums to the next one's, where there are two buffers
+    int32_t totals_at;    // from the sums
     int32_t smem_bytes;
 };
-// Totals that a thread keeps from chunk to chunk.
-constexpr int kQuantKeptSteps = 2;
+// Groups of a row of x that L2 gives an SM, at 28 bytes a clock, in the time that a round waits for
+// its first loads of w and for its last warp (1000 clocks).
+constexpr int kQuantRoundGroups = 55;
 
 // Threads that add the groups of a tile, each of two rows and two tokens.
 constexpr int quant_tile_threads(int m) { return 32 * quant_token_tiles(m); }
@@ -91,6 +103,7 @@ constexpr int quant_tile_threads(int m) { return 32 * quant_token_tiles(m); }
 constexpr QuantDecodeShape quant_decode_shape(int m, int k, int num_tiles, int num_blocks,
                                               int smem_bytes, int together = 1) {
     QuantDecodeShape s{};
+    s.part_rows = m;
     s.num_tiles = num_tiles;
     s.together = together;
     s.num_groups = quant_row_tiles(k);
@@ -99,18 +112,17 @@ constexpr QuantDecodeShape quant_decode_shape(int m, int k, int num_tiles, int n
     const int slot = quant_slot_bytes(m) * together;
     // Enough for every warp to have two groups, and for the sums of squares of a norm.
     const int least = 2 * kQuantWarps * quant_slot_bytes(m);
-    // Of a round with chunks: the totals are in registers.
-    const int most_kept = kQuantKeptSteps * (kQuantThreads / quant_tile_threads(m)) / together;
     QuantDecodeShape best{};
+    int64_t least_cost = 0;
     for (s.num_chunks = 1; s.num_chunks <= s.num_groups; ++s.num_chunks) {
         s.chunk_groups = (s.num_groups + s.num_chunks - 1) / s.num_chunks;
         s.x_stride = quant_x_stride(s.chunk_groups);
         const int64_t fixed = kQuantFixedBytes + static_cast<int64_t>(m) * s.x_stride;
         const int64_t left = smem_bytes - fixed;
         const int64_t tile = static_cast<int64_t>(s.chunk_groups) * slot;
-        int64_t tiles = left / tile;  // that fit
+        const int total = s.num_chunks > 1 ? slot : 0;
+        int64_t tiles = left / (tile + total);  // that fit
         if (s.num_chunks == 1 && tiles < block_tiles) tiles /= 2;
-        if (s.num_chunks > 1 && tiles > most_kept) tiles = most_kept;
         if (s.chunk_groups > 1 && (tiles < 1 || left < least)) continue;
         if (tiles > block_tiles) tiles = block_tiles;
         s.x_shares = quant_x_shares(m, s.chunk_groups);
@@ -122,14 +134,20 @@ constexpr QuantDecodeShape quant_decode_shape(int m, int k, int num_tiles, int n
         const int64_t round = s.round_tiles * tile;
         const bool is_double = s.num_chunks == 1 && s.num_rounds > 1;
         s.round_bytes = is_double ? static_cast<int32_t>(round) : 0;
-        const int64_t sums = is_double ? 2 * round : round;
+        s.totals_at = static_cast<int32_t>(round);
+        const int64_t sums = (is_double ? 2 : 1) * round + s.round_tiles * total;
         s.smem_bytes = static_cast<int32_t>(fixed + (sums < least ? least : sums));
-        if (best.num_chunks == 0 ||
-            (s.num_rounds == 1 && s.num_chunks < best.num_chunks * best.num_rounds)) {
+        const auto cost_of = [&](int rounds, int64_t conversions) {
+            const int waits = s.num_chunks > 1 ? 2 : 1;  // of a chunk, for x too
+            return int64_t{s.num_chunks} * rounds * waits * kQuantRoundGroups +
+                   conversions * m * s.num_groups;
+        };
+        const int64_t cost = cost_of(s.num_rounds, s.num_chunks > 1 ? s.num_rounds : 1);
+        if (best.num_chunks == 0 || cost < least_cost) {
             best = s;
+            least_cost = cost;
         }
-        // More chunks only save rounds: a round is one of each chunk.
-        if (best.num_rounds == 1 || s.num_chunks >= best.num_chunks * best.num_rounds) break;
+        if (cost_of(1, 1) >= least_cost) break;  // more chunks only save rounds
     }
     return best;
 }
@@ -139,6 +157,9 @@ static_assert(norm_group_bytes(16, kMaxNormK) <= 2 * kQuantWarps * quant_slot_by
 // Minitron-8B's products at 16 rows fit Ada, whose blocks have 99 KB: in chunks.
 static_assert(quant_decode_shape(16, 11520, 256, 142, 99 << 10).smem_bytes <= 99 << 10);
 static_assert(quant_decode_shape(8, 4096, 720, 103, 163 << 10).num_chunks == 1);
+// Gate and up of 64 rows, in 4 parts: x is converted twice on Ada, and once on Hopper.
+static_assert(quant_decode_shape(16, 4096, 1440, 35, 99 << 10).num_rounds == 2);
+static_assert(quant_decode_shape(16, 4096, 1440, 33, 227 << 10).num_rounds == 1);
 static_assert(quant_decode_shape(8, 4096, 720, 120, 99 << 10).num_chunks == 2 &&
               quant_decode_shape(8, 4096, 720, 120, 99 << 10).num_rounds == 1);
 
