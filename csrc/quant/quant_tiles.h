@@ -138,8 +138,7 @@ constexpr QuantDecodeShape quant_decode_shape(int m, int k, int num_tiles, int n
         const int64_t sums = (is_double ? 2 : 1) * round + s.round_tiles * total;
         s.smem_bytes = static_cast<int32_t>(fixed + (sums < least ? least : sums));
         const auto cost_of = [&](int rounds, int64_t conversions) {
-            const int waits = s.num_chunks > 1 ? 2 : 1;  // of a chunk, for x too
-            return int64_t{s.num_chunks} * rounds * waits * kQuantRoundGroups +
+            return int64_t{s.num_chunks} * rounds * kQuantRoundGroups +
                    conversions * m * s.num_groups;
         };
         const int64_t cost = cost_of(s.num_rounds, s.num_chunks > 1 ? s.num_rounds : 1);
