@@ -353,8 +353,7 @@ MK_API mk_status mk_quant_unpack(const mk_quant_pack_params* params);
  *   y      = total * 2^-e
  *
  * A block is 32 k, or 16 for the types with a scale for 16 (Q2_K, Q3_K, Q6_K). So an output's bits
- * depend on its row of x and its row of w only, as for mk_linear. A row of x with an infinity or a
- * NaN gives NaNs.
+ * depend on its rows of x and w only. A row of x with an infinity or a NaN gives NaNs.
  *
  * Up to MK_QUANT_MAX_DECODE_M rows it is one launch, which needs no workspace; above, two:
  * mk_quant_prepare_x, then the product (whose plan is the one that mk_<op>_plan tells). norm_weight
@@ -591,9 +590,8 @@ MK_API mk_status mk_sample_plan(const mk_sample_params* params, const mk_device*
  * and the result is rounded once, to nearest even; every NaN is stored as the positive quiet NaN.
  * So an output's bits depend on its row of x and of w only: not on m, n, the strides, the threads,
  * the processor, nor the rounding mode and flush-to-zero of the caller. No byte outside the rows is
- * read. May be called by several threads at once (one of them then has the worker threads, the
- * others work alone) and in a forked child. Every thread keeps 630 KiB of scratch, and a calling
- * thread x in fp32, up to 32 MiB of it or 144 rows, if these are more.
+ * read. May be called by several threads at once (one has the workers, the others work alone) and
+ * in a forked child. Every thread keeps 630 KiB, and a caller 32 MiB or 144 rows of x in fp32.
  */
 typedef enum mk_epilogue {
     MK_EPILOGUE_NONE = 0,
@@ -605,8 +603,7 @@ typedef enum mk_epilogue {
 
 /* Instruction sets. The results are the same. */
 typedef enum mk_cpu_isa {
-    MK_CPU_AUTO = 0,      /* that of the environment variable MK_CPU_ISA (baseline, avx2, avx512,
-                           * avx512bf16), else the best that the processor has */
+    MK_CPU_AUTO = 0,      /* what MK_CPU_ISA names (mk_cpu_isa_name), else the best there is */
     MK_CPU_BASELINE = 1,  /* plain C++ */
     MK_CPU_AVX2 = 2,      /* and FMA, F16C */
     MK_CPU_AVX512 = 3,    /* F, BW, VL */
@@ -672,8 +669,8 @@ MK_API mk_status mk_cpu_isa_name(const char** name);
  * NaNs. For any x, what rounding x costs (without x_bits) is a quarter or less of what rounding w
  * to bf16 costs in a bf16 product.
  *
- * No byte outside the rows is read. Threads as for mk_cpu_linear. Every thread keeps 120 KiB of
- * scratch, and a calling thread x as integers, up to 32 MiB of it or 192 rows, if these are more.
+ * No byte outside the rows is read. Threads as for mk_cpu_linear. Every thread keeps 120 KiB, and a
+ * caller 32 MiB or 192 rows of x as integers.
  */
 typedef struct mk_cpu_quant_product {
     const void* w;     /* n rows of GGUF blocks */
