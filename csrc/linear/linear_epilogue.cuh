@@ -13,6 +13,7 @@
 //   store(row, column, y0, y1) writes the outputs of columns c and c + 1, rounded; as one access
 //                              where they are aligned; columns from n on are skipped
 //   store_quad(row, c, y)      if it has it, and in_quads: columns c ... c + 3, a multiple of 4
+//   kJoinsPairs                a pair of columns has one output: gate and up
 #pragma once
 
 #include "common/vec.cuh"
@@ -44,6 +45,7 @@ struct PlainEpilogue {
         const uint16_t* residual;
     };
 
+    static constexpr bool kJoinsPairs = false;
     const Params& p;
     bool is_f32;
     bool in_pairs;  // a pair of outputs is one access, and so is one of the residual
@@ -123,6 +125,7 @@ struct SwigluEpilogue {
         uint16_t* out;
     };
 
+    static constexpr bool kJoinsPairs = true;
     const Params& p;
 
     __device__ __forceinline__ explicit SwigluEpilogue(const Params& params) : p(params) {}
@@ -153,6 +156,7 @@ struct QkvEpilogue {
         const float* sin = nullptr;
     };
 
+    static constexpr bool kJoinsPairs = false;
     const Params& p;
     int num_q, num_qk, n;  // columns of Q, of Q and K, of all
     int gap;               // from the first to the second feature of a pair

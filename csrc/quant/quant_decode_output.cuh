@@ -101,7 +101,7 @@ __device__ __forceinline__ void add_round(const QuantDecodeArgs& args, const Qua
         with_epilogue(args.to, [&](auto epilogue) {
             using Epilogue = decltype(epilogue);
             using Row = typename Epilogue::Row;
-            if constexpr (kIsPair && Epilogue::kOutputsOfPair != 1) return;
+            if constexpr (kIsPair && !Epilogue::kJoinsPairs) return;
             if constexpr (requires { epilogue.in_pairs; }) epilogue.in_pairs = *smem.in_pairs;
             const uint8_t* const rows = smem.rows + token * kQuantRowPitch;
             const float* const unscale = smem.unscale + token;

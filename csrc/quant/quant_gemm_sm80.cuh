@@ -254,7 +254,7 @@ __device__ __forceinline__ void store_outputs(const QuantGemmBlock& block, const
             epilogue.store(rows[r], column, y.x, y.y);
         }
     };
-    if (Epilogue::kOutputsOfPair == 1 && block.args.is_pair) {  // up's rows behind gate's
+    if (Epilogue::kJoinsPairs && block.args.is_pair) {  // up's rows behind gate's
         const int row = block.first_row + S::matrix_of_pair() * kPairs + pair;
         if (row >= block.w.rows) return;
         store(2 * row, [&](const uint8_t* y) {

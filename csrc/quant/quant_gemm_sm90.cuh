@@ -316,7 +316,7 @@ struct QuantGemmSm90 {
         with_epilogue(ring.args.to, [&](const auto& epilogue) {
             using Epilogue = std::decay_t<decltype(epilogue)>;
             using Row = typename Epilogue::Row;
-            const bool is_pair = Epilogue::kOutputsOfPair == 1 && ring.args.is_pair;
+            const bool is_pair = Epilogue::kJoinsPairs && ring.args.is_pair;
             const auto sync = [&] { is_pair ? sync_groups() : sync_group(); };
             const auto column = epilogue.column(tile.w.first_row + row_of_w);
             MK_NO_UNROLL
