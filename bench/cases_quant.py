@@ -62,18 +62,18 @@ def tile_loads(kind: str) -> dict[int, int]:
 
 
 def decode_loop(kind: str) -> Callable[[MainLoop], bool]:
-    """The loop over tiles of a type of quant_decode_sm80.cuh: that with the nearest loads, as ptxas
-    may share some between whole tiles and others (not those of 8 bytes, which are scales). Loops
-    with other numbers of MMAs convert x."""
+    """The loop over tiles of a type, two a turn, of quant_decode_sm80.cuh: that with the nearest
+    loads, as ptxas may share some between whole tiles and others (not those of 8 bytes, which are
+    scales). Loops with other numbers of MMAs convert x."""
 
     def distance(loads: dict[int, int], other: str) -> int:
         wanted = tile_loads(other)
-        apart = {w: abs(loads.get(w, 0) - wanted.get(w, 0)) for w in (16, 32, 64, 128)}
+        apart = {w: abs(loads.get(w, 0) - 2 * wanted.get(w, 0)) for w in (16, 32, 64, 128)}
         return sum(apart.values()) + apart[64]
 
     def is_meant(loop: MainLoop) -> bool:
         nearest = min(QUANT_TYPES, key=lambda other: distance(loop.loads, other))
-        return loop.hmma % 18 == 0 and nearest == kind
+        return loop.hmma % 36 == 0 and nearest == kind
 
     return is_meant
 

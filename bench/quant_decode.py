@@ -3,8 +3,8 @@
     python -m bench.quant_decode [--kind Q4_K] [--arch 80 --arch 90a] [--m 17 --m 32]
 
 The emulator executes the kernels and counts; nothing here has run on a GPU. What is counted does
-not depend on the values, so w is zeros. SASS: of a turn of the type's loop over tiles, for the 4096
-weights of one and a warp, with all that ptxas puts into it.
+not depend on the values, so w is zeros. SASS: of a turn of the type's loop over tiles, for the 8192
+weights of two and a warp, with all that ptxas puts into it.
 """
 
 from __future__ import annotations
@@ -69,22 +69,23 @@ def compulsory_bytes(kind: str, m: int) -> int:
 
 def requested_tiles(kind: str, m: int, arch: str, counters: emulator.Counters) -> float:
     """Bytes of w that loads ask for, over its tiles: what is read less x, which each block reads
-    twice."""
+    twice, or each cluster."""
     x, w = values(m, K, dtype=torch.bfloat16), zeros(kind, N, K)
     params, _ = quant_params(x, w, out_of("linear_quant", x, w))
-    blocks = abi.plan("linear_quant", params, arch).grid[0]
-    return (counters.read_sectors * 32 - 2 * blocks * x.nbytes) / w.tiles.numel()
+    plan = abi.plan("linear_quant", params, arch)
+    readers = plan.grid[0] // plan.cluster[0]
+    return (counters.read_sectors * 32 - 2 * readers * x.nbytes) / w.tiles.numel()
 
 
 def sass_loop(kind: str, tokens: int, arch: str) -> sass.MainLoop | None:
-    """The loop of the kernel for up to `tokens` rows, a tile a turn."""
+    """The loop of the kernel for up to `tokens` rows, two tiles a turn."""
     name = f"mk_quant_decode_sm{arch.rstrip('a')}_b16_m{tokens}"
     return sass.main_loop(sass.functions(kernel_file(arch))[name], decode_loop(kind))
 
 
 def sass_per_weight(kind: str, tokens: int, arch: str) -> str:
     loop = sass_loop(kind, tokens, arch)
-    return "-" if loop is None else f"{loop.instructions * 32 / 4096:.2f}"
+    return "-" if loop is None else f"{loop.instructions * 32 / 8192:.2f}"
 
 
 def line(kind: str, archs: tuple[str, ...], rows: tuple[int, ...] = ROWS) -> str:

@@ -98,6 +98,20 @@ def test_linear_quant_of_45_groups(arch: str, kind: str, k: int) -> None:
         check_linear("linear_quant", arch, x, w, out_of("linear_quant", x, w, F32))
 
 
+@archs
+@pytest.mark.parametrize("kind", ["Q4_0", "Q6_K"])
+def test_sums_in_the_place_of_x(arch: str, kind: str) -> None:
+    """8 groups of k, one for each warp, and up to three rows of tiles for a block: sums take the
+    place of x, and have more rows than it or fewer."""
+    k = 2048 if kind in K_KINDS else 2048 - 32
+    n = 16 * (2 * abi.device(arch).num_sms + 2) - 3
+    w, norm_weight = random_weights(kind, n, k), values(k, dtype=BF16, seed=2)
+    for m, has_norm in ((1, False), (8, True)):
+        x = values(m, k, dtype=BF16, seed=m)
+        out = out_of("linear_quant", x, w)
+        check_linear("linear_quant", arch, x, w, out, norm_weight if has_norm else None)
+
+
 @pytest.mark.parametrize("arch, kind, op", in_turn([
     (kind, op) for kind in KINDS for op in ("linear_quant", "linear_quant_swiglu")
 ]))  # fmt: skip
@@ -386,21 +400,24 @@ def test_plan_fits(arch: str, kind: str, m: int, n: int, blocks: int) -> None:
     assert plan.grid[1] == parts  # of rows of x
     assert 1 <= plan.grid[0] <= min(device.num_sms // parts, tiles)
     assert ceil_div(tiles, plan.grid[0]) == ceil_div(tiles, device.num_sms // parts)
+    assert plan.cluster[0] == 1 or (device.sm >= 90 and m > 4 and plan.cluster[0] == 2)
+    assert plan.grid[0] % plan.cluster[0] == 0
 
 
 # Lane-instructions per weight (PTX, without mov), K 4096, N 11520: the bar at m = 1, and how many
-# times as many m = 8 takes at the most, where the bar is 1.15. docs/departures.md has what is over.
+# times as many m = 8 takes at the most. docs/departures.md has what is over 1.15.
 BARS = {
     "Q4_0": 1.6, "Q4_1": 1.6, "Q8_0": 1.6, "Q4_K": 1.6, "Q5_0": 2.2, "Q5_1": 2.2, "Q5_K": 2.2,
     "Q6_K": 2.2, "Q2_K": 2.6, "Q3_K": 2.6,
 }  # fmt: skip
-OVER = {("89", "Q6_K"): 2.23, ("90a", "Q6_K"): 2.23, ("100a", "Q6_K"): 2.28, ("100a", "Q4_K"): 1.63}
-GROWTH = {"80": 1.15, "89": 1.25, "90a": 1.17, "100a": 1.19}
+GROWTH = 1.15
+OVER_BAR = {("90a", "Q6_K"): 2.205}
+OVER = {("89", "Q4_0"): 1.158, ("89", "Q4_1"): 1.158, ("89", "Q8_0"): 1.163}
 # What sm_80 reaches.
 BUDGET = {
-    "Q4_0": (1.49, 1.71), "Q4_1": (1.5, 1.72), "Q8_0": (1.44, 1.65), "Q4_K": (1.57, 1.78),
-    "Q5_0": (1.91, 2.12), "Q5_1": (1.91, 2.12), "Q5_K": (1.95, 2.17), "Q6_K": (2.2, 2.42),
-    "Q2_K": (1.96, 2.18), "Q3_K": (2.18, 2.4),
+    "Q4_0": (1.48, 1.68), "Q4_1": (1.47, 1.68), "Q8_0": (1.42, 1.63), "Q4_K": (1.54, 1.75),
+    "Q5_0": (1.89, 2.10), "Q5_1": (1.89, 2.10), "Q5_K": (1.93, 2.13), "Q6_K": (2.18, 2.39),
+    "Q2_K": (1.94, 2.15), "Q3_K": (2.16, 2.37),
 }  # fmt: skip
 
 
@@ -413,24 +430,25 @@ BUDGET = {
 ])  # fmt: skip
 def test_instructions_and_bytes_per_weight(arch: str, kind: str) -> None:
     """What is read and executed does not depend on the values."""
-    bar = OVER.get((arch, kind), BARS[kind])
+    bar = OVER_BAR.get((arch, kind), BARS[kind])
     for m, budget in zip((1, 8), BUDGET[kind], strict=True):
         c, params = counts.count(kind, m, arch)
         lanes = counts.lanes_per_weight(c)
         print(f"{kind} m {m}: {lanes:.3f}")
         assert lanes <= bar, f"m {m}: {lanes:.3f} lane-instructions"
         assert lanes <= budget or arch != "80", f"m {m}: {lanes:.3f} lane-instructions"
-        bar = GROWTH[arch] * lanes
+        bar = OVER.get((arch, kind), GROWTH) * lanes
         assert c.unique_read_sectors * 32 <= 1.03 * counts.compulsory_bytes(kind, m)
         assert c.unique_write_sectors == m * counts.N * 2 // 32
-        # Each byte of w once, and in the place of a tile after each warp's last one another; of a
-        # run of 10 to 14, or on Ada, where x goes in two chunks, 6.
-        run = 6 if (arch, m) == ("89", 8) else 10
-        assert 1 <= counts.requested_tiles(kind, m, arch, c) <= 1.01 + 1 / run
-        # Only the block sums are stored with conflicts, once a block: two wavefronts for 4 groups.
-        blocks = abi.plan("linear_quant", params, arch).grid[0]
+        # Each byte of w once; after its last tile a warp loads 16 bytes of each piece of one more,
+        # and scales, which are a quarter of small tiles.
+        assert 1 <= counts.requested_tiles(kind, m, arch, c) <= 1.07
+        # Only the block sums are stored with conflicts, two wavefronts for 4 groups: once a block,
+        # from sm_90 on twice for each block of a cluster.
+        plan = abi.plan("linear_quant", params, arch)
+        copies = 2 / plan.cluster[0] if abi.device(arch).sm >= 90 else 1
         conflicts = c.shared_wavefronts - c.shared_wavefronts_min
-        assert conflicts <= 0.5 * blocks * m * counts.K / 256
+        assert conflicts <= 0.5 * copies * plan.grid[0] * m * counts.K / 256
 
 
 @pytest.mark.parametrize("arch, kind, m", [
@@ -461,14 +479,14 @@ def test_bytes_and_conflicts_of_rows_in_parts(arch: str, kind: str, m: int) -> N
     for arch in BUILT
 ])  # fmt: skip
 def test_loop_over_tiles_in_sass(arch: str) -> None:
-    """Found for each type; with as many MMAs for the second 8 tokens."""
+    """Found for each type, two tiles of 18 MMAs (and as many for the second 8 tokens) a turn."""
     for kind in KINDS:
         for tokens in (8, 16):
             loop = counts.sass_loop(kind, tokens, arch)
             assert loop is not None, (kind, tokens)
-            assert loop.hmma == 18 * tokens // 8
+            assert loop.hmma == 2 * 18 * tokens // 8
             print(f"sm_{arch} {kind} {tokens}: {loop.instructions} instructions")
-            assert tokens == 16 or loop.instructions * 32 / 4096 <= 1.3 * BARS[kind], kind
+            assert tokens == 16 or loop.instructions * 32 / 8192 <= BARS[kind], kind
 
 
 # ---------------------------------------------------------------------------------- can it fail

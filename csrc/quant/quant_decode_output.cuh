@@ -3,6 +3,7 @@
 // thread has the sums of the same two rows of both.
 #pragma once
 
+#include "common/f32_pair.cuh"
 #include "linear/linear_epilogue.cuh"
 #include "quant/quant_decode_x.cuh"
 
@@ -16,11 +17,16 @@ __device__ __forceinline__ const QuantDecodeMatrix& matrix_of(const QuantDecodeM
 
 // Rows of tiles and groups that a block multiplies before it adds.
 struct QuantRound {
-    int first_row, end_row;  // every gridDim.x'th
-    int num_rows;            // of gate and up: of each
+    int first_row, num_rows;  // every gridDim.x'th; of gate and up: of each
+    int num_tiles;            // rows of tiles of all of w
     int first_group, num_groups;
-    int num_quarters;  // of all of w
+    int num_quarters;    // of all of w
+    uint32_t row_bytes;  // of sums, from one row of tiles to the next one
 };
+
+// Of a tile.
+template <int kTokenTiles>
+constexpr int quant_sums_bytes = quant_slot_bytes(kTokenTiles * kQuantTokens);
 
 __device__ __forceinline__ float4 as_float4(const uint4& v) {
     return {__uint_as_float(v.x), __uint_as_float(v.y), __uint_as_float(v.z), __uint_as_float(v.w)};
@@ -34,7 +40,9 @@ __device__ __forceinline__ uint4 as_uint4(const float4& v) {
 template <int kStep>
 __device__ __forceinline__ void add_groups(float4& total, int num_groups, uint32_t smem_y) {
     const auto add = [&](const float4& y) {
-        total = {total.x + y.x, total.y + y.y, total.z + y.z, total.w + y.w};
+        const float2 low = add_pair({total.x, total.y}, {y.x, y.y});
+        const float2 high = add_pair({total.z, total.w}, {y.z, y.w});
+        total = {low.x, low.y, high.x, high.y};
     };
     MK_NO_UNROLL
     for (; num_groups >= 8; num_groups -= 8) {
@@ -75,10 +83,9 @@ __device__ __forceinline__ void add_round(const QuantDecodeArgs& args, const Qua
     if (token >= m) return;
     const int num_tiles = kIsPair ? 2 * round.num_rows : round.num_rows;
     const int step = kIsPair ? round.num_rows : kAtOnce;  // to a thread's next tile
-    const uint32_t tile_bytes = round.num_groups * kTileThreads * 16;
     for (int first = thread / kTileThreads; first < round.num_rows;
          first += kIsPair ? kAtOnce : kQuantAddedTiles * kAtOnce) {
-        const uint32_t first_y = smem_sums + first * tile_bytes + thread % kTileThreads * 16;
+        const uint32_t first_y = smem_sums + first * round.row_bytes + thread % kTileThreads * 16;
         const auto kept = [&](int i) {
             return smem_sums + ptx::mov_b32(args.shape.totals_at) +
                    ((first + i * step) * kTileThreads + thread % kTileThreads) * 16;
@@ -87,8 +94,8 @@ __device__ __forceinline__ void add_round(const QuantDecodeArgs& args, const Qua
         static_for<kQuantAddedTiles>([&](auto i) {
             if (first + i * step >= num_tiles) return;
             if (!is_first) totals[i] = as_float4(ptx::ld_shared_v4(kept(i)));
-            add_groups<kTileThreads * 16>(totals[i], round.num_groups,
-                                          first_y + i * step * tile_bytes);
+            add_groups<quant_sums_bytes<kTokenTiles>>(totals[i], round.num_groups,
+                                                      first_y + i * step * round.row_bytes);
         });
         if (!is_last) {
             static_for<kQuantAddedTiles>([&](auto i) {

@@ -13,16 +13,24 @@ int32_t rows_of_tiles(const QuantMatrices& w) {
 }
 
 // Of a part of the rows of x. A block per SM, or fewer if that takes no more rounds over the tiles.
-int32_t num_blocks(int32_t m, int32_t num_tiles, const mk_device& device) {
+// From sm_90 on x of more than 4 rows is converted by pairs of blocks: then an even number, if
+// there is one.
+struct Blocks {
+    int32_t count, of_cluster;
+};
+Blocks blocks(int32_t m, int32_t num_tiles, const mk_device& device) {
     const int32_t sms = std::max(device.num_sms / quant_parts(m), 1);
-    return ceil_div(num_tiles, ceil_div(num_tiles, sms));
+    const int32_t count = ceil_div(num_tiles, ceil_div(num_tiles, sms));
+    const int32_t even = count + count % 2;
+    if (device.sm < 90 || m <= 4 || even > std::min(num_tiles, sms)) return {count, 1};
+    return {even, 2};
 }
 
 QuantDecodeShape decode_shape(const Product& a, const QuantMatrices& w, const mk_device& device) {
     const int32_t num_tiles = rows_of_tiles(w);
-    return quant_decode_shape(quant_part_rows(a.m), a.k, num_tiles,
-                              num_blocks(a.m, num_tiles, device), device.smem_per_block,
-                              w.is_pair ? 2 : 1);
+    const Blocks of = blocks(a.m, num_tiles, device);
+    return quant_decode_shape(quant_part_rows(a.m), a.k, num_tiles, w.count, of.count,
+                              of.of_cluster, device.smem_per_block, w.is_pair ? 2 : 1);
 }
 
 }  // namespace
@@ -33,10 +41,12 @@ mk_plan plan_quant_decode(const Product& a, const QuantMatrices& w, const mk_dev
     mk_plan plan = make_plan("quant_decode", device, "b16_m" + std::to_string(tokens));
     plan.grid[0] = 0;
     if (a.m == 0) return plan;
-    plan.grid[0] = num_blocks(a.m, rows_of_tiles(w), device);
+    const QuantDecodeShape shape = decode_shape(a, w, device);
+    plan.grid[0] = blocks(a.m, rows_of_tiles(w), device).count;
     plan.grid[1] = quant_parts(a.m);
     plan.block[0] = kQuantThreads;
-    plan.smem_bytes = decode_shape(a, w, device).smem_bytes;
+    plan.cluster[0] = shape.cluster;
+    plan.smem_bytes = shape.smem_bytes;
     return plan;
 }
 
@@ -44,6 +54,7 @@ QuantDecodeArgs quant_decode_args(const Product& a, const QuantMatrices& w, cons
                                   const mk_device& device) {
     QuantDecodeArgs args{a, {}, w.count, {}, to};
     if (a.m == 0) return args;
+    const int32_t num_blocks = blocks(a.m, rows_of_tiles(w), device).count;
     int32_t end = 0;
     for (int i = 0; i < w.count; ++i) {
         const mk_quant_matrix& from = w.w[i];
@@ -53,6 +64,7 @@ QuantDecodeArgs quant_decode_args(const Product& a, const QuantMatrices& w, cons
         m.tile_bytes = quant_tile_bytes(from.type, 4);
         m.type = from.type;
         m.unit = quant_unit(from.type);
+        m.step = int64_t{num_blocks} * m.row_tile_bytes;
         m.first = w.is_pair ? 0 : end;
         m.end = end = m.first + quant_row_of_tiles(from.rows);
     }

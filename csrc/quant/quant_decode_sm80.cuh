@@ -17,18 +17,20 @@
 // same rows, first gate's, then up's; a thread adds those of two rows of both. One entry serves all
 // products and dtypes, which are branches where x is converted and where sums are stored.
 //
-// Weights come by 16-byte loads straight into the registers of the tile at hand, each as soon as
-// its quarter is unpacked, a tile ahead: all warps have a tile each on its way all the time. Scales
-// come two ways: each lane converts its own four (or eight), and gets those of its rows that the
-// other three lanes converted from 512 (1024) bytes of shared memory of the warp. Up to 8 tokens, x
-// of a column stays in registers (36).
+// Weights come by 16-byte loads straight into registers, a tile ahead: all warps have a tile each
+// on its way all the time. Tiles take turns in two sets of registers, and the loop has two of them:
+// in one set the compiler loads early all the same, and copies 16 to 32 registers at the end of
+// each. Scales come two ways: each lane converts its own four (or eight), and gets those of its
+// rows that the other three lanes converted from 512 (1024) bytes of shared memory of the warp, of
+// which tiles take turns in two such parts. Up to 8 tokens, x of a column stays in registers (36).
 // Shared memory: quant_tiles.h. Where x does not fit, k goes in chunks.
-// That file has the instructions per weight, too; of Q4_K a tile takes 176 (80 unpack, 36 scale and
-// add, 18 MMAs), the rest of the kernel as many as 23 more a tile at m = 1 and 50 at m = 8. Lost:
+// That file has the instructions per weight, too; of Q4_K a tile takes 174 (80 unpack, 36 scale and
+// add, 18 MMAs), the rest of the kernel on sm_80 22 more a tile at m = 1 and 48 at m = 8. Lost:
 // tiles by turns along k, x from shared memory each time: 12 more a tile. More warps spill. What
 // only the end of a row or extreme ones need is kept from being computed for all (ptx::mov_b32).
 #pragma once
 
+#include "common/f32_pair.cuh"
 #include "ptx/sm90.cuh"
 #include "quant/quant_decode_output.cuh"
 #include "quant/quant_decode_x.cuh"
@@ -52,7 +54,7 @@ struct QuantColumn {
 // A warp's way through the tiles of a round: of each matrix an eighth, along the rows first.
 template <int kTokenTiles>
 struct QuantWalk {
-    static constexpr int kSumsBytes = kTokenTiles * 512;  // of a tile
+    static constexpr int kSumsBytes = quant_sums_bytes<kTokenTiles>;
 
     const QuantDecodeMatrix* matrix;  // the next one
     const QuantRound& round;
@@ -67,11 +69,17 @@ struct QuantWalk {
 
     __device__ __forceinline__ QuantWalk(const QuantDecodeMatrix* w, const QuantRound& of,
                                          uint32_t x_at, uint32_t sums_at)
-        : matrix(w), round(of), smem_x(x_at), smem_sums(sums_at + threadIdx.x % 32 * 16) {}
+        : matrix(w), round(of), smem_x(x_at), smem_sums(sums_at + threadIdx.x % 32 * 16) {
+        enter_matrix();  // a round has rows
+    }
 
     // To the next column.
     __device__ __forceinline__ void next() {
-        if (left == 0) return enter_matrix();
+        if (left == 0) {
+            column.type = 0;
+            if (end < round.num_rows) enter_matrix();
+            return;
+        }
         ++group;
         first_piece += tile_bytes;
         first_y += kSumsBytes;
@@ -89,19 +97,21 @@ struct QuantWalk {
         column.rows = min(num_rows - row, left);
         left -= column.rows;
         column.x = smem_x + group * kQuantXGroupBytes;
-        column.smem_y = first_y + row * round.num_groups * kSumsBytes;
+        column.smem_y = first_y + row * round.row_bytes;
         column.group = group;
     }
 
     __device__ __forceinline__ void enter_matrix() {
         const uint32_t thread = ptx::mov_u32_tid_x(), warp = thread / 32;
         const int blocks = gridDim.x;
-        while (end < round.num_rows) {
+        column.type = 0;
+        do {
             const QuantDecodeMatrix& w = *matrix++;
             const int start = end;
             end = round.num_rows;
-            if (w.end < round.end_row) {
-                end = max((w.end - ptx::mov_b32(round.first_row) + blocks - 1) / blocks, start);
+            if (w.end < round.num_tiles) {  // not the last one
+                end = (w.end - ptx::mov_b32(round.first_row) + blocks - 1) / blocks;
+                end = min(max(end, start), round.num_rows);
             }
             num_rows = end - start;
             const uint32_t num_tiles = num_rows * round.num_groups;
@@ -110,16 +120,15 @@ struct QuantWalk {
             if (left == 0) continue;
             group = first / static_cast<uint32_t>(num_rows);
             column.type = w.type;
-            column.step = int64_t{blocks} * w.row_tile_bytes;
+            column.step = w.step;
             tile_bytes = w.tile_bytes;
             const int first_of_w = round.first_row + start * blocks - w.first;
             first_piece = w.tiles + int64_t{first_of_w} * w.row_tile_bytes +
                           ((round.first_group + group) * tile_bytes + thread % 32 * 16);
-            first_y = smem_sums + (start * round.num_groups + group) * kSumsBytes;
+            first_y = smem_sums + start * round.row_bytes + group * kSumsBytes;
             set_column(first - group * num_rows);
             return;
-        }
-        column.type = 0;
+        } while (end < round.num_rows);
     }
 };
 
@@ -161,10 +170,9 @@ __device__ __forceinline__ uint4 load_lane_piece(const uint8_t* first) {
 // s += scale * p, of rows g and g + 8.
 __device__ __forceinline__ void add_scaled(float (&s)[4], const float (&p)[4], float scale,
                                            float scale_8) {
-    s[0] = fmaf(scale, p[0], s[0]);
-    s[1] = fmaf(scale, p[1], s[1]);
-    s[2] = fmaf(scale_8, p[2], s[2]);
-    s[3] = fmaf(scale_8, p[3], s[3]);
+    const float2 g = fma_pair(both(scale), {p[0], p[1]}, {s[0], s[1]});
+    const float2 g_8 = fma_pair(both(scale_8), {p[2], p[3]}, {s[2], s[3]});
+    s[0] = g.x, s[1] = g.y, s[2] = g_8.x, s[3] = g_8.y;
 }
 
 // B of a lane for 32 k, of the tiles' x or of its block sums. Weights of 8 bits are x1: of x / 16.
@@ -189,35 +197,43 @@ __device__ __forceinline__ void multiply_columns(QuantWalk<kTokenTiles>& at, uin
     // Read here, so that no type's addresses hold registers while another's tiles are multiplied.
     const int lane = ptx::mov_u32_tid_x() % 32, g = lane / 4, t = lane % 4;
     constexpr int kScaleStride = Scales::kIs16 ? 144 : 64;  // from row g to g + 1
-    const uint32_t smem_rows = smem_address(smem_scales) + g * kScaleStride;
+    const uint32_t smem_rows = ptx::mov_b32(smem_address(smem_scales) + g * kScaleStride);
     float4* const smem_own =
         reinterpret_cast<float4*>(smem_scales + g * kScaleStride) + t * Scales::kFloat4s;
     const int64_t place = ptx::mov_b64(Scales::scales_place(lane));
-    const uint32_t y_step = at.round.num_groups * at.kSumsBytes;
+    const uint32_t y_step = at.round.row_bytes;
 
+    struct Tile {
+        uint32_t words[kQuantTileWords<kType>];
+        Scales scales;
+    };
     // Not left undefined: that would keep the registers of all types from one switch to the next.
-    uint32_t words[kQuantTileWords<kType>]{};
-    Scales scales{};
-    const auto load_all = [&](const uint8_t* piece, int quarters) {
+    Tile tiles[2]{};
+    const auto load_whole = [&](Tile& to, const uint8_t* piece) {
+        to.scales.load(piece, place, lane);
+        static_for<Pieces::kCount>(
+            [&](auto p) { Pieces::store(to.words, p, load_lane_piece<p>(piece)); });
+    };
+    const auto load_all = [&](Tile& to, const uint8_t* piece, int quarters) {
         if (Scales::kIsK || quarters == 4) {
-            scales.load(piece, place, lane);
-            static_for<Pieces::kCount>(
-                [&](auto p) { Pieces::store(words, p, load_lane_piece<p>(piece)); });
+            load_whole(to, piece);
         } else {
-            scales.load_short(piece - lane * 16, lane, quarters);
-            load_short<kType>(words, piece - lane * 16, lane, quarters);
+            to.scales.load_short(piece - lane * 16, lane, quarters);
+            load_short<kType>(to.words, piece - lane * 16, lane, quarters);
         }
     };
     QuantColumn column = at.column;
-    load_all(column.piece, Scales::kIsK ? 4 : at.quarters(column));
+    load_all(tiles[0], column.piece, Scales::kIsK ? 4 : at.quarters(column));
     for (;;) {
         at.next();
         const bool is_same = at.column.type == kType;
-        // The last tile's next one: of the next column or, without a branch, the column's first.
-        const bool is_whole = Scales::kIsK || at.quarters(column) == 4;
+        const int quarters = Scales::kIsK ? 4 : ptx::mov_b32(at.quarters(column));
+        const bool is_whole = quarters == 4;
+        // The last tile's next one: of the next column or, without a branch, a tile in which all
+        // lanes read the same 16 bytes of each piece.
         const uint8_t* const after = is_same && (Scales::kIsK || at.quarters(at.column) == 4)
                                          ? at.column.piece
-                                         : column.piece;
+                                         : column.piece - lane * 16;
         uint4 kept_x[kKeepsX ? 8 : 1], kept_sums{};
         if constexpr (kKeepsX) {
             static_for<8>([&](auto i) { kept_x[i] = load_x<kType, i * 64>(column.x); });
@@ -226,16 +242,21 @@ __device__ __forceinline__ void multiply_columns(QuantWalk<kTokenTiles>& at, uin
         const uint8_t* next = column.piece;
         uint32_t smem_y = column.smem_y;
         const uint32_t last_y = smem_y + (column.rows - 1) * y_step;
-        for (;;) {
+
+        // Y of one of the two to the sums, while the other one is loaded; is it the column's last?
+        const auto multiply_tile = [&](auto which) {
+            const Tile& tile = tiles[which];
+            constexpr int kPart = which * kQuantScaleBytes;
             // The scales of this lane's rows from all four lanes that have them
             typename Scales::Pairs pairs;
-            scales.scale_pairs(pairs);
-            __syncwarp();  // all lanes are done with the last tile's
+            tile.scales.scale_pairs(pairs);
             MK_UNROLL
-            for (int i = 0; i < Scales::kFloat4s; ++i) smem_own[i] = Scales::scales(pairs, i);
-            __syncwarp();
+            for (int i = 0; i < Scales::kFloat4s; ++i) {
+                smem_own[kPart / 16 + i] = Scales::scales(pairs, i);
+            }
+            __syncwarp();  // and all lanes are done with the other part, of the tile before
             uint32_t minima[4];
-            scales.minima(pairs, minima);
+            tile.scales.minima(pairs, minima);
             float s[kTokenTiles][4]{}, c[kTokenTiles][4]{};
             MK_UNROLL
             for (int n = 0; n < kTokenTiles; ++n) {
@@ -245,24 +266,20 @@ __device__ __forceinline__ void multiply_columns(QuantWalk<kTokenTiles>& at, uin
 
             const bool is_last = smem_y == last_y;
             next = is_last ? after : next + column.step;
-            Scales next_scales = scales;
-            if (is_whole) next_scales.load(next, place, lane);
-            uint4 next_fifths{};
-            if (Pieces::kHasFifths && is_whole) next_fifths = load_lane_piece<4>(next);
+            if (is_whole) {
+                load_whole(tiles[1 - which], next);
+            } else if (!is_last) {
+                load_all(tiles[1 - which], next, quarters);
+            }
 
             static_for<4>([&](auto q) {
                 QuantFragments a;
-                unpack_quarter_of<kType>(words, q, a);
-                static_for<Pieces::kCount>([&](auto p) {  // this quarter was the last to need it
-                    if constexpr (Pieces::last_quarter(p) == q && !(Pieces::kHasFifths && p == 4)) {
-                        if (is_whole) Pieces::store(words, p, load_lane_piece<p>(next));
-                    }
-                });
+                unpack_quarter_of<kType>(tile.words, q, a);
                 float4 scale;
                 static_for<2>([&](auto i) {  // 32 k
                     if constexpr (Scales::kIs16 || i == 0) {
-                        scale = as_float4(
-                            ptx::ld_shared_v4<(Scales::kIs16 ? 2 * q + i : q) * 16>(smem_rows));
+                        constexpr int kBlocks = Scales::kIs16 ? 2 * q + i : q;
+                        scale = as_float4(ptx::ld_shared_v4<kPart + kBlocks * 16>(smem_rows));
                     }
                     MK_UNROLL
                     for (int n = 0; n < kTokenTiles; ++n) {
@@ -286,24 +303,29 @@ __device__ __forceinline__ void multiply_columns(QuantWalk<kTokenTiles>& at, uin
                     }
                 });
             });
-            if constexpr (Pieces::kHasFifths) Pieces::store(words, 4, next_fifths);
             MK_UNROLL
             for (int n = 0; n < kTokenTiles; ++n) {
-                scales.finish(s[n], c[n]);
+                tile.scales.finish(s[n], c[n]);
                 // Of tokens 2t and 2t + 1: rows g and g + 8 together
                 ptx::st_shared_v4(smem_y + n * 512,
                                   {__float_as_uint(s[n][0]), __float_as_uint(s[n][2]),
                                    __float_as_uint(s[n][1]), __float_as_uint(s[n][3])});
             }
-            scales = next_scales;
-            if (is_last) break;
             smem_y += y_step;
-            if (!is_whole) load_all(next, at.quarters(column));
+            return is_last;
+        };
+        for (;;) {
+            if (multiply_tile(Constant<0>())) {
+                tiles[0] = tiles[1];
+                __syncwarp();  // the next tile's scales take this one's part
+                break;
+            }
+            if (multiply_tile(Constant<1>())) break;
         }
         if (!is_same) return;
         if constexpr (!Scales::kIsK) {
             const int quarters = at.quarters(at.column);
-            if (!is_whole || quarters < 4) load_all(at.column.piece, quarters);
+            if (!is_whole || quarters < 4) load_all(tiles[0], at.column.piece, quarters);
         }
         column = at.column;
     }
@@ -315,7 +337,7 @@ __device__ __forceinline__ void multiply_round(const QuantDecodeMatrix* w, const
                                                uint32_t smem_x, uint32_t x_bytes,
                                                uint8_t* smem_scales, uint32_t smem_sums) {
     QuantWalk<kTokenTiles> at(w, round, smem_x, smem_sums);
-    for (at.next(); at.column.type != 0;) {
+    while (at.column.type != 0) {
         switch (at.column.type) {
 #define MK_QUANT_CASE(type)                                            \
     case type:                                                         \
@@ -334,21 +356,24 @@ __device__ __forceinline__ void prefetch_tiles(const QuantDecodeMatrix* w) {
     const int row = blockIdx.x;
     const QuantDecodeMatrix& m = matrix_of(w, row);
     const uint8_t* const tiles = m.tiles + int64_t{row - m.first} * m.row_tile_bytes;
-    const int end = min(m.row_tile_bytes, kQuantPrefetchBytes);
+    const int first = threadIdx.x * 128;
+    const uint8_t* line = tiles + first;
     MK_NO_UNROLL
-    for (int line = threadIdx.x * 128; line < end; line += kQuantThreads * 128) {
-        ptx::prefetch_global_l2(tiles + line);
+    for (int left = min(m.row_tile_bytes, kQuantPrefetchBytes) - first; left > 0;) {
+        ptx::prefetch_global_l2(line);
+        line += kQuantThreads * 128;
+        left -= kQuantThreads * 128;
     }
 }
 
 // The same of a chunk, before its x is converted: a warp asks for a row.
 __device__ __forceinline__ void prefetch_round(const QuantDecodeMatrix* w,
                                                const QuantRound& round) {
-    const int lane = threadIdx.x % 32, blocks = gridDim.x;
+    const int lane = threadIdx.x % 32;
     int left = kQuantPrefetchBytes / kQuantWarps;
     MK_NO_UNROLL
-    for (int row = round.first_row + threadIdx.x / 32 * blocks; row < round.end_row && left > 0;
-         row += kQuantWarps * blocks) {
+    for (int i = threadIdx.x / 32; i < round.num_rows && left > 0; i += kQuantWarps) {
+        const int row = round.first_row + i * static_cast<int>(gridDim.x);
         const QuantDecodeMatrix& m = matrix_of(w, row);
         const int first = round.first_group * m.tile_bytes;
         const int end = min(first + round.num_groups * m.tile_bytes, m.row_tile_bytes);
@@ -372,16 +397,22 @@ __device__ __forceinline__ void quant_decode_sm80(const QuantDecodeArgs& args) {
     const QuantPart part = part_of<kTokenTiles>(args);
     a.x = row_of(a.x, part.first, a.x_stride);
     a.m = part.m;
-    const QuantSmem smem(dynamic_smem, a.m, x_stride);
+    const QuantSmem smem(dynamic_smem, shape);
     const int lane = threadIdx.x % 32, num_blocks = gridDim.x;
 
     ptx::griddepcontrol_launch_dependents();
+#if MK_SM >= 90
+    if (shape.cluster > 1) ptx::barrier_cluster_arrive_relaxed();
+#endif
     prefetch_tiles(args.w);
     ptx::griddepcontrol_wait();
 
     set_rows<kTokenTiles>(args, smem);
-    const XShare share(a.m, shape.x_shares);
-    find_x_maxima(a, dtype, smem, shape, share);
+    const XShare share(a.m, shape);
+    find_norm_scales(a, dtype, smem);
+#if MK_SM >= 90
+    if (shape.cluster > 1) ptx::barrier_cluster_wait();  // the other block has started
+#endif
 
     // This lane's token (absent ones are the last one), and its second one.
     const int last = a.m - 1, g = lane / 4;
@@ -389,46 +420,54 @@ __device__ __forceinline__ void quant_decode_sm80(const QuantDecodeArgs& args) {
     const uint32_t x_bytes = (min(kQuantTokens + g, last) - min(g, last)) * x_stride;
 
     uint32_t smem_sums = smem_address(smem.sums), other_sums = shape.round_bytes;
-    int first = blockIdx.x;
-    do {  // a block has a tile at least
-        int chunk = 0;
-        do {
-            const int first_group = chunk * shape.chunk_groups;
-            const int num_groups = min(shape.chunk_groups, shape.num_groups - first_group);
-            const int end = min(shape.num_tiles, first + shape.round_tiles * num_blocks);
-            const uint32_t rows_left = shape.num_tiles - first + num_blocks - 1;
-            const int num_rows = min(rows_left / gridDim.x, shape.round_tiles);
-            const QuantRound round{first,       end,        num_rows,
-                                   first_group, num_groups, shape.num_quarters};
-            if (shape.num_chunks > 1 || first == blockIdx.x) {
-                // For 8 rows, which are converted sooner, it would be 4 % more instructions.
-                if (kTokenTiles > 1 && shape.num_chunks > 1) {
-                    prefetch_round(args.w, round);
-                    if (shape.together == 2) prefetch_round(args.w + 1, round);
-                }
-                convert_x(a, dtype, smem, shape, share, first_group, num_groups);
+    int first = blockIdx.x, first_group = 0;
+    int left = shape.least_tiles + (blockIdx.x < shape.blocks_with_more);  // at least one
+    bool needs_x = true;
+    for (int turn = 0;;) {
+        const QuantRound round{first,
+                               min(left, shape.round_tiles),
+                               shape.num_tiles,
+                               first_group,
+                               min(shape.chunk_groups, shape.num_groups - first_group),
+                               shape.num_quarters,
+                               static_cast<uint32_t>(shape.sums_row_bytes)};
+        if (needs_x) {
+            // For 8 rows, which are converted sooner, it would be 4 % more instructions.
+            if (kTokenTiles > 1 && shape.num_chunks > 1) {
+                prefetch_round(args.w, round);
+                if (shape.together == 2) prefetch_round(args.w + 1, round);
             }
-            const bool is_pair = shape.together == 2;
-            uint32_t to = smem_sums;
-            const QuantDecodeMatrix* w = args.w;
-            for (;;) {
-                multiply_round<kTokenTiles>(w, round, smem_x, x_bytes, smem.scales, to);
-                if (!is_pair || w != args.w) break;
-                to += num_rows * num_groups * kTokenTiles * 512;
-                ++w;
-            }
-            __syncthreads();
-            const bool is_first = chunk == 0, is_last = chunk + 1 == shape.num_chunks;
-            is_pair
-                ? add_round<kTokenTiles, true>(args, round, smem, smem_sums, is_first, is_last)
+            convert_x<kTokenTiles>(a, dtype, smem, shape, share, first_group, round.num_groups,
+                                   turn == 0);
+        }
+        const bool is_pair = shape.together == 2;
+        uint32_t to = smem_sums;
+        const QuantDecodeMatrix* w = args.w;
+        for (;;) {
+            multiply_round<kTokenTiles>(w, round, smem_x, x_bytes, smem.scales, to);
+            if (!is_pair || w != args.w) break;
+            to += round.num_rows * round.row_bytes;
+            ++w;
+        }
+        __syncthreads();
+        const bool is_first = first_group == 0;
+        first_group += shape.chunk_groups;
+        const bool is_last = first_group >= shape.num_groups;
+        is_pair ? add_round<kTokenTiles, true>(args, round, smem, smem_sums, is_first, is_last)
                 : add_round<kTokenTiles, false>(args, round, smem, smem_sums, is_first, is_last);
-            // The next round's sums go to the other buffer; with chunks, x is converted again.
-            if (shape.num_chunks > 1) __syncthreads();
-            smem_sums += other_sums;
-            other_sums = -other_sums;
-        } while (++chunk < shape.num_chunks);
-        first += shape.round_tiles * num_blocks;
-    } while (first < shape.num_tiles);
+        if (++turn == shape.num_turns) return;
+        // The next round's sums go to the other buffer; with chunks, x is converted again.
+        needs_x = shape.num_chunks > 1;
+        if (needs_x) __syncthreads();
+        smem_sums += other_sums;
+        other_sums = -other_sums;
+        if (is_last) {
+            first_group = 0;
+            first += shape.round_tiles * num_blocks;
+            left -= shape.round_tiles;
+            if (left <= 0) return;
+        }
+    }
 }
 
 }  // namespace mk

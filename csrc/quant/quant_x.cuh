@@ -165,7 +165,7 @@ template <class Dtype>
 struct XRowConvert {
     XScale scale;
 
-    __device__ __forceinline__ explicit XRowConvert(const XScale& of_row) : scale(of_row) {}
+    __device__ __forceinline__ XRowConvert(const XScale& of_row, uint32_t) : scale(of_row) {}
     __device__ __forceinline__ uint4 operator()(const uint4& x) const {
         return to_x16<Dtype>(x, scale);
     }
@@ -175,9 +175,10 @@ template <>
 struct XRowConvert<Bf16> {
     uint32_t low, high;  // of B: k = 2t, 2t + 1 of column g
 
-    __device__ __forceinline__ explicit XRowConvert(const XScale& of_row) {
-        const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-        const uint32_t diagonal = g == 2 * t ? 0x0000FFFFu : g == 2 * t + 1 ? 0xFFFF0000u : 0;
+    __device__ __forceinline__ XRowConvert(const XScale& of_row, uint32_t lane) {
+        // The low half where g is 2t, the high half where it is 2t + 1: else out of the register.
+        const uint32_t shift = lane / 4 * 16 - lane % 4 * 32;
+        const uint32_t diagonal = __funnelshift_lc(0, 0xFFFFu, shift);
         low = of_row.low & diagonal;
         high = of_row.high & diagonal;
     }
