@@ -266,7 +266,7 @@ SCALED = [
     cases.decode(4, 300),
     replace(cases.linear("gate_up", 2048, 256, 130), units=8),
     replace(cases.linear("qkv", 6144, 256, 40), units=8),
-    replace(cases_quant.linear_quant("o", "Q4_K", 40), units=4),
+    replace(cases_quant.linear_quant("o", "Q4_K", 72), units=4),
     cases_quant.linear_quant("o", "Q4_K", 512),
 ]
 
