@@ -459,18 +459,22 @@ def test_instructions_and_bytes_per_weight(arch: str, kind: str) -> None:
     for arch in BUILT for kind in ("Q4_K", "Q6_K") for m in (17, 32, 64)
 ])  # fmt: skip
 def test_bytes_and_conflicts_of_rows_in_parts(arch: str, kind: str, m: int) -> None:
-    """w crosses DRAM once, and goes to each part: a part costs what its rows alone do."""
-    c, _ = counts.count(kind, m, arch)
+    """w crosses DRAM once, and goes to each part: a part costs what its rows alone do. Block sums
+    are stored with conflicts, from sm_90 on twice where there is no cluster, as x is."""
+    c, params = counts.count(kind, m, arch)
+    is_twice = abi.device(arch).sm >= 90 and abi.plan("linear_quant", params, arch).cluster[0] == 1
     parts = ceil_div(m, 16)
     lanes, alone = (counts.lanes_per_weight(counts.count(kind, r, arch)[0] if r != m else c)
                     for r in (m, ceil_div(m, parts)))  # fmt: skip
     print(
         f"sm_{arch} {kind} m {m}: {lanes:.2f}, {parts} times {lanes / parts:.2f}; alone {alone:.2f}"
     )
-    assert lanes <= 1.02 * parts * alone
+    # Ada converts x of 64 rows three times; on sm_90 9 rows alone are converted by clusters.
+    most = {("89", 64): 1.06, ("90a", 17): 1.03}.get((arch, m), 1.02)
+    assert lanes <= most * parts * alone
     assert c.unique_read_sectors * 32 <= 1.03 * counts.compulsory_bytes(kind, m)
     assert c.unique_write_sectors == m * counts.N * 2 // 32
-    assert c.shared_wavefronts <= 1.01 * c.shared_wavefronts_min
+    assert c.shared_wavefronts <= (1.02 if is_twice else 1.01) * c.shared_wavefronts_min
 
 
 @pytest.mark.skipif(not find_tool("cuobjdump"), reason="cuobjdump is not installed")
