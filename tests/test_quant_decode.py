@@ -413,7 +413,7 @@ BARS = {
 GROWTH = 1.15
 OVER_BAR = {("90a", "Q6_K"): 2.206}
 OVER = {
-    ("89", "Q4_0"): 1.159, ("89", "Q4_1"): 1.159, ("89", "Q8_0"): 1.163, ("89", "Q4_K"): 1.152,
+    ("89", "Q4_0"): 1.159, ("89", "Q4_1"): 1.159, ("89", "Q8_0"): 1.164, ("89", "Q4_K"): 1.152,
 }  # fmt: skip
 # What sm_80 reaches.
 BUDGET = {
@@ -443,8 +443,8 @@ def test_instructions_and_bytes_per_weight(arch: str, kind: str) -> None:
         assert c.unique_read_sectors * 32 <= 1.03 * counts.compulsory_bytes(kind, m)
         assert c.unique_write_sectors == m * counts.N * 2 // 32
         # Each byte of w once; after its last tile a warp loads 16 bytes of each piece of one more,
-        # and scales, which are a quarter of small tiles.
-        assert 1 <= counts.requested_tiles(kind, m, arch, c) <= 1.07
+        # and scales, which are a quarter of small tiles (and on sm_100 runs are of 10 tiles).
+        assert 1 <= counts.requested_tiles(kind, m, arch, c) <= 1.09
         # Only the block sums are stored with conflicts, two wavefronts for 4 groups: once a block,
         # from sm_90 on twice for each block of a cluster.
         plan = abi.plan("linear_quant", params, arch)
