@@ -256,7 +256,7 @@ def swiglu_mlp(
 
     On a GPU packed weights take two launches (and the norm one more when T > 64): gate and up are
     not written to memory, and silu(gate) * up is rounded once. Unpacked ones take four, with gate
-    and up rounded in between; quantised ones take two as packed ones do (four when T > 16).
+    and up rounded in between; quantised ones take two as packed ones do (four when T > 64).
     """
     gate, up = _gate_up(w_gate_up)
     if is_quantized(gate) or is_quantized(up) or is_quantized(w_down):

@@ -5,8 +5,7 @@
 
 namespace mk::cpu {
 
-// What `level` (a mk_cpu_isa) stands for on this processor: MK_CPU_BASELINE or
-// above.
+// What `level` (a mk_cpu_isa) stands for on this processor: MK_CPU_BASELINE or above.
 mk_status find_isa(int32_t level, int* found);
 const char* isa_name(int level);
 
