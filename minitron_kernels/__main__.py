@@ -1,7 +1,5 @@
 """`python -m minitron_kernels`: the `minitron` command, as torchrun starts it."""
 
-import sys
+from minitron_kernels.cli import run_and_exit
 
-from minitron_kernels.cli import main
-
-sys.exit(main())
+run_and_exit()

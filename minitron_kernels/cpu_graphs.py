@@ -71,6 +71,12 @@ class _Watch(TorchDispatchMode):
         self.kept: list[Tensor] = []
         self.missed: str | None = None
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # Else the first use imports torch._dynamo, which takes more than a second, only to keep it
+        # from compiling what nobody compiles.
+        return False
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:

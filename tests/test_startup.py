@@ -113,7 +113,8 @@ from minitron_kernels.loaders import gguf_file
 opened = []
 init = gguf_file.GGUFFile.__init__
 gguf_file.GGUFFile.__init__ = lambda self, path: (opened.append(path), init(self, path))[1]
-assert cli.main(["generate", "Hi", "--model", sys.argv[1], "--max-new-tokens", "1"]) == 0
+arguments = ["generate", "Hi", "--model", sys.argv[1], "--max-new-tokens", "3", "--ignore-eos"]
+assert cli.main(arguments) == 0
 heavy = "transformers", "huggingface_hub", "gguf", "safetensors", "sympy", "torch._dynamo"
 own = "bench", "info", "quantize", "scoring", "parallel", "reference", "loaders.safetensors"
 names = *heavy, *(f"minitron_kernels.{name}" for name in own)
