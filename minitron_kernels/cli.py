@@ -617,9 +617,13 @@ def chat(
             f"{model.config.source}: no chat template, so this model cannot chat; "
             "minitron generate continues a text"
         )
-    from minitron_kernels.generate import stream
+    from minitron_kernels.generate import Engine, TokenStream, affordable_tokens
 
-    context = model.config.max_position_embeddings
+    # One cache for the whole dialogue: of each turn only what is new is read.
+    room = affordable_tokens(model, [1, model.config.max_position_embeddings - 1])
+    engine = Engine(
+        model, tokenizer, room, max_batch_size=1, cuda_graphs=cuda_graphs, keep_last=True
+    )
     interactive = _from_first(sys.stdin.isatty)
     if system is not None:
         system = _utf8(system, "--system")
@@ -637,17 +641,18 @@ def chat(
         turns.append({"role": "user", "content": line})
         opening = [{"role": "system", "content": system}] if system else []
         ids = tokenizer.apply_chat_template([*opening, *turns])
-        if len(ids) >= context:
-            problem = f"the conversation has {len(ids)} tokens, the model's context is {context}"
+        try:
+            result = engine.add(ids, params)
+        except ValueError as error:
+            problem = re.sub(r"^prompt \d+", "the conversation", str(error))
             if not interactive:
-                raise ValueError(problem)
+                raise ValueError(problem) from None
             click.echo(f"error: {problem}; /reset starts over", err=True)
             turns.pop()
             continue
-        run = stream(model, tokenizer, [ids], params, cuda_graphs=cuda_graphs)
-        if not _run(run, show=True) and not interactive:
+        if not _run(TokenStream(engine, [result]), show=True) and not interactive:
             return EXIT_INTERRUPTED
-        turns.append({"role": "assistant", "content": run.results[0].text})
+        turns.append({"role": "assistant", "content": result.text})
     return 0
 
 

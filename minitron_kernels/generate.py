@@ -145,6 +145,9 @@ class Engine:
     a step. ``cuda_graphs`` captures the steps that only decode in CUDA graphs (None: where that is
     possible; True: a reason why it is not is logged as a warning; on a CPU, False also leaves
     recording such steps). The tokens are the same.
+
+    ``keep_last``, for dialogues: the cache keeps the tokens of the request that ended last, and of
+    the next prompt only what comes after those it has in common with them is read.
     """
 
     def __init__(
@@ -158,6 +161,7 @@ class Engine:
         max_step_tokens: int = 2048,
         page_size: int = 16,
         cuda_graphs: bool | None = None,
+        keep_last: bool = False,
     ) -> None:
         for name, value in (
             ("max_batch_size", max_batch_size),
@@ -171,9 +175,11 @@ class Engine:
         self.max_batch_size = max_batch_size
         self.prefill_chunk = prefill_chunk
         self.max_step_tokens = max_step_tokens
+        self.keep_last = keep_last
         self.timings = Timings()
         self._waiting: deque[_Request] = deque()
         self._running: list[_Request] = []
+        self._kept: tuple[list[int], list[int]] = [], []  # tokens of the last request, and pages
         self._added = 0
         self._graphs: DecodeGraphs | None = None
         self._recordings: DecodeRecordings | None = None
@@ -234,12 +240,40 @@ class Engine:
 
     def _admit(self) -> None:
         while self._waiting and len(self._running) < self.max_batch_size:
-            request = self._waiting[0]
-            pages = self.cache.allocator.allocate(self.cache.pages_for(request.max_tokens))
-            if pages is None:  # first come, first served: a short one does not overtake
-                return
-            request.pages = pages
+            if not self._reserve(self._waiting[0]):
+                return  # first come, first served: a short one does not overtake
             self._running.append(self._waiting.popleft())
+
+    def _reserve(self, request: _Request) -> bool:
+        """Give a request its pages, the first of them with what is kept of its prompt."""
+        (tokens, pages), self._kept = self._kept, ([], [])
+        # The last token of a prompt is read again, for its logits.
+        same = zip(tokens, request.tokens[:-1], strict=False)
+        shared = next((i for i, (a, b) in enumerate(same) if a != b), None)
+        if shared is None:
+            shared = min(len(tokens), len(request.tokens) - 1)
+        allocator = self.cache.allocator
+        whole = self.cache.pages_for(shared)
+        allocator.free(pages[whole:])
+        more = allocator.allocate(self.cache.pages_for(request.max_tokens) - whole)
+        if more is None:
+            allocator.free(pages[:whole])
+            return False
+        request.pages, request.num_cached = pages[:whole] + more, shared
+        return True
+
+    def _release(self, request: _Request) -> None:
+        """Take back a request's pages, or keep them in the place of the last one's."""
+        pages = request.pages
+        if self.keep_last:
+            (_, pages), self._kept = self._kept, (request.tokens[: request.num_cached], pages)
+        self.cache.allocator.free(pages)
+
+    def cancel(self) -> None:
+        """End all requests; their results keep what they have."""
+        self._waiting.clear()
+        while self._running:
+            self._release(self._running.pop())
 
     def step(self) -> list[TokenEvent]:
         """One forward pass; the tokens it produced, in the order their requests were added."""
@@ -250,7 +284,7 @@ class Engine:
             count = len(request.tokens) - request.num_cached
             if not request.result.token_ids:
                 # Chunks end at multiples of prefill_chunk of the prompt, whatever the batch.
-                count = min(count, self.prefill_chunk)
+                count = min(count, self.prefill_chunk - request.num_cached % self.prefill_chunk)
                 if prompt_tokens and prompt_tokens + count > self.max_step_tokens:
                     continue
                 prompt_tokens += count
@@ -341,7 +375,7 @@ class Engine:
         if reason is not None:
             result.finish_reason = reason
             self._running.remove(request)
-            self.cache.allocator.free(request.pages)
+            self._release(request)
         return TokenEvent(request.index, token, text, sampled.logprob, sampled.top_logprobs, reason)
 
 
@@ -399,7 +433,9 @@ class TokenStream(Iterator[TokenEvent]):
 
     def close(self) -> None:
         """End the run; the results keep what they have."""
-        self._engine = None  # and with it the cache
+        if self._engine is not None:
+            self._engine.cancel()
+        self._engine = None  # and with it the cache, if it is nobody else's
         self._events.clear()
 
 

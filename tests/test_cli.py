@@ -435,6 +435,27 @@ def test_chat_in_a_pipe_remembers_the_turns(minitron: Callable[..., Any], tiny: 
     assert (code, out) == (0, brief + "\n")
 
 
+def test_chat_reads_a_turn_once(
+    minitron: Callable[..., Any], tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows: list[int] = []
+    forward = MinitronForCausalLM.forward
+
+    def count(model: MinitronForCausalLM, batch: Any, cache: Any) -> Any:
+        rows.append(len(batch.ids))
+        return forward(model, batch, cache)
+
+    monkeypatch.setattr(MinitronForCausalLM, "forward", count)
+    long = "a long message " * 12
+    code, _, err = minitron(
+        *("chat", "--model", tiny, "--max-new-tokens", "2"), stdin=f"{long}\nhi\nho\n"
+    )
+    assert (code, err) == (0, "")
+    prompts = [count for count in rows if count > 1]
+    assert len(prompts) == 3
+    assert max(prompts[1:]) < prompts[0] / 2
+
+
 def test_chat_needs_a_template(minitron: Callable[..., Any], tmp_path: Path) -> None:
     folder = write_tiny_checkpoint(tmp_path, chat=False)
     code, out, err = minitron("chat", "--model", folder, stdin="hi\n")
@@ -451,7 +472,7 @@ def test_chat_that_outgrows_the_context(minitron: Callable[..., Any], tiny: Path
     assert code == 2
     assert out.count("\n") == 1
     assert err.count("\n") == 1
-    assert "context is 512" in err
+    assert "the conversation has" in err and "context of 512" in err
 
 
 def test_interrupted_chat_in_a_pipe(

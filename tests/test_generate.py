@@ -211,6 +211,50 @@ def test_more_requests_than_pages_and_rows(model: Any) -> None:
     assert chunked == alone
 
 
+def test_dialogue_reads_only_what_is_new(model: Any) -> None:
+    params = SamplingParams(max_new_tokens=5, ignore_eos=True, logprobs=2)
+    engine = Engine(model, None, 160, prefill_chunk=16, keep_last=True)
+    prompt = list(range(5, 42))
+
+    def turn(prompt: list[int], read: int) -> list[int]:
+        before = engine.timings.prefill_tokens
+        result = engine.add(prompt, params)
+        while engine.has_work:
+            engine.step()
+        assert engine.timings.prefill_tokens - before == read
+        (alone,) = generate(model, None, [prompt], params, prefill_chunk=16)
+        assert (result.token_ids, result.logprobs) == (alone.token_ids, alone.logprobs)
+        return result.token_ids
+
+    reply = turn(prompt, read=37)
+    prompt += [*reply, 9, 8, 7]
+    turn(prompt, read=4)  # of the last token of a reply there is no K and V yet
+    turn(prompt, read=1)
+    turn(prompt[:20], read=1)
+    turn([*prompt[:18], 99, 98], read=2)
+    turn([1, 2, 3], read=3)
+    kept = engine._kept
+    assert engine.cache.allocator.num_free == engine.cache.allocator.num_pages - len(kept[1])
+
+    result = engine.add([1, 2, 3, 4, 5], params)  # ended early: what was read of it is kept
+    engine.step()
+    engine.step()
+    engine.cancel()
+    assert not engine.has_work and len(result.token_ids) == 2
+    turn([1, 2, 3, 4, 5, *result.token_ids, 6], read=2)
+
+
+def test_dialogue_gives_way_to_what_needs_its_pages(model: Any) -> None:
+    params = SamplingParams(max_new_tokens=4, ignore_eos=True)
+    engine = Engine(model, None, 64, keep_last=True)
+    prompts = [[5] * 30, [6] * 60, [7] * 20, [7] * 21, [5] * 31]
+    results = [engine.add(prompt, params) for prompt in prompts]
+    while engine.has_work:
+        engine.step()
+    alone = [generate(model, None, [prompt], params)[0].token_ids for prompt in prompts]
+    assert [result.token_ids for result in results] == alone
+
+
 def test_request_larger_than_the_cache_is_refused(model: Any) -> None:
     engine = Engine(model, None, 32)
     with pytest.raises(ValueError, match="needs 138 tokens of cache, the engine has 32"):
