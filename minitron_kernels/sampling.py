@@ -36,6 +36,9 @@ from torch import Tensor
 from minitron_kernels import cuda_ops, devices
 from minitron_kernels.sampling_params import SamplingParams
 
+FloatArray = np.ndarray[tuple[int], np.dtype[np.float32]]
+IntArray = np.ndarray[tuple[int], np.dtype[np.int64]]
+
 WEIGHT_ONE = 2**40  # w of the most likely token; a sum of 2**22 of them still fits int64
 
 
@@ -151,15 +154,16 @@ def _sample(logits: Tensor, states: Sequence[SamplingState]) -> list[Sampled]:
 
 
 def _pick(scores: Tensor, states: Sequence[SamplingState]) -> Tensor:
-    """Token ids [B] int64 by PyTorch; -1 where the largest score is not finite."""
+    """Token ids [B] int64 without our kernels; -1 where the largest score is not finite."""
     drawn = [i for i, state in enumerate(states) if state.params.temperature > 0]
     if len(drawn) == len(states):
-        return _draw(scores.float(), states)
-    tokens = scores.argmax(-1)  # the first of several equal ones; NaN counts as largest
-    best = scores.gather(-1, tokens[:, None])[:, 0]
-    tokens = torch.where(best.isfinite(), tokens, -1)
-    if drawn:
-        tokens[drawn] = _draw(scores[drawn].float(), [states[i] for i in drawn])
+        tokens = torch.empty(len(states), dtype=torch.int64, device=scores.device)
+    else:
+        tokens = scores.argmax(-1)  # the first of several equal ones; NaN counts as largest
+        best = scores.gather(-1, tokens[:, None])[:, 0]
+        tokens = torch.where(best.isfinite(), tokens, -1)
+    for i in drawn:
+        tokens[i] = _draw(scores[i].detach().float().cpu().numpy(), states[i])
     return tokens
 
 
@@ -257,66 +261,63 @@ def _process(row: Tensor, state: SamplingState) -> None:
 # ---- the draw (steps 1 to 6 of the module's rule)
 
 
-def _draw(logits: Tensor, states: Sequence[SamplingState]) -> Tensor:
-    """Token ids [R] int64 for fp32 logits [R, V]; -1 where the largest logit is not finite."""
-    if logits.device.type == "cpu" and len(states) > 1:
-        # One row's intermediates stay in the L2 cache: up to twice as fast as all rows at once.
-        return torch.cat([_draw(logits[i : i + 1], [state]) for i, state in enumerate(states)])
-    params = [state.params for state in states]
+def _draw(logits: FloatArray, state: SamplingState) -> int:
+    """The token that fp32 logits [V] give, or -1 if the largest is not finite.
 
-    def column(values: Sequence[float], dtype: torch.dtype) -> Tensor:
-        return torch.tensor(values, dtype=dtype, device=logits.device)[:, None]
-
-    # Divided by a tensor, because CUDA multiplies by the reciprocal of a Python number.
-    scaled = logits / column([p.temperature for p in params], torch.float32)
-    largest = scaled.amax(-1, keepdim=True)
-    weights = _weights(scaled, largest)
-    if any(p.top_k > 0 or p.top_p < 1 for p in params):  # else nothing needs an order
-        vocab = logits.shape[-1]
-        top_k = column([min(p.top_k or vocab, vocab) for p in params], torch.int64)
-        top_p = column([p.top_p for p in params], torch.float64)
-        longest = max(min(p.top_k or vocab, vocab) for p in params)
-        weights *= _nucleus(scaled, largest, _largest(scaled, longest), top_k, top_p)
-    if any(p.min_p > 0 for p in params):
-        floor = column([int(p.min_p * WEIGHT_ONE) for p in params], torch.int64)
-        weights *= weights >= floor
-
-    running = weights.cumsum(-1)
-    target = _mul_high([_random_64(state.seed, state.step) for state in states], running[:, -1])
-    tokens = torch.searchsorted(running, target[:, None], right=True)[:, 0]
-    return torch.where(largest[:, 0].isfinite(), tokens, -1)
-
-
-def _weights(scaled: Tensor, largest: Tensor) -> Tensor:
-    return (scaled - largest).exp_().mul_(WEIGHT_ONE).to(torch.int64)
-
-
-def _largest(values: Tensor, count: int) -> Tensor:
-    """The `count` largest of each row, descending."""
-    if values.device.type == "cpu":  # numpy's SIMD sort: 0.4 ms for 131072, where torch takes 11
-        ascending = torch.from_numpy(np.sort(values.numpy(), axis=-1))
-        return ascending[:, values.shape[-1] - count :].flip(-1)
-    return values.topk(count).values
-
-
-def _nucleus(
-    scaled: Tensor, largest: Tensor, ordered: Tensor, top_k: Tensor, top_p: Tensor
-) -> Tensor:
-    """Which of [R, V] logits top_k and top_p [R, 1] keep, as a mask.
-
-    `ordered` has the max(top_k) largest of each row, descending. Values without ids are enough:
-    how many stay gives the smallest that does, and how many of its equals.
+    By numpy: torch would wake its threads for each of these operations, which takes longer than
+    the operation.
     """
-    running = _weights(ordered, largest).cumsum(-1)
-    total = running.gather(-1, top_k - 1)
-    limit = (top_p * total).to(torch.int64)
-    limit = torch.where(top_p < 1, limit, total)  # what follows the total weighs nothing
-    num_kept = torch.minimum(1 + torch.searchsorted(running, limit), top_k)
+    p = state.params
+    with np.errstate(over="ignore"):
+        scaled = logits / np.float32(p.temperature)
+    largest = scaled.max()
+    if not np.isfinite(largest):
+        return -1
+    weights = _weights(scaled - largest)
+    ids = None
+    if p.top_k > 0 or p.top_p < 1:  # else nothing needs an order
+        ids = _kept(scaled, largest, weights, p)
+        weights = weights[ids]
+    if p.min_p > 0:
+        weights[weights < int(p.min_p * WEIGHT_ONE)] = 0
+    running = weights.cumsum()
+    target = _random_64(state.seed, state.step) * int(running[-1]) >> 64
+    index = int(np.searchsorted(running, target, side="right"))
+    return index if ids is None else int(ids[index])
 
-    smallest = ordered.gather(-1, num_kept - 1)
-    above = scaled > smallest
-    equal = scaled == smallest
-    return above | (equal & (equal.cumsum(-1) <= num_kept - above.sum(-1, keepdim=True)))
+
+def _weights(differences: FloatArray) -> IntArray:
+    """Step 1's w of l - m, which is overwritten."""
+    torch.from_numpy(differences).exp_()
+    differences *= WEIGHT_ONE
+    return differences.astype(np.int64)
+
+
+def _kept(
+    scaled: FloatArray, largest: np.float32, weights: IntArray, p: SamplingParams
+) -> IntArray:
+    """The ids that top_k and top_p keep of a row, ascending."""
+    vocab = len(scaled)
+    if 0 < p.top_k < vocab:
+        count = p.top_k
+        least = torch.from_numpy(scaled).topk(count).values[-1].item()
+    else:  # what weighs less than `light` weighs less in all than what top_p leaves out
+        count, total = vocab, int(weights.sum())
+        light = (total - int(p.top_p * total)) // vocab
+        least = scaled[np.flatnonzero(weights >= light)].min()
+    ids = np.flatnonzero(scaled >= least)
+    # Only these, which are few as a rule, are put in order. Values without ids are enough: how many
+    # stay gives the smallest that does, and how many of its equals.
+    values = scaled[ids]
+    ordered = np.sort(values)[: -count - 1 : -1]
+    running = _weights(ordered - largest).cumsum()
+    if p.top_p < 1:
+        total = total if count == vocab else int(running[-1])
+        count = 1 + int(np.searchsorted(running, int(p.top_p * total)))
+    smallest = ordered[:count][-1]
+    kept = values > smallest
+    kept[np.flatnonzero(values == smallest)[: len(ordered[:count]) - kept.sum()]] = True
+    return ids[kept]
 
 
 def _most_likely(logprobs: Tensor, count: int) -> Tensor:
@@ -348,23 +349,3 @@ def philox_4x32_10(
         k0 = (k0 + 0x9E3779B9) & 0xFFFFFFFF
         k1 = (k1 + 0xBB67AE85) & 0xFFFFFFFF
     return c0, c1, c2, c3
-
-
-def _mul_high(factors: Sequence[int], totals: Tensor) -> Tensor:
-    """(factor * total) >> 64 for 64-bit unsigned factors and totals [R] int64 >= 0, exactly.
-
-    Schoolbook multiplication of 32-bit halves; a product or sum may wrap into the sign bit, which
-    `high` reads as unsigned.
-    """
-    mask = 0xFFFFFFFF
-
-    def high(x: Tensor) -> Tensor:
-        return (x >> 32) & mask
-
-    device = totals.device
-    factor_high = torch.tensor([f >> 32 for f in factors], device=device)
-    factor_low = torch.tensor([f & mask for f in factors], device=device)
-    total_high, total_low = high(totals), totals & mask
-    middle = factor_high * total_low + high(factor_low * total_low)
-    carry = high(factor_low * total_high + (middle & mask))
-    return factor_high * total_high + high(middle) + carry

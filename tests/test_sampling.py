@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
+from itertools import accumulate
 
 import numpy as np
 import pytest
@@ -19,7 +20,6 @@ from minitron_kernels.sampling import (
     Sampled,
     SamplingParams,
     SamplingState,
-    _mul_high,
     _process,
     philox_4x32_10,
     sample,
@@ -68,13 +68,6 @@ def sample_one(logits: list[float] | torch.Tensor, state: SamplingState) -> Samp
 )
 def test_philox_known_answers(counter, key, expected):
     assert philox_4x32_10(counter, key) == expected
-
-
-@given(st.lists(st.tuples(st.integers(0, 2**64 - 1), st.integers(0, 2**63 - 1)), min_size=1))
-def test_mul_high_is_exact(pairs):
-    factors, totals = zip(*pairs, strict=True)
-    got = _mul_high(factors, torch.tensor(totals, dtype=torch.int64)).tolist()
-    assert got == [f * t >> 64 for f, t in pairs]
 
 
 # ---- the draw
@@ -137,7 +130,7 @@ def draw_by_the_rule(logits: torch.Tensor, p: SamplingParams, seed: int, step: i
         order = order[: p.top_k]
     if p.top_p < 1:
         limit = int(p.top_p * float(sum(weights[i] for i in order)))
-        before = [sum(weights[i] for i in order[:n]) for n in range(len(order))]
+        before = list(accumulate((weights[i] for i in order), initial=0))
         order = [t for n, t in enumerate(order) if n == 0 or before[n] < limit]
     kept = sorted(i for i in order if weights[i] >= int(p.min_p * 2**40))
     out = philox_4x32_10((step, 0, 0, 0), (seed % 2**32, seed // 2**32))
@@ -172,12 +165,24 @@ def test_draw_equals_its_rule(halves, temperature, top_k, top_p, min_p, seed, st
     assert (state.step, state.counts) == (step + 1, Counter([expected]))
 
 
-def test_draw_equals_its_rule_at_full_vocabulary():
+@pytest.mark.parametrize("params", [{"top_k": 1000, "top_p": 0.9}, {"top_p": 0.95}, {}], ids=str)
+def test_draw_equals_its_rule_at_full_vocabulary(params):
     logits = 3 * torch.randn(131072, generator=torch.Generator().manual_seed(0))
     for seed in range(2):
-        state = new_state(temperature=1.0, top_k=1000, top_p=0.9, seed=seed)
+        state = new_state(temperature=1.0, seed=seed, **params)
         expected = draw_by_the_rule(logits, state.params, seed, 0)
         assert sample_one(logits, state).token_id == expected
+
+
+@pytest.mark.parametrize("params", [{"top_k": 50}, {"top_p": 0.95}, {"top_k": 50, "top_p": 0.9}])
+def test_only_tokens_that_may_be_kept_are_sorted(params, monkeypatch):
+    lengths = []
+    sort = np.sort
+    monkeypatch.setattr(np, "sort", lambda x, *args: lengths.append(len(x)) or sort(x, *args))
+    logits = 3 * torch.randn(131072, generator=torch.Generator().manual_seed(0))
+    sample_one(logits, new_state(temperature=0.7, **params))
+    assert len(lengths) == 1
+    assert lengths[0] <= (50 if "top_k" in params else 131072 // 8)
 
 
 @pytest.mark.parametrize(("r", "expected"), [(0, 1), (2**63 - 1, 1), (2**63, 3), (2**64 - 1, 3)])
