@@ -9,11 +9,13 @@ nothing about it depends on what else is in the batch.
 from __future__ import annotations
 
 import logging
+import operator
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -452,7 +454,7 @@ def stream(
 ) -> TokenStream:
     """Generate for one prompt or several, yielding a `TokenEvent` for every token as it comes.
 
-    ``prompts``: strings (encoded with the tokenizer's special-token rules) or lists of token ids;
+    ``prompts``: strings (encoded with the tokenizer's special-token rules) or token ids;
     ``params``: one for all or one each (None: greedy, 128 tokens). Without a tokenizer, prompts
     must be ids and texts stay empty. The other options are those of `Engine`. Raises ValueError
     before anything is computed for a prompt that is empty, too long or holds an id out of range,
@@ -462,6 +464,9 @@ def stream(
     if params is None:
         params = SamplingParams()
     each = [params] * len(ids) if isinstance(params, SamplingParams) else list(params)
+    for own in each:
+        if not isinstance(own, SamplingParams):
+            raise TypeError(f"params must be SamplingParams, one or a list, got {params!r:.60}")
     if len(each) != len(ids):
         raise ValueError(f"params has {len(each)} entries for {len(ids)} prompts")
     needs = [total_tokens(model, p, s, i) for i, (p, s) in enumerate(zip(ids, each, strict=True))]
@@ -493,20 +498,36 @@ def generate(
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)):
+    if hasattr(prompts, "tolist"):  # a tensor or an array, of one prompt's ids or of several's
+        prompts = prompts.tolist()
+    if isinstance(prompts, str):
+        return [prompts]
+    if not isinstance(prompts, Sequence):
+        raise TypeError(
+            f"prompts must be a string, token ids, or a list of these, got {type(prompts).__name__}"
+        )
+    if prompts and isinstance(prompts[0], Integral):
         return [prompts]  # type: ignore[list-item]
     return list(prompts)  # type: ignore[arg-type]
 
 
 def _encode(tokenizer: Tokenizer | None, prompt: Prompt, index: int) -> list[int]:
     if not isinstance(prompt, str):
-        return [int(token) for token in prompt]
+        return _as_token_ids(prompt, f"prompt {index} must be a string or token ids")
     if tokenizer is None:
         raise ValueError(f"prompt {index} is text, which needs a tokenizer; give token ids")
     if not prompt:
         raise ValueError(f"prompt {index} is empty")
     ids: list[int] = tokenizer.encode(prompt)
     return ids
+
+
+def _as_token_ids(ids: Any, rule: str) -> list[int]:
+    """Ids of a list, a tensor or an array as a list."""
+    try:
+        return [operator.index(token) for token in ids]
+    except TypeError:
+        raise TypeError(f"{rule}, got {str(ids)[:60]!r}") from None
 
 
 def affordable_tokens(model: MinitronForCausalLM, needs: Sequence[int]) -> int:
@@ -534,7 +555,7 @@ def score(
 
     ``ids``: 1 ... context token ids. Raises ValueError if it is empty, too long or out of range.
     """
-    config, ids = model.config, list(ids)
+    config, ids = model.config, _as_token_ids(ids, "ids must be token ids")
     if not ids or len(ids) > config.max_position_embeddings:
         raise ValueError(
             f"ids must hold 1..{config.max_position_embeddings} tokens, got {len(ids)}"

@@ -315,6 +315,8 @@ class MinitronForCausalLM(nn.Module):
         from minitron_kernels.loaders.checkpoint import Weights, open_checkpoint
         from minitron_kernels.loaders.hub import resolve
 
+        if not (isinstance(source, str | PathLike) or hasattr(source, "tensors")):
+            raise TypeError(f"source must be a path or a name, got {type(source).__name__}")
         device = devices.parse(_one_of("device", device, "device_map", device_map))
         wanted_dtype = _one_of("dtype", dtype, "torch_dtype", torch_dtype)
 

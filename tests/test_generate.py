@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -178,6 +179,45 @@ def test_stream_tells_what_generate_returns(model: Any, tokenizer: Any) -> None:
         assert result.logprobs is not None and len(result.logprobs) == len(mine)
         body = result.token_ids[:-1] if result.finish_reason == "stop" else result.token_ids
         assert result.text == tokenizer.decode(body, skip_special_tokens=True)
+
+
+def test_prompts_as_tensors_and_arrays(model: Any, tokenizer: Any) -> None:
+    params = SamplingParams(max_new_tokens=2)
+    alone = [r.token_ids for r in generate(model, tokenizer, [[5, 6], [7, 8]], params)]
+    for prompts in (
+        torch.tensor([[5, 6], [7, 8]]),
+        np.array([[5, 6], [7, 8]]),
+        [torch.tensor([5, 6]), np.array([7, 8])],
+    ):
+        assert [r.token_ids for r in generate(model, tokenizer, prompts, params)] == alone
+    for prompt in (torch.tensor([5, 6]), np.array([5, 6]), [np.int64(5), np.int64(6)], (5, 6)):
+        assert [r.token_ids for r in generate(model, tokenizer, prompt, params)] == alone[:1]
+    assert score(model, torch.tensor([5, 6, 7])) == score(model, [5, 6, 7])
+
+
+@pytest.mark.parametrize(
+    ("prompts", "params", "told"),
+    [
+        (None, None, "prompts must be a string, token ids, or a list of these, got NoneType"),
+        ({"a": 1}, None, "got dict"),
+        (["ab", 3], None, "prompt 1 must be a string or token ids, got '3'"),
+        ([[5], [1.5]], None, r"prompt 1 must be a string or token ids, got '\[1.5\]'"),
+        ([1.5], None, "prompt 0 must be a string or token ids, got '1.5'"),
+        ("ab", {"max_new_tokens": 3}, "params must be SamplingParams, one or a list, got {'max"),
+    ],
+)
+def test_prompts_that_are_none(
+    model: Any, tokenizer: Any, prompts: Any, params: Any, told: str
+) -> None:
+    with pytest.raises(TypeError, match=told):
+        generate(model, tokenizer, prompts, params)
+
+
+def test_other_arguments_of_a_wrong_type(model: Any) -> None:
+    with pytest.raises(TypeError, match="ids must be token ids, got 'hello'"):
+        score(model, "hello")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="source must be a path or a name, got NoneType"):
+        type(model).from_pretrained(None)
 
 
 def test_closed_stream_keeps_what_was_produced(model: Any, tokenizer: Any) -> None:

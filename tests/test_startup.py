@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 from minitron_kernels import startup
 from minitron_kernels.cli import main
 from minitron_kernels.loaders.gguf_file import GGUFFile, ScaleScan
+from tests.cli_process import ROOT
 from tests.tiny_checkpoint import write_tiny_checkpoint
 
 
@@ -128,6 +130,43 @@ def test_generate_reads_the_header_once_and_imports_what_it_needs(quantised: Pat
     )
     assert run.returncode == 0, run.stderr
     assert run.stdout.endswith("1 []\n"), run.stdout
+
+
+def test_mistake_that_is_found_while_torch_loads(quantised: Path, tmp_path: Path) -> None:
+    """The process ends in order while threads of its own are inside the library's start."""
+    data = quantised.read_bytes()
+    key = data.index(b"tokenizer.ggml.model")
+    value = data.index(b"gpt2", key)
+    (tmp_path / "bad.gguf").write_bytes(data[:value] + b"gptX" + data[value + 4 :])
+    command = [sys.executable, "-m", "minitron_kernels", "generate", "Hi", "--model"]
+    for _ in range(3):
+        run = subprocess.run([*command, tmp_path / "bad.gguf"], capture_output=True, check=False)
+        assert (run.returncode, run.stdout) == (2, b""), run.stderr
+        assert run.stderr.startswith(b"error: ") and run.stderr.count(b"\n") == 1
+
+
+INTERRUPTED_TORCH = """
+import os
+import signal
+
+try:
+    os.kill(os.getpid(), signal.SIGINT)
+    print("ignored")
+except KeyboardInterrupt:
+    print("raised where C++ calls Python")
+"""
+
+
+def test_interrupt_while_torch_is_imported(tmp_path: Path) -> None:
+    folder = write_tiny_checkpoint(tmp_path)
+    (tmp_path / "torch.py").write_text(INTERRUPTED_TORCH)
+    run = subprocess.run(
+        [sys.executable, "-m", "minitron_kernels", "score", "--ids", "1", "--model", folder],
+        env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"},
+        capture_output=True,
+        check=False,
+    )
+    assert (run.returncode, run.stdout, run.stderr) == (130, b"", b"")
 
 
 def test_torch_library_that_is_not_there_is_left_to_the_import(
