@@ -737,10 +737,12 @@ def score(
     if as_json:
         _print_json({"ids": token_ids, "logprobs": logprobs, "perplexity": perplexity})
         return
+    lines = []
     for token_id, logprob in zip(token_ids, logprobs, strict=True):
         value = "-" if logprob is None else f"{logprob:.4f}"
-        _write(f"{token_id}\t{value}\t{json.dumps(tokenizer.decode([token_id]))}\n")
-    _write(f"perplexity {'-' if perplexity is None else f'{perplexity:.4f}'}\n")
+        lines.append(f"{token_id}\t{value}\t{json.dumps(tokenizer.decode([token_id]))}\n")
+    lines.append(f"perplexity {'-' if perplexity is None else f'{perplexity:.4f}'}\n")
+    _write("".join(lines))
 
 
 def _parse_ids(text: str) -> list[int]:
