@@ -341,18 +341,18 @@ MK_API mk_status mk_quant_pack(const mk_quant_pack_params* params);
 MK_API mk_status mk_quant_unpack(const mk_quant_pack_params* params);
 
 /* mk_linear, mk_linear_swiglu and mk_qkv_rope_append with packed weights, each type of which is
- * w = scale * q - minimum for small integers q. Nothing is rounded but sums in fp32:
+ * w = scale * q - minimum for small integers q. Nothing is rounded but sums in fp32, and Q6_K:
  *
  *   x16    = x (after the norm) * 2^e as f16, e of its row such that max |x16| is in [2^11, 2^16):
  *            exact, but for elements below 2^-21 of the largest, which are off by up to 2^-32 of it
- *   P[b]   = sum over the block's k of q[n, k] * x16[m, k], mma.sync.m16n8k16 of f16 with w as A,
- *            groups of 16 k ascending, from 0; q without its sign's offset: not negative
- *   S      = fma(scale[b], P[b], S) over the blocks of 256 k, ascending, from 0
+ *   P[b]   = sum over the block's 32 k of q[n, k] * x16[m, k], mma.sync.m16n8k16 of f16 with w as
+ *            A, groups of 16 k ascending, from 0; q without its sign's offset: not negative
+ *   S      = fma(scale[b], P[b], S) over the blocks of 256 k, ascending, from 0; of Q2_K, Q3_K and
+ *            Q6_K, whose blocks are 16 k, such MMAs of f16(scale[b] * q) over all 256 k, from 0
  *   total += S times the scale they share, less their minima, or the offset of q times scale, times
- *            the block sums of x16 (22 bits each); ascending
- *   y      = total * 2^-e
+ *            the block sums of x16 (22 bits each); ascending. y = total * 2^-e
  *
- * A block is 32 k, or 16 for the types with a scale for 16 (Q2_K, Q3_K, Q6_K). So an output's bits
+ * f16(scale * q) is exact, but Q6_K's above 2^11, which are off by up to 2^-11. So an output's bits
  * depend on its rows of x and w only. A row of x with an infinity or a NaN gives NaNs.
  *
  * Up to MK_QUANT_MAX_DECODE_M rows it is one launch, which needs no workspace; above, two:

@@ -3,6 +3,8 @@
 The reference is fp64 over weights that `QuantizedTensor.dequantize` decodes, a decoder that shares
 nothing with the kernels. Errors are relative to the sum of |x| times the size of what the kernel
 adds up, which is not |w|: q as it is packed is not signed, minima are added apart, and both cancel.
+Outputs in fp32 are compared with what the header defines, which for Q6_K rounds scale * q to f16;
+others with the exact weights.
 """
 
 from __future__ import annotations
@@ -42,11 +44,13 @@ F32_ERROR = 2.0**-20
 
 @dataclass
 class Weights:
-    """A matrix [n, k] in three forms: blocks, tiles, fp64; and the size of its terms."""
+    """A matrix [n, k]: its blocks, its tiles, fp64, the same as it is multiplied (of Q6_K not quite
+    the same), and the size of its terms."""
 
     blocks: QuantizedTensor
     tiles: Tensor
     dense: Tensor
+    multiplied: Tensor
     terms: Tensor
 
     @property
@@ -73,7 +77,21 @@ def weights_of(blocks: QuantizedTensor) -> Weights:
         for b in (lowest, highest)
     )  # fmt: skip
     assert isinstance(terms, Tensor)
-    return Weights(blocks, pack(blocks).tiles, blocks.dequantize().double(), terms)
+    dense = blocks.dequantize().double()
+    multiplied = folded_q6_k(blocks) if blocks.quant_type == "Q6_K" else dense
+    return Weights(blocks, pack(blocks).tiles, dense, multiplied, terms)
+
+
+def folded_q6_k(blocks: QuantizedTensor) -> Tensor:
+    """d * (f16(scale * q) - 32 * scale), fp64, q from 0 to 63."""
+    raw = blocks.blocks.view(-1, 210)
+    of_one = raw.clone()
+    of_one[:, 208:] = torch.tensor([0x00, 0x3C], dtype=torch.uint8)  # d = 1
+    integers = QuantizedTensor(of_one.view_as(blocks.blocks), "Q6_K", blocks.shape).dequantize()
+    scales = raw[:, 192:208].contiguous().view(torch.int8).double().unsqueeze(2)
+    d = raw[:, 208:].contiguous().view(torch.float16).double().unsqueeze(2)
+    products = integers.double().view(-1, 16, 16) + 32 * scales
+    return ((products.half().double() - 32 * scales) * d).view(blocks.shape)
 
 
 def random_weights(kind: str, n: int, k: int, seed: int = 0) -> Weights:
@@ -158,9 +176,9 @@ def check_linear(
 
 def compare(op: str, x: Tensor, w: Weights, out: Tensor, residual: Tensor | None = None) -> None:
     """`out` against the exact result of the normalised x."""
-    exact = x.double() @ w.dense.T
     if out.numel() == 0:
         return
+    exact = x.double() @ (w.multiplied if out.dtype == torch.float32 else w.dense).T
     if out.dtype == torch.float32:
         error = (out.double() - exact).abs()
         allowed = F32_ERROR * (x.double().abs() @ w.terms.T) + 1e-30

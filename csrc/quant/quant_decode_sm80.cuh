@@ -196,10 +196,8 @@ __device__ __forceinline__ void multiply_columns(QuantWalk<kTokenTiles>& at, uin
     constexpr bool kKeepsX = kTokenTiles == 1;  // in registers, for all rows of a column
     // Read here, so that no type's addresses hold registers while another's tiles are multiplied.
     const int lane = ptx::mov_u32_tid_x() % 32, g = lane / 4, t = lane % 4;
-    constexpr int kScaleStride = Scales::kIs16 ? 144 : 64;  // from row g to g + 1
-    const uint32_t smem_rows = ptx::mov_b32(smem_address(smem_scales) + g * kScaleStride);
-    float4* const smem_own =
-        reinterpret_cast<float4*>(smem_scales + g * kScaleStride) + t * Scales::kFloat4s;
+    const uint32_t smem_rows = ptx::mov_b32(smem_address(smem_scales) + g * 64);
+    uint4* const smem_own = reinterpret_cast<uint4*>(smem_scales) + lane;
     const int64_t place = ptx::mov_b64(Scales::scales_place(lane));
     const uint32_t y_step = at.round.row_bytes;
 
@@ -250,10 +248,7 @@ __device__ __forceinline__ void multiply_columns(QuantWalk<kTokenTiles>& at, uin
             // The scales of this lane's rows from all four lanes that have them
             typename Scales::Pairs pairs;
             tile.scales.scale_pairs(pairs);
-            MK_UNROLL
-            for (int i = 0; i < Scales::kFloat4s; ++i) {
-                smem_own[kPart / 16 + i] = Scales::scales(pairs, i);
-            }
+            smem_own[kPart / 16] = Scales::scales(pairs);
             __syncwarp();  // and all lanes are done with the other part, of the tile before
             uint32_t minima[4];
             tile.scales.minima(pairs, minima);
@@ -275,12 +270,10 @@ __device__ __forceinline__ void multiply_columns(QuantWalk<kTokenTiles>& at, uin
             static_for<4>([&](auto q) {
                 QuantFragments a;
                 unpack_quarter_of<kType>(tile.words, q, a);
-                float4 scale;
+                const uint4 scale = ptx::ld_shared_v4<kPart + q * 16>(smem_rows);
                 static_for<2>([&](auto i) {  // 32 k
-                    if constexpr (Scales::kIs16 || i == 0) {
-                        constexpr int kBlocks = Scales::kIs16 ? 2 * q + i : q;
-                        scale = as_float4(ptx::ld_shared_v4<kPart + kBlocks * 16>(smem_rows));
-                    }
+                    const uint32_t of_g = i ? scale.z : scale.x, of_g_8 = i ? scale.w : scale.y;
+                    if constexpr (Scales::kIs16) fold_scales(a + 2 * i, of_g, of_g_8);
                     MK_UNROLL
                     for (int n = 0; n < kTokenTiles; ++n) {
                         uint4 b;
@@ -289,16 +282,12 @@ __device__ __forceinline__ void multiply_columns(QuantWalk<kTokenTiles>& at, uin
                         } else {
                             b = load_x<kType, (2 * q + i) * 64>(column.x + n * x_bytes);
                         }
-                        float p[4]{};
+                        float from_0[4]{};
+                        float (&p)[4] = Scales::kIs16 ? s[n] : from_0;
                         ptx::mma_m16n8k16_f32_f16(p, a[2 * i], b.x, b.y);
-                        if constexpr (Scales::kIs16) {
-                            add_scaled(s[n], p, scale.x, scale.y);
-                            float p_odd[4]{};
-                            ptx::mma_m16n8k16_f32_f16(p_odd, a[2 * i + 1], b.z, b.w);
-                            add_scaled(s[n], p_odd, scale.z, scale.w);
-                        } else {
-                            ptx::mma_m16n8k16_f32_f16(p, a[2 * i + 1], b.z, b.w);
-                            add_scaled(s[n], p, i ? scale.z : scale.x, i ? scale.w : scale.y);
+                        ptx::mma_m16n8k16_f32_f16(p, a[2 * i + 1], b.z, b.w);
+                        if constexpr (!Scales::kIs16) {
+                            add_scaled(s[n], p, __uint_as_float(of_g), __uint_as_float(of_g_8));
                         }
                     }
                 });

@@ -14,7 +14,7 @@
 // minima meet the block sums of x (two MMAs per 16 x 8), and Y is added to the total.
 //
 // Shared memory (quant_gemm_tiles.h): stages of x (64 k), groups of w as packed and of x's sums
-// (256 k), two sets of scales as floats. Of the large tile on A100 and Q4_K: 4 x 16 KB, 2 x 26.5
+// (256 k), two sets of scales. Of the large tile on A100 and Q4_K: 4 x 16 KB, 2 x 26.5
 // KB, 10 KB; at the end, in their place, the outputs as floats and an Epilogue::Row for each row of
 // x.
 //
@@ -56,49 +56,46 @@ __device__ __forceinline__ void convert_scales(uint8_t* smem, int slot, int set,
     uint8_t* const row = smem + Smem::kRowsAt + warp / S::kWarpsPerTile * Smem::kRow;
     typename Scales::Pairs pairs;
     load_scales<kType>(row + slot * Smem::kTile, lane, quarters).scale_pairs(pairs);
-    MK_UNROLL
-    for (int i = 0; i < Scales::kFloat4s; ++i) {
-        *reinterpret_cast<float4*>(row + Smem::kScalesAt + set * Smem::kScales +
-                                   i * kQuantGemmScalePart + lane % 4 * kQuantGemmScalePitch +
-                                   lane / 4 * 16) = Scales::scales(pairs, i);
-    }
+    *reinterpret_cast<uint4*>(row + Smem::kScalesAt + set * kQuantGemmScaleBytes +
+                              lane % 4 * kQuantGemmScalePitch + lane / 4 * 16) =
+        Scales::scales(pairs);
 }
 
-// S += scale * P over 32 k. x: this lane's pieces of them; scales: those of this lane's rows, of
-// the warp's first tile.
+// S += scale * P over 32 k, or S += (A * scale) B. x: this lane's pieces of them; scales: those of
+// this lane's rows, of the warp's first tile.
 template <int kType, QuantGemmTile T>
 __device__ __forceinline__ void multiply(QuantGemmSums<T>& sums,
-                                         const uint32_t (&a)[QuantGemmShape<T>::kTiles][2][4],
+                                         uint32_t (&a)[QuantGemmShape<T>::kTiles][2][4],
                                          const uint8_t* x, const uint8_t* scales, int tokens) {
     using S = QuantGemmShape<T>;
     constexpr bool kIs16 = QuantScales<kType>::kIs16;
-    float2 scale[S::kTiles][2];  // of rows g and g + 8: of the block, or of its two
+    float2 scale[S::kTiles];  // of rows g and g + 8
     MK_UNROLL
     for (int i = 0; i < S::kTiles; ++i) {
         const uint8_t* const from = scales + i * QuantGemmSmem<kType, T>::kRow;
-        memcpy(scale[i], __builtin_assume_aligned(from, kIs16 ? 16 : 8), kIs16 ? 16 : 8);
+        const uint2 of_g = *reinterpret_cast<const uint2*>(from);
+        if constexpr (kIs16) {
+            fold_scales(a[i], of_g.x, of_g.y);
+        } else {
+            scale[i] = {__uint_as_float(of_g.x), __uint_as_float(of_g.y)};
+        }
     }
-    const auto add = [](float (&s)[4], const float (&p)[4], float2 scale) {
-        s[0] = fmaf(scale.x, p[0], s[0]);
-        s[1] = fmaf(scale.x, p[1], s[1]);
-        s[2] = fmaf(scale.y, p[2], s[2]);
-        s[3] = fmaf(scale.y, p[3], s[3]);
-    };
     MK_UNROLL
     for (int n = 0; n < S::kTokens; ++n) {
         if (n % kQuantGemmChunk == 0 && n * 8 >= tokens) break;
         const uint4 b = load_b(x + n * 1024);
         MK_UNROLL
         for (int i = 0; i < S::kTiles; ++i) {
-            float p[4]{};
+            float (&s)[4] = sums[i][n];
+            float from_0[4]{};
+            float (&p)[4] = kIs16 ? s : from_0;
             ptx::mma_m16n8k16_f32_f16(p, a[i][0], b.x, b.y);
-            if constexpr (kIs16) {
-                add(sums[i][n], p, scale[i][0]);
-                MK_UNROLL
-                for (float& value : p) value = 0.f;
-            }
             ptx::mma_m16n8k16_f32_f16(p, a[i][1], b.z, b.w);
-            add(sums[i][n], p, scale[i][kIs16]);
+            if constexpr (kIs16) continue;
+            s[0] = fmaf(scale[i].x, p[0], s[0]);
+            s[1] = fmaf(scale[i].x, p[1], s[1]);
+            s[2] = fmaf(scale[i].y, p[2], s[2]);
+            s[3] = fmaf(scale[i].y, p[3], s[3]);
         }
     }
 }
@@ -172,7 +169,6 @@ __device__ __forceinline__ void quant_gemm_sums(const QuantGemmBlock& block, uin
     convert_scales<kType, T>(smem, 0, 0, quarters_of(0));
 
     const uint8_t* const lane_x = smem + first_token * kQuantQuarterK * 2 + lane * 16;
-    constexpr int kHalfScales = QuantScales<kType>::kIs16 ? kQuantGemmScalePart : 8;
     int stage = -1, slot = 0, left = block.args.x.halves;
     for (int group = 0;; ++group) {
         QuantGemmSums<T> sums{};
@@ -181,7 +177,7 @@ __device__ __forceinline__ void quant_gemm_sums(const QuantGemmBlock& block, uin
         uint8_t* const rows = smem + Smem::kRowsAt + first_tile * Smem::kRow;
         const uint8_t* const tiles = rows + slot * Smem::kTile;
         const uint8_t* const scales =
-            rows + Smem::kScalesAt + group % 2 * Smem::kScales + lane / 4 * 16;
+            rows + Smem::kScalesAt + group % 2 * kQuantGemmScaleBytes + lane / 4 * 16;
         const int next_slot = slot + 1 == T.groups ? 0 : slot + 1;
         const uint8_t* x = nullptr;
         MK_NO_UNROLL
@@ -217,8 +213,7 @@ __device__ __forceinline__ void quant_gemm_sums(const QuantGemmBlock& block, uin
                 for (int i = 0; i < S::kTiles; ++i) words[i].template unpack<1>(a[i]);
             }
             multiply<kType, T>(sums, a, x + half % 2 * 512,
-                               scales + quarter * kQuantGemmScalePitch + half % 2 * kHalfScales,
-                               tokens);
+                               scales + quarter * kQuantGemmScalePitch + half % 2 * 8, tokens);
             if (--left == 0) break;
         }
         add_group<kType, T>(

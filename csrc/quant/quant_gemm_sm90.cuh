@@ -44,8 +44,7 @@ struct QuantGemmSm90 {
     static constexpr int kGroupRows = Ring::kGroupRows;  // of a warpgroup
     static constexpr int kGroups = Ring::kGroups;
     static constexpr int kScalesAt = Ring::kWAt + T.slots * kQuantGemmSlotBytes;
-    static constexpr int kWarpScales = 2 * kQuantGemmScalePart;
-    static constexpr int kOutAt = kScalesAt + kQuantGemmWarpsSm90 * kWarpScales;
+    static constexpr int kOutAt = kScalesAt + kQuantGemmWarpsSm90 * kQuantGemmScaleBytes;
     static constexpr int kGroupOut = quant_gemm_group_out_bytes(T);
     static constexpr int kRowsAt = kQuantStagedTokens * kQuantStagedPitch;  // in a group's
     static constexpr int kTotalsAt = kOutAt + kGroups * kGroupOut;
@@ -102,40 +101,35 @@ struct QuantGemmSm90 {
     }
     static constexpr int kStepBytes = 256;  // of B, from 16 k to the next
 
-    // P = A B of one step of 16 k or, kIsPair, of two, under way.
-    template <bool kIsPair>
-    static __device__ __forceinline__ void start(Part& p, const uint32_t (*a)[4], uint64_t b) {
+    // P = A B of 32 k, under way; or P += A B.
+    template <bool kAccumulate = false>
+    static __device__ __forceinline__ void multiply(Part& p, const uint32_t (&a)[2][4],
+                                                    uint64_t b) {
+        ptx::wgmma<ptx::WgmmaType::kF16, kAccumulate>(p, a[0], b);
+        ptx::wgmma<ptx::WgmmaType::kF16, true>(p, a[1], wgmma_advance(b, kStepBytes));
+    }
+    static __device__ __forceinline__ void start(Part& p, const uint32_t (&a)[2][4], uint64_t b) {
         ptx::wgmma_fence();
-        ptx::wgmma<ptx::WgmmaType::kF16, false>(p, a[0], b);
-        if constexpr (kIsPair) {
-            ptx::wgmma<ptx::WgmmaType::kF16, true>(p, a[1], wgmma_advance(b, kStepBytes));
-        }
+        multiply(p, a, b);
         ptx::wgmma_commit_group();
     }
-    template <bool kIsPair>
-    static __device__ __forceinline__ void start_parts(Sums& p, uint32_t (*a)[4],
+    static __device__ __forceinline__ void start_parts(Sums& p, uint32_t (&a)[2][4],
                                                        const Operand& b) {
-        pin_steps<kIsPair>(a);
+        ptx::pin(a);
         MK_UNROLL
-        for (int h = 0; h < kParts; ++h) start<kIsPair>(p[h], a, b.first + h * b.step);
-    }
-    template <bool kIsPair>
-    static __device__ __forceinline__ void pin_steps(uint32_t (*a)[4]) {
-        MK_UNROLL
-        for (int i = 0; i < (kIsPair ? 8 : 4); ++i) ptx::pin(a[i / 4][i % 4]);
+        for (int h = 0; h < kParts; ++h) start(p[h], a, b.first + h * b.step);
     }
 
-    // What is under way ends, and step `step` of the stage is started, part by part.
-    template <bool kIsPair>
-    static __device__ __forceinline__ void turn(Sums& s, Sums& p, float2 scale, uint32_t (*a)[4],
-                                                const Operand& b, int step) {
-        pin_steps<kIsPair>(a);
+    // What is under way ends, and the second half of the stage is started, part by part.
+    static __device__ __forceinline__ void turn(Sums& s, Sums& p, float2 scale, uint32_t (&a)[2][4],
+                                                const Operand& b) {
+        ptx::pin(a);
         MK_UNROLL
         for (int h = 0; h < kParts; ++h) {
             ptx::wgmma_wait_group<kParts - 1>();
             ptx::pin(p[h]);
             add(s[h], p[h], scale);
-            start<kIsPair>(p[h], a, wgmma_advance(b.first + h * b.step, step * kStepBytes));
+            start(p[h], a, wgmma_advance(b.first + h * b.step, 2 * kStepBytes));
         }
     }
     static __device__ __forceinline__ void end(Sums& s, Sums& p, float2 scale) {
@@ -145,6 +139,25 @@ struct QuantGemmSm90 {
             add(s[h], p[h], scale);
             ptx::pin(s[h]);  // before the next part is waited for
         });
+    }
+
+    // S += A B of half `half` of the stage, under way.
+    static __device__ __forceinline__ void add_half(Sums& s, uint32_t (&a)[2][4], const Operand& b,
+                                                    int half) {
+        ptx::pin(a);
+        ptx::wgmma_fence();
+        MK_UNROLL
+        for (int h = 0; h < kParts; ++h) {
+            multiply<true>(s[h], a, wgmma_advance(b.first + h * b.step, half * 2 * kStepBytes));
+        }
+        ptx::wgmma_commit_group();
+    }
+    // At most kPending halves are under way.
+    template <int kPending>
+    static __device__ __forceinline__ void wait_halves(Sums& s) {
+        ptx::wgmma_wait_group<kPending>();
+        MK_UNROLL
+        for (int h = 0; h < kParts; ++h) ptx::pin(s[h]);
     }
 
     static __device__ __forceinline__ void add(Part& s, const Part& p, float2 scale) {
@@ -172,8 +185,8 @@ struct QuantGemmSm90 {
             for (int j = 0; j < 4; ++j) total[j] = __fadd_rn(total[j], y[j]);
     }
 
-    // The scales of the warp's tile as floats: lane 4g + t's of quarter t, which the four lanes of
-    // row g then read.
+    // The scales of the warp's tile: lane 4g + t's of quarter t, which the four lanes of row g then
+    // read.
     template <int kType>
     static __device__ __forceinline__ void convert_scales(const uint8_t* tile, uint32_t to,
                                                           int quarters) {
@@ -182,13 +195,7 @@ struct QuantGemmSm90 {
         load_scales<kType>(tile, lane(), quarters).scale_pairs(pairs);
         to += lane() % 4 * kQuantGemmScalePitch + lane() / 4 * 16;
         __syncwarp();  // all lanes are done with the last tile's
-        MK_UNROLL
-        for (int i = 0; i < Scales::kFloat4s; ++i) {
-            const float4 v = Scales::scales(pairs, i);
-            ptx::st_shared_v4(to + i * kQuantGemmScalePart,
-                              {__float_as_uint(v.x), __float_as_uint(v.y), __float_as_uint(v.z),
-                               __float_as_uint(v.w)});
-        }
+        ptx::st_shared_v4(to, Scales::scales(pairs));
         __syncwarp();
     }
 
@@ -198,15 +205,16 @@ struct QuantGemmSm90 {
         using Scales = QuantScales<kType>;
         constexpr bool kIs16 = Scales::kIs16;
         // Kept in registers, where the compiler would compute them again for each 64 k.
-        const uint32_t smem_scales = ptx::mov_b32(ring.smem + kScalesAt + warp() * kWarpScales);
+        const uint32_t smem_scales =
+            ptx::mov_b32(ring.smem + kScalesAt + warp() * kQuantGemmScaleBytes);
         const uint32_t lane_scales = ptx::mov_b32(smem_scales + lane() / 4 * 16);
         const uint32_t empty = ptx::mov_b32(
             thread() < ring.args.cluster ? ptx::mapa_shared_cluster(ring.x_empty(0), thread()) : 0);
-        const auto scales_of = [&](int quarter, int i) {
-            const uint4 v = ptx::ld_shared_v4(lane_scales + quarter * kQuantGemmScalePitch +
-                                              i * kQuantGemmScalePart);
-            return float4{__uint_as_float(v.x), __uint_as_float(v.y), __uint_as_float(v.z),
-                          __uint_as_float(v.w)};
+        const auto scales_of = [&](int quarter) {
+            return ptx::ld_shared_v4(lane_scales + quarter * kQuantGemmScalePitch);
+        };
+        const auto floats = [](uint32_t x, uint32_t y) {
+            return float2{__uint_as_float(x), __uint_as_float(y)};
         };
         int left = ring.args.x.quarters;
         MK_NO_UNROLL
@@ -222,28 +230,40 @@ struct QuantGemmSm90 {
             uint32_t a[2][2][4];  // A of the halves of a quarter, of their steps
             words.next(tile, lane, 0, quarters);
             words.template unpack<0>(a[0]);
+            uint4 scale;
+            if constexpr (kIs16) {
+                scale = scales_of(0);
+                fold_scales(a[0], scale.x, scale.y);
+            }
             Sums s{}, p;
             MK_NO_UNROLL
             for (int quarter = 0; quarter < quarters; ++quarter) {
                 const Operand x = operand_of<kQuantQuarterK * 2>(at.stage.at);
                 Ring::wait(ring.x_full(at.stage.at), at.stage.parity);
-                start_parts<!kIs16>(p, a[0], x);
-                float4 scale = scales_of(quarter, 0);
                 if constexpr (kIs16) {
-                    turn<false>(s, p, {scale.x, scale.y}, a[0] + 1, x, 1);
+                    add_half(s, a[0], x, 0);
                     words.template unpack<1>(a[1]);
-                    turn<false>(s, p, {scale.z, scale.w}, a[1], x, 2);
-                    scale = scales_of(quarter, 1);
-                    turn<false>(s, p, {scale.x, scale.y}, a[1] + 1, x, 3);
+                    fold_scales(a[1], scale.z, scale.w);
+                    add_half(s, a[1], x, 1);
+                    if (quarter + 1 < quarters) {
+                        words.next(tile, lane, quarter + 1, quarters);
+                        scale = scales_of(quarter + 1);
+                        wait_halves<1>(s);
+                        words.template unpack<0>(a[0]);
+                        fold_scales(a[0], scale.x, scale.y);
+                    }
+                    wait_halves<0>(s);
                 } else {
+                    start_parts(p, a[0], x);
+                    const uint4 of_quarter = scales_of(quarter);
                     words.template unpack<1>(a[1]);
-                    turn<true>(s, p, {scale.x, scale.y}, a[1], x, 2);
+                    turn(s, p, floats(of_quarter.x, of_quarter.y), a[1], x);
+                    if (quarter + 1 < quarters) {
+                        words.next(tile, lane, quarter + 1, quarters);
+                        words.template unpack<0>(a[0]);
+                    }
+                    end(s, p, floats(of_quarter.z, of_quarter.w));
                 }
-                if (quarter + 1 < quarters) {
-                    words.next(tile, lane, quarter + 1, quarters);
-                    words.template unpack<0>(a[0]);
-                }
-                end(s, p, {scale.z, scale.w});
                 release_x(empty, at.stage.at);
                 at.stage.advance();
             }
@@ -258,7 +278,7 @@ struct QuantGemmSm90 {
             MK_UNROLL
             for (int i = 0; i < 4; ++i) a[0][1][i] = a[0][0][i];
             Ring::wait(ring.x_full(at.stage.at), at.stage.parity);
-            start_parts<true>(p, a[0], operand_of<kPreparedSumsBytes / kPreparedRows>(at.stage.at));
+            start_parts(p, a[0], operand_of<kPreparedSumsBytes / kPreparedRows>(at.stage.at));
             static_for<kParts>([&](auto h) {
                 ptx::wgmma_wait_group<kParts - 1 - h>();
                 ptx::pin(p[h]);

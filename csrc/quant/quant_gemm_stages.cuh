@@ -40,7 +40,6 @@ struct QuantGemmSmem {
     static constexpr int kRow = quant_gemm_row_bytes(T);
     static constexpr int kRowsAt = kSumsAt + T.groups * kSums;
     static constexpr int kTile = quant_tile_bytes(kType, 4);
-    static constexpr int kScales = quant_gemm_scales_bytes(kType);
     static constexpr int kScalesAt = T.groups * kTile;             // in a row of tiles
     static constexpr int kShortTile = quant_tile_bytes(kType, 1);  // a quarter of a shorter tile
     static_assert(quant_format(kType).block_k == 256 || kTile == 4 * kShortTile);

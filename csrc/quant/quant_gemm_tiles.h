@@ -77,17 +77,14 @@ constexpr int quant_gemm_threads(const QuantGemmTile& t) {
 }
 
 // Shared memory in this order: stages of x; groups of x's sums; of each row of tiles its groups of
-// w and two sets of their scales as floats. So only what one warp needs depends on the type: of
+// w and two sets of their scales. So only what one warp needs depends on the type: of
 // gate and up, each the rows of half the warps, they differ.
 constexpr int quant_gemm_x_bytes(const QuantGemmTile& t) { return t.tokens * kQuantQuarterK * 2; }
 constexpr int quant_gemm_sums_bytes(const QuantGemmTile& t) { return t.tokens * 64; }  // of a group
 // Of a tile of w: 16 bytes of each g, 160 bytes apart for the four quarters: written by lanes 4g +
 // t and read for one t, both without bank conflicts.
 constexpr int kQuantGemmScalePitch = 160;
-constexpr int kQuantGemmScalePart = 4 * kQuantGemmScalePitch;
-constexpr int quant_gemm_scales_bytes(int type) {
-    return kQuantGemmScalePart * (quant_format(type).scale_k == 16 ? 2 : 1);
-}
+constexpr int kQuantGemmScaleBytes = 4 * kQuantGemmScalePitch;
 // In place of all that, at the end: the outputs, [tokens][rows] floats.
 constexpr int quant_gemm_pitch(const QuantGemmTile& t) { return t.rows * 4 + 16; }
 
@@ -96,7 +93,7 @@ constexpr int kQuantGemmTypes[] = {MK_Q4_0, MK_Q4_1, MK_Q5_0, MK_Q5_1, MK_Q8_0,
 constexpr int quant_gemm_row_bytes(const QuantGemmTile& t) {  // of a row of tiles, of any type
     int most = 0;
     for (const int type : kQuantGemmTypes) {
-        const int bytes = t.groups * quant_tile_bytes(type, 4) + 2 * quant_gemm_scales_bytes(type);
+        const int bytes = t.groups * quant_tile_bytes(type, 4) + 2 * kQuantGemmScaleBytes;
         most = bytes > most ? bytes : most;
     }
     return most;
@@ -150,7 +147,7 @@ constexpr int kQuantGemmThreadsSm90 = 384;
 constexpr int kQuantGemmWarpsSm90 = kQuantGemmRowsSm90 / kQuantTileRows;  // that multiply
 constexpr QuantGemmTileSm90 kQuantGemmTilesSm90[] = {{128, 5, 2}, {64, 10, 3}};
 
-// Shared memory in this order: stages of x, slots of w, scales of each warp's tile as floats;
+// Shared memory in this order: stages of x, slots of w, scales of each warp's tile;
 // of each warpgroup kQuantStagedTokens rows of its outputs, and where the rows go; the totals of
 // the rows of x from 64 on; barriers.
 constexpr int kQuantStagedTokens = 32;
@@ -168,7 +165,7 @@ constexpr int quant_gemm_totals_bytes(const QuantGemmTileSm90& t) {
 }
 constexpr int quant_gemm_barriers_at(const QuantGemmTileSm90& t) {
     return t.stages * quant_gemm_x_bytes(t) + t.slots * kQuantGemmSlotBytes +
-           kQuantGemmWarpsSm90 * 2 * kQuantGemmScalePart + 2 * quant_gemm_group_out_bytes(t) +
+           kQuantGemmWarpsSm90 * kQuantGemmScaleBytes + 2 * quant_gemm_group_out_bytes(t) +
            quant_gemm_totals_bytes(t);
 }
 constexpr int quant_gemm_smem_bytes(const QuantGemmTileSm90& t) {

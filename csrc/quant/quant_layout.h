@@ -152,11 +152,11 @@ constexpr int64_t quant_packed_bytes(int type, int rows, int k) {
 constexpr int quant_slot(int p) { return p % 16 / 2 + p % 2 * 8; }
 
 // What a sum of products is multiplied with in the end: small integers as f16 patterns are 2^-24 of
-// their value, the integer scales of Q2_K, Q4_K and Q5_K another 2^-24.
+// their value, the integer scales of Q4_K and Q5_K another 2^-24.
 constexpr float kTwo24 = 16777216.f;
 constexpr float quant_unit(int type) {
     const QuantFormat f = quant_format(type);
-    return f.block_k == 256 && f.has_min ? kTwo24 * kTwo24 : kTwo24;
+    return f.block_k == 256 && f.scale_k == 32 ? kTwo24 * kTwo24 : kTwo24;
 }
 
 // ---- where each number is ----

@@ -4,8 +4,14 @@
 //   QuantScales<type>      a lane's scales and minima of a tile, and what is done with them:
 //
 //     S = sum over blocks, ascending, of scale * P      P: the MMAs of the block, from 0
+//     S = the MMAs of A * scale, from 0                 blocks of 16 k: fold_scales
 //     C = A B, A minima (or scales), B block sums of x16 (quant_x.cuh)
 //     Y = finish(S, C)                                  the tile's part of the sum, in quant_unit's
+//
+// Scales of blocks of 16 k are integers, and so are multiplied with the weights, as f16: a multiply
+// and add of P for each 8 rows of x would take longer than the MMAs. q * scale of Q2_K (up to 45)
+// and Q3_K (224) is exact. Of Q6_K it has up to 13 bits (8064), and above 2048 is rounded to 11:
+// by 0.22 of what rounding the weight to bf16 costs, 1.8 of what rounding it to f16 does.
 //
 // What is not q but a sum over x times the same number for a whole block goes through C: the
 // minima, and the offset of q (8 for Q4_0, ...), which is a minimum of scale * offset. C is two
@@ -13,6 +19,8 @@
 // + 8: of the two blocks of 32 k of quarter t, or the four of 16 k; QuantScales::scales gives them
 // as they are shared with the other three lanes of the rows.
 #pragma once
+
+#include <cstring>
 
 #include "common/f16_pair.cuh"
 #include "common/vec.cuh"
@@ -167,6 +175,26 @@ __device__ __forceinline__ void unpack_quarter_of(const uint32_t (&words)[kQuant
 
 // ---- scales ----
 
+// Half kHalf twice, as a move: ptxas lets mul.f16x2 take its operand so.
+template <int kHalf>
+__device__ __forceinline__ uint32_t twice(uint32_t pair) {
+    ushort2 halves;
+    memcpy(&halves, &pair, 4);
+    halves = kHalf ? ushort2{halves.y, halves.y} : ushort2{halves.x, halves.x};
+    memcpy(&pair, &halves, 4);
+    return pair;
+}
+
+// A of 32 k times the scales of its two blocks of 16 k, those of rows g and g + 8.
+__device__ __forceinline__ void fold_scales(uint32_t (*a)[4], uint32_t pair, uint32_t pair_8) {
+    MK_UNROLL
+    for (int i = 0; i < 4; ++i) {
+        const uint32_t scales = i % 2 ? pair_8 : pair;
+        a[0][i] = ptx::mul_rn_f16x2(a[0][i], twice<0>(scales));
+        a[1][i] = ptx::mul_rn_f16x2(a[1][i], twice<1>(scales));
+    }
+}
+
 __device__ __forceinline__ uint32_t both_halves_low(uint32_t a) {
     return __byte_perm(a, 0, 0x1010);
 }
@@ -179,7 +207,6 @@ struct QuantScales {
     static constexpr QuantFormat kFormat = quant_format(kType);
     static constexpr bool kIsK = kFormat.block_k == 256;
     static constexpr bool kIs16 = kFormat.scale_k == 16;
-    static constexpr int kFloat4s = kIs16 ? 2 : 1;  // of scales()
     static constexpr int kWords = !kIsK && kFormat.has_min ? 4 : 2;
     static constexpr int kQuantBytes = quant_scales_offset(kType, 1);  // of a quarter
     static constexpr int kScalesAt = quant_scales_offset(kType, 4);
@@ -232,7 +259,8 @@ struct QuantScales {
         if constexpr (!kIsK) {
             return words[h];
         } else if constexpr (kType == MK_Q2_K) {
-            return words[h] >> 8 * i & 0x000F000Fu;
+            return ptx::sub_rn_f16x2(or_masked(0x64006400u, words[h] >> 8 * i, 0x000F000Fu),
+                                     0x64006400u);  // 1024 + n, less 1024
         } else if constexpr (kType == MK_Q3_K) {
             const uint32_t low = words[0] >> (8 * h + 4 * i) & 0x000F000Fu;
             const uint32_t spread = __byte_perm(words[1], 0, 0x4140);
@@ -249,16 +277,22 @@ struct QuantScales {
     }
 
     // All of them: that of h and i is pairs[2 * i + h].
-    using Pairs = uint32_t[2 * kFloat4s];
+    using Pairs = uint32_t[kIs16 ? 4 : 2];
     __device__ __forceinline__ void scale_pairs(Pairs& pairs) const {
         MK_UNROLL
-        for (int i = 0; i < 2 * kFloat4s; ++i) pairs[i] = scale_pair(i % 2, i / 2);
+        for (int i = 0; i < (kIs16 ? 4 : 2); ++i) pairs[i] = scale_pair(i % 2, i / 2);
     }
 
-    // Of blocks b and b + 1: {b of g, b of g + 8, b + 1 of g, b + 1 of g + 8}; b = 2t, or 4t + 2i.
-    static __device__ __forceinline__ float4 scales(const Pairs& pairs, int i) {
-        const float2 lo = f16_pair(pairs[2 * i]), hi = f16_pair(pairs[2 * i + 1]);
-        return {lo.x, hi.x, lo.y, hi.y};
+    // What the four lanes of the rows share of a quarter, 8 bytes for each 32 k: a block's scales
+    // of g and g + 8 as floats, or those of two blocks of 16 k as pairs of f16 of g and of g + 8.
+    static __device__ __forceinline__ uint4 scales(const Pairs& pairs) {
+        if constexpr (kIs16) {
+            return {pairs[0], pairs[1], pairs[2], pairs[3]};
+        } else {
+            const float2 lo = f16_pair(pairs[0]), hi = f16_pair(pairs[1]);
+            return {__float_as_uint(lo.x), __float_as_uint(hi.x), __float_as_uint(lo.y),
+                    __float_as_uint(hi.y)};
+        }
     }
 
     // A of C: k = 2t, 2t + 1 of the MMA are blocks of 16 k 4t and 4t + 1, k = 2t + 8, 2t + 9 are
@@ -292,8 +326,8 @@ struct QuantScales {
             constexpr float kFactor = (kFormat.has_min ? 1.f : -kFormat.offset) * kTwo20;
             MK_UNROLL
             for (int i = 0; i < 4; ++i) s[i] = fmaf(c[i], kFactor, s[i]);
-        } else if constexpr (kFormat.has_min) {  // Q2_K's minima are x16
-            constexpr float kFactor = -(kType == MK_Q2_K ? 1.f / 16 : 1.f) * kTwo20;
+        } else if constexpr (kFormat.has_min) {  // Q2_K's minima are x16, and its S is 2^-24
+            constexpr float kFactor = kType == MK_Q2_K ? -1.f : -kTwo20;
             MK_UNROLL
             for (int h = 0; h < 2; ++h) {
                 const float2 d = f16_pair(halves[h]);
