@@ -119,7 +119,7 @@ def test_products_of_integer_scales() -> None:
                 assert not error.any()
 
 
-@pytest.mark.parametrize("arch", DEVICES)
+@archs
 @pytest.mark.parametrize("source", ["random", "encoded"])
 def test_error_of_q6_k(arch: str, source: str) -> None:
     """Of fp32 outputs, beside the same products of weights rounded to bf16 and to f16: 0.22 to 0.24

@@ -90,46 +90,55 @@ struct QuantGemmSm90 {
         typename Ring::template Place<T.slots> slot;
     };
 
-    // B: the first part, and how far the next part is from it, as descriptors.
-    struct Operand {
-        uint64_t first, step;
-    };
+    // B of a stage. Descriptors are added to in the low word alone, as the high one is the same for
+    // all: in 64 bits each takes six instructions, not three.
     template <int kRowBytes>
-    __device__ __forceinline__ Operand operand_of(uint32_t stage) const {
-        return {wgmma_plain_operand(ring.x_at(stage), 128, 8 * kRowBytes),
-                uint64_t{kPartTokens * kRowBytes >> 4}};
+    struct Operand {
+        uint32_t low;
+
+        // Of part h, from step `step` of 16 k on.
+        __device__ __forceinline__ uint64_t at(int h, int step) const {
+            constexpr uint64_t kHigh = uint64_t{8 * kRowBytes >> 4} << 32;
+            return kHigh | (low + ((h * kPartTokens * kRowBytes + step * 256) >> 4));
+        }
+    };
+    // `first`: the low word of the first stage.
+    template <int kRowBytes>
+    static __device__ __forceinline__ Operand<kRowBytes> operand_of(uint32_t first,
+                                                                    uint32_t stage) {
+        return {first + stage * (Ring::kStageBytes >> 4)};
     }
-    static constexpr int kStepBytes = 256;  // of B, from 16 k to the next
 
     // P = A B of 32 k, under way; or P += A B.
     template <bool kAccumulate = false>
     static __device__ __forceinline__ void multiply(Part& p, const uint32_t (&a)[2][4],
-                                                    uint64_t b) {
-        ptx::wgmma<ptx::WgmmaType::kF16, kAccumulate>(p, a[0], b);
-        ptx::wgmma<ptx::WgmmaType::kF16, true>(p, a[1], wgmma_advance(b, kStepBytes));
+                                                    const auto& b, int h, int step) {
+        ptx::wgmma<ptx::WgmmaType::kF16, kAccumulate>(p, a[0], b.at(h, step));
+        ptx::wgmma<ptx::WgmmaType::kF16, true>(p, a[1], b.at(h, step + 1));
     }
-    static __device__ __forceinline__ void start(Part& p, const uint32_t (&a)[2][4], uint64_t b) {
+    static __device__ __forceinline__ void start(Part& p, const uint32_t (&a)[2][4], const auto& b,
+                                                 int h, int step) {
         ptx::wgmma_fence();
-        multiply(p, a, b);
+        multiply(p, a, b, h, step);
         ptx::wgmma_commit_group();
     }
     static __device__ __forceinline__ void start_parts(Sums& p, uint32_t (&a)[2][4],
-                                                       const Operand& b) {
+                                                       const auto& b) {
         ptx::pin(a);
         MK_UNROLL
-        for (int h = 0; h < kParts; ++h) start(p[h], a, b.first + h * b.step);
+        for (int h = 0; h < kParts; ++h) start(p[h], a, b, h, 0);
     }
 
     // What is under way ends, and the second half of the stage is started, part by part.
     static __device__ __forceinline__ void turn(Sums& s, Sums& p, float2 scale, uint32_t (&a)[2][4],
-                                                const Operand& b) {
+                                                const auto& b) {
         ptx::pin(a);
         MK_UNROLL
         for (int h = 0; h < kParts; ++h) {
             ptx::wgmma_wait_group<kParts - 1>();
             ptx::pin(p[h]);
             add(s[h], p[h], scale);
-            start(p[h], a, wgmma_advance(b.first + h * b.step, 2 * kStepBytes));
+            start(p[h], a, b, h, 2);
         }
     }
     static __device__ __forceinline__ void end(Sums& s, Sums& p, float2 scale) {
@@ -141,15 +150,13 @@ struct QuantGemmSm90 {
         });
     }
 
-    // S += A B of half `half` of the stage, under way.
-    static __device__ __forceinline__ void add_half(Sums& s, uint32_t (&a)[2][4], const Operand& b,
-                                                    int half) {
+    // S += A B of 32 k from step `step` of the stage on, under way.
+    static __device__ __forceinline__ void add_half(Sums& s, uint32_t (&a)[2][4], const auto& b,
+                                                    int step) {
         ptx::pin(a);
         ptx::wgmma_fence();
         MK_UNROLL
-        for (int h = 0; h < kParts; ++h) {
-            multiply<true>(s[h], a, wgmma_advance(b.first + h * b.step, half * 2 * kStepBytes));
-        }
+        for (int h = 0; h < kParts; ++h) multiply<true>(s[h], a, b, h, step);
         ptx::wgmma_commit_group();
     }
     // At most kPending halves are under way.
@@ -208,6 +215,8 @@ struct QuantGemmSm90 {
         const uint32_t smem_scales =
             ptx::mov_b32(ring.smem + kScalesAt + warp() * kQuantGemmScaleBytes);
         const uint32_t lane_scales = ptx::mov_b32(smem_scales + lane() / 4 * 16);
+        const uint32_t first_x =
+            ptx::mov_b32(static_cast<uint32_t>(wgmma_plain_operand(ring.x_at(0), 128, 0)));
         const uint32_t empty = ptx::mov_b32(
             thread() < ring.args.cluster ? ptx::mapa_shared_cluster(ring.x_empty(0), thread()) : 0);
         const auto scales_of = [&](int quarter) {
@@ -219,7 +228,7 @@ struct QuantGemmSm90 {
         int left = ring.args.x.quarters;
         MK_NO_UNROLL
         do {
-            const int quarters = min(left, 4), lane = ptx::mov_b32(this->lane());
+            const int quarters = ptx::mov_b32(min(left, 4)), lane = ptx::mov_b32(this->lane());
             const uint32_t smem_tile =
                 ptx::mov_b32(ring.w_at(at.slot.at, group()) + warp() % 4 * kQuantTileBytes<kType>);
             const auto* const tile =
@@ -238,13 +247,13 @@ struct QuantGemmSm90 {
             Sums s{}, p;
             MK_NO_UNROLL
             for (int quarter = 0; quarter < quarters; ++quarter) {
-                const Operand x = operand_of<kQuantQuarterK * 2>(at.stage.at);
+                const auto x = operand_of<kQuantQuarterK * 2>(first_x, at.stage.at);
                 Ring::wait(ring.x_full(at.stage.at), at.stage.parity);
                 if constexpr (kIs16) {
                     add_half(s, a[0], x, 0);
                     words.template unpack<1>(a[1]);
                     fold_scales(a[1], scale.z, scale.w);
-                    add_half(s, a[1], x, 1);
+                    add_half(s, a[1], x, 2);
                     if (quarter + 1 < quarters) {
                         words.next(tile, lane, quarter + 1, quarters);
                         scale = scales_of(quarter + 1);
@@ -278,7 +287,8 @@ struct QuantGemmSm90 {
             MK_UNROLL
             for (int i = 0; i < 4; ++i) a[0][1][i] = a[0][0][i];
             Ring::wait(ring.x_full(at.stage.at), at.stage.parity);
-            start_parts(p, a[0], operand_of<kPreparedSumsBytes / kPreparedRows>(at.stage.at));
+            start_parts(p, a[0],
+                        operand_of<kPreparedSumsBytes / kPreparedRows>(first_x, at.stage.at));
             static_for<kParts>([&](auto h) {
                 ptx::wgmma_wait_group<kParts - 1 - h>();
                 ptx::pin(p[h]);
