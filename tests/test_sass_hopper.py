@@ -1,5 +1,6 @@
 """What only a card would notice, read from SASS: memory touched before griddepcontrol.wait, fences
-of a wider scope than meant in main loops, registers that setmaxnreg waits for in vain."""
+of a wider scope than meant in main loops, registers that setmaxnreg waits for in vain, descriptors
+that are moved."""
 
 from __future__ import annotations
 
@@ -87,6 +88,22 @@ def test_main_loops_fence_no_wider_than_the_block() -> None:
         assert wide_fences(code) == [], name
         seen += bool(main_loops(code))
     assert seen >= 32
+
+
+@pytest.mark.skipif("90a" not in BUILT, reason="built without sm_90a")
+def test_quantised_products_have_descriptors_in_uniform_registers() -> None:
+    """Else each wgmma takes four instructions more: its descriptor is added up in ordinary
+    registers and moved. It needs a switch between types that ptxas knows to be the warp's."""
+    code = {
+        name: c for name, c in functions("90a").items() if "quant_gemm_sm90_b16_rows128" in name
+    }
+    assert len(code) == 2
+    for name, instructions in code.items():
+        loops = main_loops(instructions)
+        assert len(loops) == 10, name  # one for each type
+        for loop in loops:
+            found = [i.name for i in loop]
+            assert found.count("HGMMA") >= 4 and found.count("R2UR") <= 1, name
 
 
 @pytest.mark.skipif("90a" not in BUILT, reason="built without sm_90a")
