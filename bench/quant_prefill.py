@@ -12,6 +12,7 @@ one a clock. They are PTX, without mov, which ptxas mostly deletes.
 from __future__ import annotations
 
 import re
+from typing import NamedTuple
 
 import click
 import torch
@@ -29,8 +30,19 @@ M = 512
 GPUS = {"80": "A100", "89": "L40S", "90a": "H100", "100a": "B200"}
 
 
-def line(kind: str, arch: str, n: int = N, k: int = K) -> str:
-    x, w = values(M, k, dtype=torch.bfloat16), zeros(kind, n, k)
+class Issued(NamedTuple):
+    """Over the tensor cores' time: instructions of a scheduler, wavefronts of shared memory."""
+
+    scaling: float
+    rest: float
+    shared: float
+    mma: float
+    wavefronts: float
+
+
+def issued(kind: str, arch: str, n: int = N, k: int = K, m: int = M) -> tuple[str, Issued]:
+    """The kernel's entry, and what it takes."""
+    x, w = values(m, k, dtype=torch.bfloat16), zeros(kind, n, k)
     params, tensors = quant_params(x, w, out_of("linear_quant", x, w))
     entry = abi.plan("linear_quant", params, arch).entry.decode()
     counters = run("linear_quant", arch, params, tensors)
@@ -39,11 +51,14 @@ def line(kind: str, arch: str, n: int = N, k: int = K) -> str:
     time = counters.issued["mma"] * mma_flop(ptx_by_entry(arch)[entry]) / flop_per_clock
     shared, mma, scaling = (counters.issued[c] / time for c in ("shared", "mma", "fp32"))
     rest = (counters.instructions - counters.issued["mov"]) / time - shared - mma - scaling
-    wavefronts = counters.shared_wavefronts * 4 / time
-    tile = re.sub(r"mk_quant_gemm_sm\d+_b16_", "", entry)
-    cells = [kind, f"sm_{arch}", tile]
-    cells += [f"{v:.2f}" for v in (scaling, rest, shared, mma, scaling + rest, wavefronts)]
-    return f"| {' | '.join(cells)} |"
+    return entry, Issued(scaling, rest, shared, mma, counters.shared_wavefronts * 4 / time)
+
+
+def line(kind: str, arch: str, n: int = N, k: int = K) -> str:
+    entry, i = issued(kind, arch, n, k)
+    cells = [kind, f"sm_{arch}", re.sub(r"mk_quant_gemm_sm\d+_b16_", "", entry)]
+    numbers = (i.scaling, i.rest, i.shared, i.mma, i.scaling + i.rest, i.wavefronts)
+    return f"| {' | '.join(cells + [f'{v:.2f}' for v in numbers])} |"
 
 
 @click.command(help=__doc__)

@@ -21,8 +21,8 @@
 // on its way all the time. Tiles take turns in two sets of registers, and the loop has two of them:
 // in one set the compiler loads early all the same, and copies 16 to 32 registers at the end of
 // each. Scales come two ways: each lane converts its own four (or eight), and gets those of its
-// rows that the other three lanes converted from 512 (1024) bytes of shared memory of the warp, of
-// which tiles take turns in two such parts. Up to 8 tokens, x of a column stays in registers (36).
+// rows that the other three lanes converted from 512 bytes of shared memory of the warp, of which
+// tiles take turns in two such parts. Up to 8 tokens, x of a column stays in registers (36).
 // Shared memory: quant_tiles.h. Where x does not fit, k goes in chunks.
 // That file has the instructions per weight, too; of Q4_K a tile takes 174 (80 unpack, 36 scale and
 // add, 18 MMAs), the rest of the kernel on sm_80 22 more a tile at m = 1 and 48 at m = 8. Lost:

@@ -8,20 +8,24 @@
 //     warpgroup 2    rows 64-127; a warp has a tile of 16 (quant_layout.h)
 //   Of gate and up that are two matrices one has 64 rows of gate, the other the same of up.
 //
-// Arithmetic: quant_unpack.cuh, quant_x.cuh. P of 32 (or 16) k starts from 0, and scale * P is
-// added to S; the minima meet the sums of x in the same way, and Y of 256 k is added to the total.
-// 64 k of a warpgroup, whose other half of the time is the other one's:
+// Arithmetic: quant_unpack.cuh, quant_x.cuh. P of 32 k starts from 0, and scale * P is added to S;
+// the minima meet the sums of x in the same way, and Y of 256 k is added to the total. Scales of 16
+// k are in A: the MMAs of 64 k are one chain into S. A of its second half is unpacked under those
+// of the first, A of the next 64 k under those of the second.
+// 64 k of 32 k each of a warpgroup, whose other half of the time is the other one's:
 //
 //   P of tokens 0-63     | k 0-31 |        | k 32-63 |
 //   P of tokens 64-127            | k 0-31 |         | k 32-63 |
 //   schedulers           | unpack | S 0-63 | S 64-127, unpack  | S 0-63 | S 64-127 |
 //
 // Clocks of an SM for 256 k of 128 x 128, modelled from SASS. Tensor cores 2304, 256 of them for
-// the sums. Each scheduler has two warps of (Q4_K) 4 x 202 + 354 instructions, 704 of them FFMA and
-// the like for S and Y: 2324; Q4_0 2198, Q5_K 2462. With a scale for 16 k FFMA are twice as many,
-// and issue binds: 3530 to 3810. 128 x 64: 1152, and 1490 to 1710 (16 k: 2270 to 2520). L2 gives an
-// SM 28 bytes per clock when all ask. Q4_K takes 39; in clusters of 2 24, of 4 16. Totals of tokens
-// 64-127 lie in shared memory: with 64 registers each for P, S and totals, some types spill.
+// the sums. Each scheduler has two warps of (Q4_K) 4 x 204 + 358 instructions, 704 of them FFMA and
+// the like for S and Y: 2348, or 2138 without moves, MMAs and shared memory's; Q4_0 2222 (2008),
+// Q5_K 2488 (2264). With a scale for 16 k: Q2_K 1520, Q6_K 1748, Q3_K 1770. 128 x 64: 1152, and
+// 1416 to 1636 (16 k: 1168 to 1418). L2 gives an SM 28 bytes per clock when all ask. Q4_K takes 39;
+// in clusters of 2 24, of 4 16. Totals of tokens 64-127 lie in shared memory: with 64 registers
+// each for P, S and totals, some types spill. Descriptors are in uniform registers, as long as
+// ptxas knows that all of a warp take the same way; else each wgmma has four instructions more.
 // Lost: P under way over the loop's end: ptxas serialises all wgmma (C7514). P of 128 tokens at
 // once: 222 of a step's 288 clocks one after the other, and with the group's end all of them.
 #pragma once
