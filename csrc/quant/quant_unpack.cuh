@@ -24,8 +24,6 @@
 // as they are shared with the other three lanes of the rows.
 #pragma once
 
-#include <cstring>
-
 #include "common/f16_pair.cuh"
 #include "common/vec.cuh"
 #include "quant/quant_layout.h"
