@@ -41,14 +41,27 @@ struct Int {
     static constexpr int value = kValue;
 };
 
+// std::make_integer_sequence, by what compilers have for it.
+template <class T, T... kIndex>
+struct Indices {};
+#if __has_builtin(__make_integer_seq)
+template <int kCount>
+using IndicesTo = __make_integer_seq<Indices, int, kCount>;
+#else
+template <int kCount>
+using IndicesTo = Indices<int, __integer_pack(kCount)...>;
+#endif
+
+template <class F, int... kIndex>
+MK_INLINE void unroll_over(const F& f, Indices<int, kIndex...>) {
+    (f(Int<kIndex>{}), ...);
+}
+
 // f(Int<0>{}), ..., f(Int<kCount - 1>{}). Arrays indexed by these stay in registers, where a loop
 // that is unrolled only after they have been laid out in memory would leave them there.
 template <int kCount, class F>
 MK_INLINE void unroll(const F& f) {
-    if constexpr (kCount > 0) {
-        unroll<kCount - 1>(f);
-        f(Int<kCount - 1>{});
-    }
+    unroll_over(f, IndicesTo<kCount>{});
 }
 
 // f(i, j) for all i < kM and j < kN.
