@@ -56,11 +56,9 @@ CLAIMS = {
     "linear": (128, 0),
     "linear_swiglu": (128, 0),
     "qkv_rope_append": (128, 0),
-    **{
-        f"{op}_{tile}": (registers, 0)
-        for op in ("linear", "linear_swiglu", "qkv_rope_append")
-        for tile, registers in (("m128_n256", 255), ("m128_n128", 255), ("m64_n64", 144))
-    },
+    "linear_m128_n256": (255, 0),
+    "linear_m128_n128": (255, 0),
+    "linear_m64_n64": (144, 0),
     # sm_90a's, at launch: setmaxnreg gives 232.
     **{f"linear_m128_n{n}": (168, 0) for n in (192, 64)},
     **{f"linear_fp8_m128_n{n}": (168, 0) for n in (192, 128, 64)},
@@ -126,7 +124,7 @@ def test_entry_names_and_number(arch: str) -> None:
         match = ENTRY_NAME.fullmatch(name)
         assert match, name
         assert match["op"] in (*abi.OPS, *SHARED) and match["sm"] == arch.rstrip("a"), name
-    assert len(entries(arch)) <= 80
+    assert len(entries(arch)) <= 75
 
 
 @archs

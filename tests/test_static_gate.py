@@ -29,10 +29,10 @@ GPUS = dict(zip(ARCHS, (ARCHITECTURES[n] for n in ("A100", "L40S", "H100", "B200
 # (linear_tiles.h, linear_skinny_tiles.h, attn_tiles.h, attn_decode_tiles.h). None: the arch
 # has no such kernel.
 CLAIMED_BLOCKS = {
-    r"linear.*_m128_n256|qkv.*_m128_n256": (1, 1, 1, 1),
-    r"linear.*_m128_n128|qkv.*_m128_n128": (2, 2, 1, 2),
+    r"linear.*_m128_n256": (1, 1, 1, 1),
+    r"linear.*_m128_n128": (2, 2, 1, 2),
     r"linear.*_m128_n(64|192)": (None, None, 1, None),
-    r"linear.*_m64_n64|qkv.*_m64_n64": (2, 2, None, 2),
+    r"linear.*_m64_n64": (2, 2, None, 2),
     r"linear.*_m64_n(32|48|96)": (None, None, 2, None),
     r"attention_sm\d+_\w+_hd128": (2, 1, 1, 1),
     r"attention_decode.*_rows8": (3, 2, 2, 3),

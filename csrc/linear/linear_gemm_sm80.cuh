@@ -269,8 +269,8 @@ __device__ __forceinline__ void gemm_store(const Epilogue& epilogue, int m, int 
     }
 }
 
-template <class Dtype, GemmTile T, class Epilogue>
-__device__ __forceinline__ void linear_gemm(const LinearArgs<typename Epilogue::Params>& args) {
+template <class Dtype, GemmTile T>
+__device__ __forceinline__ void linear_gemm(const LinearGemmArgs& args) {
     extern __shared__ __align__(128) uint8_t smem[];
     ptx::griddepcontrol_launch_dependents();
     const Product& a = args.product;
@@ -287,7 +287,9 @@ __device__ __forceinline__ void linear_gemm(const LinearArgs<typename Epilogue::
     gemm_sums<Dtype, T>(a, m0, n0, smem, sums);
     ptx::cp_async_wait_group<0>();  // the zeros past the last stage
     __syncthreads();
-    gemm_store<T>(Epilogue(args.p), a.m, m0, n0, smem, sums);
+    with_epilogue<Dtype>(args.to, [&](const auto& epilogue) __attribute__((always_inline)) {
+        gemm_store<T>(epilogue, a.m, m0, n0, smem, sums);
+    });
 }
 
 }  // namespace mk

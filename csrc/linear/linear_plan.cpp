@@ -162,7 +162,8 @@ bool is_skinny(const Product& a) { return a.m <= kSkinnyRows || !a.is_aligned; }
 
 mk_plan plan_product(const char* op, int32_t dtype, const Product& a, const mk_device& device) {
     const std::string name = dtype_name(dtype);
-    if (device.sm == 90) {  // one kernel for the three products
+    // One kernel serves the three products, but for few rows before sm_90.
+    if (device.sm == 90) {
         return is_gemm_sm90(a) ? plan_gemm_sm90("linear", dtype, a, device)
                                : plan_skinny_sm90(dtype, a, device);
     }
@@ -173,8 +174,8 @@ mk_plan plan_product(const char* op, int32_t dtype, const Product& a, const mk_d
         return plan;
     }
     const GemmTile& tile = gemm_tile(a, device);
-    mk_plan plan =
-        make_plan(op, device, name + "_m" + std::to_string(tile.m) + "_n" + std::to_string(tile.n));
+    mk_plan plan = make_plan("linear", device,
+                             name + "_m" + std::to_string(tile.m) + "_n" + std::to_string(tile.n));
     plan_gemm(a, tile, &plan);
     return plan;
 }
@@ -265,8 +266,13 @@ mk_status run_product(const typename Op::Params* params, void* stream) {
             [](const void* p) { return Op::shape(*static_cast<const typename Op::Params*>(p)); },
             params);
     };
-    if (device->info.sm != 90 || plan.grid[0] == 0) return enqueue(&args);
+    const bool is_sm90 = device->info.sm == 90;
+    if (plan.grid[0] == 0 || (!is_sm90 && is_skinny(args.product))) return enqueue(&args);
     const Outputs to = outputs_of(Op::kEpilogue, *params);
+    if (!is_sm90) {
+        const LinearGemmArgs gemm{args.product, to};
+        return enqueue(&gemm);
+    }
     if (is_gemm_sm90(args.product)) {
         LinearGemmSm90Args gemm{args.product, to, {}, {}, {}};
         MK_TRY(gemm_sm90_args(args.product, params->dtype, device->info, &gemm));

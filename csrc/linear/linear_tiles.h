@@ -35,6 +35,12 @@ struct Outputs {
     };
 };
 
+// The argument of linear_gemm_sm80.cuh.
+struct LinearGemmArgs {
+    Product product;
+    Outputs to;
+};
+
 // With a norm: linear_norm.cuh.
 constexpr int kMaxNormK = 1 << 14;
 constexpr int kNormQuad = 4 * 256;  // elements whose sums of squares are kept as one float4
@@ -91,7 +97,7 @@ constexpr int gemm_smem_bytes(const GemmTile& t) {
 //   small    few rows, where w's bytes count: two blocks keep 128 KB per SM in flight (A100), of
 //            which half is w, and 64 columns still give N = 4096 to 64 SMs
 // A thread copies half as many rows of a stage of 32 k as of one of 64, and keeps a pointer to
-// each: with 128 sums a thread, 64 take 254 registers and spill on some architectures, 32 take 242.
+// each: with 128 sums a thread, 64 take 254 registers and spill on some architectures, 32 take 246.
 struct GemmTiles {
     GemmTile large, middle, small;
 };

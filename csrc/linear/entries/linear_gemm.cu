@@ -9,21 +9,14 @@ constexpr int kMiddleThreads = mk::gemm_threads(kMiddle);
 constexpr int kSmallThreads = mk::gemm_threads(kSmall);
 }  // namespace
 
-#define MK_GEMM(op, key, Dtype, Size, Epilogue)                                      \
-    MK_ENTRY(__launch_bounds__(k##Size##Threads, k##Size.blocks_per_sm), op, key)    \
-    (const __grid_constant__ mk::LinearArgs<mk::Epilogue<mk::Dtype>::Params> args) { \
-        mk::linear_gemm<mk::Dtype, k##Size, mk::Epilogue<mk::Dtype>>(args);          \
-    }
-#define MK_GEMMS(key, Dtype, Size)                           \
-    MK_GEMM(linear, key, Dtype, Size, PlainEpilogue)         \
-    MK_GEMM(linear_swiglu, key, Dtype, Size, SwigluEpilogue) \
-    MK_GEMM(qkv_rope_append, key, Dtype, Size, QkvEpilogue)
+// One entry serves the three products.
+#define MK_GEMM(key, Dtype, Size)                                                     \
+    MK_ENTRY(__launch_bounds__(k##Size##Threads, k##Size.blocks_per_sm), linear, key) \
+    (const __grid_constant__ mk::LinearGemmArgs args) { mk::linear_gemm<mk::Dtype, k##Size>(args); }
 
-#if MK_SM != 90  // linear_gemm_sm90.cu has more than 64 rows
-MK_GEMMS(bf16_m128_n256, Bf16, Large)
-MK_GEMMS(bf16_m128_n128, Bf16, Middle)
-MK_GEMMS(f16_m128_n256, F16, Large)
-MK_GEMMS(f16_m128_n128, F16, Middle)
-#endif
-MK_GEMMS(bf16_m64_n64, Bf16, Small)
-MK_GEMMS(f16_m64_n64, F16, Small)
+MK_GEMM(bf16_m128_n256, Bf16, Large)
+MK_GEMM(bf16_m128_n128, Bf16, Middle)
+MK_GEMM(bf16_m64_n64, Bf16, Small)
+MK_GEMM(f16_m128_n256, F16, Large)
+MK_GEMM(f16_m128_n128, F16, Middle)
+MK_GEMM(f16_m64_n64, F16, Small)
