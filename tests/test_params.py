@@ -465,8 +465,8 @@ def test_python_exceptions() -> None:
     ):
         with pytest.raises(error):
             _native.rms_norm(**{**arguments, **change}, stream=0)
-    with pytest.raises(NotImplementedError, match=r"device\.sm"):
-        _native.rms_norm_plan(**arguments, sm=70, num_sms=80, smem_per_block=1 << 16)
+    with pytest.raises(NotImplementedError, match=r"compute capability 7\.0"):
+        _native.kernels_for(7, 0)
 
 
 def test_abi_version_and_status_names() -> None:

@@ -1,7 +1,7 @@
 // minitron_kernels._native: the C ABI for Python. Pointers, strides and streams are plain ints.
 //
-// Each op <name> gives two functions: <name>(fields..., stream) and <name>_plan(fields..., sm,
-// num_sms, smem_per_block) -> dict. The fields are those of the op's struct, in the order below.
+// Each op <name> gives a function <name>(fields..., stream). The fields are those of the op's
+// struct, in the order below.
 #include <pybind11/pybind11.h>
 
 #include <string>
@@ -45,40 +45,18 @@ void check(mk_status status) {
     }
 }
 
-py::dict to_dict(const mk_plan& plan) {
-    const auto dim3 = [](const int32_t (&d)[3]) { return py::make_tuple(d[0], d[1], d[2]); };
-    return py::dict("entry"_a = plan.entry, "grid"_a = dim3(plan.grid),
-                    "block"_a = dim3(plan.block), "cluster"_a = dim3(plan.cluster),
-                    "smem_bytes"_a = plan.smem_bytes, "pdl"_a = plan.pdl != 0);
-}
-
-// Defines <name> and <name>_plan, whose arguments are these fields; the others stay 0.
+// Defines `name`, whose arguments are these fields (the others stay 0) and the stream.
 template <class Params, class... T>
-void def_op(py::module_& m, const std::string& name, mk_status (*run)(const Params*, void*),
-            mk_status (*plan)(const Params*, const mk_device*, mk_plan*),
+void def_op(py::module_& m, const char* name, mk_status (*run)(const Params*, void*),
             Field<Params, T>... fields) {
-    const auto fill = [fields...](const Argument<T>&... values) {
-        Params params{};
-        ((fields.at(params) = convert<T>(values)), ...);
-        return params;
-    };
     m.def(
-        name.c_str(),
-        [fill, run](const Argument<T>&... values, Pointer stream) {
-            const Params params = fill(values...);
+        name,
+        [=](const Argument<T>&... values, Pointer stream) {
+            Params params{};
+            ((fields.at(params) = convert<T>(values)), ...);
             check(run(&params, reinterpret_cast<void*>(stream)));
         },
         py::arg(fields.name)..., "stream"_a);
-    m.def((name + "_plan").c_str(),
-          [fill, plan](const Argument<T>&... values, int32_t sm, int32_t num_sms,
-                       int32_t smem_per_block) {
-              const Params params = fill(values...);
-              const mk_device device{sm, num_sms, smem_per_block, 0};
-              mk_plan result;
-              check(plan(&params, &device, &result));
-              return to_dict(result);
-          },
-          py::arg(fields.name)..., py::kw_only(), "sm"_a, "num_sms"_a, "smem_per_block"_a);
 }
 
 mk_rope rope(Pointer cos, Pointer sin, int64_t table_stride, Pointer positions,
@@ -157,26 +135,25 @@ PYBIND11_MODULE(_native, m) {
         name, [](mk_##op##_params& p) -> auto& { return p.member; }                         \
     }
 #define MK_FIELD(op, field) MK_MEMBER(op, #field, field)
-    def_op(m, "rms_norm", &mk_rms_norm, &mk_rms_norm_plan, MK_FIELD(rms_norm, x),
+    def_op(m, "rms_norm", &mk_rms_norm, MK_FIELD(rms_norm, x), MK_FIELD(rms_norm, weight),
+           MK_FIELD(rms_norm, out), MK_FIELD(rms_norm, x_stride), MK_FIELD(rms_norm, out_stride),
+           MK_FIELD(rms_norm, rows), MK_FIELD(rms_norm, hidden), MK_FIELD(rms_norm, eps),
+           MK_FIELD(rms_norm, dtype));
+    def_op(m, "add_rms_norm", &mk_add_rms_norm, MK_FIELD(rms_norm, x), MK_FIELD(rms_norm, residual),
            MK_FIELD(rms_norm, weight), MK_FIELD(rms_norm, out), MK_FIELD(rms_norm, x_stride),
-           MK_FIELD(rms_norm, out_stride), MK_FIELD(rms_norm, rows), MK_FIELD(rms_norm, hidden),
-           MK_FIELD(rms_norm, eps), MK_FIELD(rms_norm, dtype));
-    def_op(m, "add_rms_norm", &mk_add_rms_norm, &mk_add_rms_norm_plan, MK_FIELD(rms_norm, x),
-           MK_FIELD(rms_norm, residual), MK_FIELD(rms_norm, weight), MK_FIELD(rms_norm, out),
-           MK_FIELD(rms_norm, x_stride), MK_FIELD(rms_norm, residual_stride),
-           MK_FIELD(rms_norm, out_stride), MK_FIELD(rms_norm, rows), MK_FIELD(rms_norm, hidden),
-           MK_FIELD(rms_norm, eps), MK_FIELD(rms_norm, dtype));
-    def_op(m, "apply_rope", &mk_apply_rope, &mk_apply_rope_plan, MK_FIELD(apply_rope, q),
-           MK_FIELD(apply_rope, k), MK_FIELD(apply_rope, q_out), MK_FIELD(apply_rope, k_out),
-           MK_FIELD(apply_rope, q_stride), MK_FIELD(apply_rope, q_head_stride),
-           MK_FIELD(apply_rope, k_stride), MK_FIELD(apply_rope, k_head_stride),
-           MK_FIELD(apply_rope, q_out_stride), MK_FIELD(apply_rope, q_out_head_stride),
-           MK_FIELD(apply_rope, k_out_stride), MK_FIELD(apply_rope, k_out_head_stride),
-           MK_FIELD(apply_rope, tokens), MK_FIELD(apply_rope, num_q_heads),
-           MK_FIELD(apply_rope, num_k_heads), MK_FIELD(apply_rope, head_dim),
-           MK_FIELD(apply_rope, dtype), MK_FIELD(apply_rope, rope));
-    def_op(m, "rope_append", &mk_rope_append, &mk_rope_append_plan, MK_FIELD(rope_append, k),
-           MK_FIELD(rope_append, v), MK_FIELD(rope_append, k_cache), MK_FIELD(rope_append, v_cache),
+           MK_FIELD(rms_norm, residual_stride), MK_FIELD(rms_norm, out_stride),
+           MK_FIELD(rms_norm, rows), MK_FIELD(rms_norm, hidden), MK_FIELD(rms_norm, eps),
+           MK_FIELD(rms_norm, dtype));
+    def_op(m, "apply_rope", &mk_apply_rope, MK_FIELD(apply_rope, q), MK_FIELD(apply_rope, k),
+           MK_FIELD(apply_rope, q_out), MK_FIELD(apply_rope, k_out), MK_FIELD(apply_rope, q_stride),
+           MK_FIELD(apply_rope, q_head_stride), MK_FIELD(apply_rope, k_stride),
+           MK_FIELD(apply_rope, k_head_stride), MK_FIELD(apply_rope, q_out_stride),
+           MK_FIELD(apply_rope, q_out_head_stride), MK_FIELD(apply_rope, k_out_stride),
+           MK_FIELD(apply_rope, k_out_head_stride), MK_FIELD(apply_rope, tokens),
+           MK_FIELD(apply_rope, num_q_heads), MK_FIELD(apply_rope, num_k_heads),
+           MK_FIELD(apply_rope, head_dim), MK_FIELD(apply_rope, dtype), MK_FIELD(apply_rope, rope));
+    def_op(m, "rope_append", &mk_rope_append, MK_FIELD(rope_append, k), MK_FIELD(rope_append, v),
+           MK_FIELD(rope_append, k_cache), MK_FIELD(rope_append, v_cache),
            MK_FIELD(rope_append, slots), MK_FIELD(rope_append, k_stride),
            MK_FIELD(rope_append, k_head_stride), MK_FIELD(rope_append, v_stride),
            MK_FIELD(rope_append, v_head_stride), MK_FIELD(rope_append, cache_page_stride),
@@ -185,43 +162,41 @@ PYBIND11_MODULE(_native, m) {
            MK_FIELD(rope_append, head_dim), MK_FIELD(rope_append, num_pages),
            MK_FIELD(rope_append, page_size), MK_FIELD(rope_append, slots_dtype),
            MK_FIELD(rope_append, dtype), MK_FIELD(rope_append, rope));
-    def_op(m, "linear", &mk_linear, &mk_linear_plan, MK_FIELD(linear, x), MK_FIELD(linear, w),
+    def_op(m, "linear", &mk_linear, MK_FIELD(linear, x), MK_FIELD(linear, w),
            MK_FIELD(linear, norm_weight), MK_FIELD(linear, residual), MK_FIELD(linear, out),
            MK_FIELD(linear, x_stride), MK_FIELD(linear, w_stride),
            MK_FIELD(linear, residual_stride), MK_FIELD(linear, out_stride), MK_FIELD(linear, m),
            MK_FIELD(linear, n), MK_FIELD(linear, k), MK_FIELD(linear, eps), MK_FIELD(linear, dtype),
            MK_FIELD(linear, out_dtype));
-    def_op(m, "linear_swiglu", &mk_linear_swiglu, &mk_linear_swiglu_plan, MK_FIELD(linear, x),
-           MK_FIELD(linear, w), MK_FIELD(linear, norm_weight), MK_FIELD(linear, out),
-           MK_FIELD(linear, x_stride), MK_FIELD(linear, w_stride), MK_FIELD(linear, out_stride),
-           MK_FIELD(linear, m), MK_FIELD(linear, n), MK_FIELD(linear, k), MK_FIELD(linear, eps),
+    def_op(m, "linear_swiglu", &mk_linear_swiglu, MK_FIELD(linear, x), MK_FIELD(linear, w),
+           MK_FIELD(linear, norm_weight), MK_FIELD(linear, out), MK_FIELD(linear, x_stride),
+           MK_FIELD(linear, w_stride), MK_FIELD(linear, out_stride), MK_FIELD(linear, m),
+           MK_FIELD(linear, n), MK_FIELD(linear, k), MK_FIELD(linear, eps),
            MK_FIELD(linear, dtype));
-    def_op(m, "qkv_rope_append", &mk_qkv_rope_append, &mk_qkv_rope_append_plan,
-           MK_FIELD(qkv_rope_append, x), MK_FIELD(qkv_rope_append, w),
-           MK_FIELD(qkv_rope_append, norm_weight), MK_FIELD(qkv_rope_append, q),
-           MK_FIELD(qkv_rope_append, k_cache), MK_FIELD(qkv_rope_append, v_cache),
-           MK_FIELD(qkv_rope_append, slots), MK_FIELD(qkv_rope_append, x_stride),
-           MK_FIELD(qkv_rope_append, w_stride), MK_FIELD(qkv_rope_append, q_stride),
-           MK_FIELD(qkv_rope_append, q_head_stride), MK_FIELD(qkv_rope_append, cache_page_stride),
-           MK_FIELD(qkv_rope_append, cache_stride), MK_FIELD(qkv_rope_append, cache_head_stride),
-           MK_FIELD(qkv_rope_append, tokens), MK_FIELD(qkv_rope_append, hidden),
-           MK_FIELD(qkv_rope_append, num_q_heads), MK_FIELD(qkv_rope_append, num_kv_heads),
-           MK_FIELD(qkv_rope_append, head_dim), MK_FIELD(qkv_rope_append, num_pages),
-           MK_FIELD(qkv_rope_append, page_size), MK_FIELD(qkv_rope_append, eps),
-           MK_FIELD(qkv_rope_append, slots_dtype), MK_FIELD(qkv_rope_append, dtype),
-           MK_FIELD(qkv_rope_append, rope));
-    def_op(m, "attention", &mk_attention, &mk_attention_plan, MK_FIELD(attention, q),
-           MK_FIELD(attention, k), MK_FIELD(attention, v), MK_FIELD(attention, out),
-           MK_FIELD(attention, lse), MK_FIELD(attention, cu_seqlens_q),
-           MK_FIELD(attention, cu_seqlens_k), MK_FIELD(attention, seqlens_k),
-           MK_FIELD(attention, block_table), MK_FIELD(attention, q_stride),
-           MK_FIELD(attention, q_head_stride), MK_FIELD(attention, k_page_stride),
-           MK_FIELD(attention, k_stride), MK_FIELD(attention, k_head_stride),
-           MK_FIELD(attention, v_page_stride), MK_FIELD(attention, v_stride),
-           MK_FIELD(attention, v_head_stride), MK_FIELD(attention, out_stride),
-           MK_FIELD(attention, out_head_stride), MK_FIELD(attention, lse_stride),
-           MK_FIELD(attention, block_table_stride), MK_FIELD(attention, tokens_q),
-           MK_FIELD(attention, tokens_k), MK_FIELD(attention, batch),
+    def_op(m, "qkv_rope_append", &mk_qkv_rope_append, MK_FIELD(qkv_rope_append, x),
+           MK_FIELD(qkv_rope_append, w), MK_FIELD(qkv_rope_append, norm_weight),
+           MK_FIELD(qkv_rope_append, q), MK_FIELD(qkv_rope_append, k_cache),
+           MK_FIELD(qkv_rope_append, v_cache), MK_FIELD(qkv_rope_append, slots),
+           MK_FIELD(qkv_rope_append, x_stride), MK_FIELD(qkv_rope_append, w_stride),
+           MK_FIELD(qkv_rope_append, q_stride), MK_FIELD(qkv_rope_append, q_head_stride),
+           MK_FIELD(qkv_rope_append, cache_page_stride), MK_FIELD(qkv_rope_append, cache_stride),
+           MK_FIELD(qkv_rope_append, cache_head_stride), MK_FIELD(qkv_rope_append, tokens),
+           MK_FIELD(qkv_rope_append, hidden), MK_FIELD(qkv_rope_append, num_q_heads),
+           MK_FIELD(qkv_rope_append, num_kv_heads), MK_FIELD(qkv_rope_append, head_dim),
+           MK_FIELD(qkv_rope_append, num_pages), MK_FIELD(qkv_rope_append, page_size),
+           MK_FIELD(qkv_rope_append, eps), MK_FIELD(qkv_rope_append, slots_dtype),
+           MK_FIELD(qkv_rope_append, dtype), MK_FIELD(qkv_rope_append, rope));
+    def_op(m, "attention", &mk_attention, MK_FIELD(attention, q), MK_FIELD(attention, k),
+           MK_FIELD(attention, v), MK_FIELD(attention, out), MK_FIELD(attention, lse),
+           MK_FIELD(attention, cu_seqlens_q), MK_FIELD(attention, cu_seqlens_k),
+           MK_FIELD(attention, seqlens_k), MK_FIELD(attention, block_table),
+           MK_FIELD(attention, q_stride), MK_FIELD(attention, q_head_stride),
+           MK_FIELD(attention, k_page_stride), MK_FIELD(attention, k_stride),
+           MK_FIELD(attention, k_head_stride), MK_FIELD(attention, v_page_stride),
+           MK_FIELD(attention, v_stride), MK_FIELD(attention, v_head_stride),
+           MK_FIELD(attention, out_stride), MK_FIELD(attention, out_head_stride),
+           MK_FIELD(attention, lse_stride), MK_FIELD(attention, block_table_stride),
+           MK_FIELD(attention, tokens_q), MK_FIELD(attention, tokens_k), MK_FIELD(attention, batch),
            MK_FIELD(attention, num_q_heads), MK_FIELD(attention, num_kv_heads),
            MK_FIELD(attention, head_dim), MK_FIELD(attention, num_pages),
            MK_FIELD(attention, page_size), MK_FIELD(attention, max_pages),
@@ -229,34 +204,33 @@ PYBIND11_MODULE(_native, m) {
            MK_FIELD(attention, seqlens_k_add), MK_FIELD(attention, causal),
            MK_FIELD(attention, window), MK_FIELD(attention, softmax_scale),
            MK_FIELD(attention, dtype), MK_FIELD(attention, rope));
-    def_op(m, "attention_fp8", &mk_attention_fp8, &mk_attention_fp8_plan,
-           MK_FIELD(attention_fp8, q), MK_FIELD(attention_fp8, k), MK_FIELD(attention_fp8, v),
-           MK_FIELD(attention_fp8, out), MK_FIELD(attention_fp8, lse),
-           MK_FIELD(attention_fp8, cu_seqlens_q), MK_FIELD(attention_fp8, cu_seqlens_k),
-           MK_FIELD(attention_fp8, q_descale), MK_FIELD(attention_fp8, k_descale),
-           MK_FIELD(attention_fp8, v_descale), MK_FIELD(attention_fp8, q_stride),
-           MK_FIELD(attention_fp8, q_head_stride), MK_FIELD(attention_fp8, k_stride),
-           MK_FIELD(attention_fp8, k_head_stride), MK_FIELD(attention_fp8, v_stride),
-           MK_FIELD(attention_fp8, v_head_stride), MK_FIELD(attention_fp8, out_stride),
-           MK_FIELD(attention_fp8, out_head_stride), MK_FIELD(attention_fp8, lse_stride),
-           MK_FIELD(attention_fp8, q_descale_stride), MK_FIELD(attention_fp8, k_descale_stride),
-           MK_FIELD(attention_fp8, v_descale_stride), MK_FIELD(attention_fp8, tokens_q),
-           MK_FIELD(attention_fp8, tokens_k), MK_FIELD(attention_fp8, batch),
-           MK_FIELD(attention_fp8, num_q_heads), MK_FIELD(attention_fp8, num_kv_heads),
-           MK_FIELD(attention_fp8, num_q_descales), MK_FIELD(attention_fp8, head_dim),
-           MK_FIELD(attention_fp8, max_seqlen_q), MK_FIELD(attention_fp8, causal),
-           MK_FIELD(attention_fp8, window), MK_FIELD(attention_fp8, softmax_scale),
-           MK_FIELD(attention_fp8, out_dtype));
-    def_op(m, "attention_decode", &mk_attention_decode, &mk_attention_decode_plan,
-           MK_FIELD(attention_decode, q), MK_FIELD(attention_decode, k_new),
-           MK_FIELD(attention_decode, v_new), MK_FIELD(attention_decode, k_cache),
-           MK_FIELD(attention_decode, v_cache), MK_FIELD(attention_decode, out),
-           MK_FIELD(attention_decode, lse), MK_FIELD(attention_decode, cu_seqlens_q),
-           MK_FIELD(attention_decode, seqlens_k), MK_FIELD(attention_decode, block_table),
-           MK_FIELD(attention_decode, workspace), MK_FIELD(attention_decode, workspace_bytes),
-           MK_FIELD(attention_decode, q_stride), MK_FIELD(attention_decode, q_head_stride),
-           MK_FIELD(attention_decode, k_new_stride), MK_FIELD(attention_decode, k_new_head_stride),
-           MK_FIELD(attention_decode, v_new_stride), MK_FIELD(attention_decode, v_new_head_stride),
+    def_op(m, "attention_fp8", &mk_attention_fp8, MK_FIELD(attention_fp8, q),
+           MK_FIELD(attention_fp8, k), MK_FIELD(attention_fp8, v), MK_FIELD(attention_fp8, out),
+           MK_FIELD(attention_fp8, lse), MK_FIELD(attention_fp8, cu_seqlens_q),
+           MK_FIELD(attention_fp8, cu_seqlens_k), MK_FIELD(attention_fp8, q_descale),
+           MK_FIELD(attention_fp8, k_descale), MK_FIELD(attention_fp8, v_descale),
+           MK_FIELD(attention_fp8, q_stride), MK_FIELD(attention_fp8, q_head_stride),
+           MK_FIELD(attention_fp8, k_stride), MK_FIELD(attention_fp8, k_head_stride),
+           MK_FIELD(attention_fp8, v_stride), MK_FIELD(attention_fp8, v_head_stride),
+           MK_FIELD(attention_fp8, out_stride), MK_FIELD(attention_fp8, out_head_stride),
+           MK_FIELD(attention_fp8, lse_stride), MK_FIELD(attention_fp8, q_descale_stride),
+           MK_FIELD(attention_fp8, k_descale_stride), MK_FIELD(attention_fp8, v_descale_stride),
+           MK_FIELD(attention_fp8, tokens_q), MK_FIELD(attention_fp8, tokens_k),
+           MK_FIELD(attention_fp8, batch), MK_FIELD(attention_fp8, num_q_heads),
+           MK_FIELD(attention_fp8, num_kv_heads), MK_FIELD(attention_fp8, num_q_descales),
+           MK_FIELD(attention_fp8, head_dim), MK_FIELD(attention_fp8, max_seqlen_q),
+           MK_FIELD(attention_fp8, causal), MK_FIELD(attention_fp8, window),
+           MK_FIELD(attention_fp8, softmax_scale), MK_FIELD(attention_fp8, out_dtype));
+    def_op(m, "attention_decode", &mk_attention_decode, MK_FIELD(attention_decode, q),
+           MK_FIELD(attention_decode, k_new), MK_FIELD(attention_decode, v_new),
+           MK_FIELD(attention_decode, k_cache), MK_FIELD(attention_decode, v_cache),
+           MK_FIELD(attention_decode, out), MK_FIELD(attention_decode, lse),
+           MK_FIELD(attention_decode, cu_seqlens_q), MK_FIELD(attention_decode, seqlens_k),
+           MK_FIELD(attention_decode, block_table), MK_FIELD(attention_decode, workspace),
+           MK_FIELD(attention_decode, workspace_bytes), MK_FIELD(attention_decode, q_stride),
+           MK_FIELD(attention_decode, q_head_stride), MK_FIELD(attention_decode, k_new_stride),
+           MK_FIELD(attention_decode, k_new_head_stride), MK_FIELD(attention_decode, v_new_stride),
+           MK_FIELD(attention_decode, v_new_head_stride),
            MK_FIELD(attention_decode, cache_page_stride), MK_FIELD(attention_decode, cache_stride),
            MK_FIELD(attention_decode, cache_head_stride), MK_FIELD(attention_decode, out_stride),
            MK_FIELD(attention_decode, out_head_stride), MK_FIELD(attention_decode, lse_stride),
@@ -268,29 +242,28 @@ PYBIND11_MODULE(_native, m) {
            MK_FIELD(attention_decode, causal), MK_FIELD(attention_decode, window),
            MK_FIELD(attention_decode, softmax_scale), MK_FIELD(attention_decode, dtype),
            MK_FIELD(attention_decode, rope));
-    def_op(m, "silu_and_mul", &mk_silu_and_mul, &mk_silu_and_mul_plan,
-           MK_FIELD(silu_and_mul, gate_up), MK_FIELD(silu_and_mul, out),
-           MK_FIELD(silu_and_mul, gate_up_stride), MK_FIELD(silu_and_mul, out_stride),
-           MK_FIELD(silu_and_mul, rows), MK_FIELD(silu_and_mul, size),
-           MK_FIELD(silu_and_mul, dtype));
-    def_op(m, "embedding", &mk_embedding, &mk_embedding_plan, MK_FIELD(embedding, ids),
-           MK_FIELD(embedding, table), MK_FIELD(embedding, out), MK_FIELD(embedding, table_stride),
+    def_op(m, "silu_and_mul", &mk_silu_and_mul, MK_FIELD(silu_and_mul, gate_up),
+           MK_FIELD(silu_and_mul, out), MK_FIELD(silu_and_mul, gate_up_stride),
+           MK_FIELD(silu_and_mul, out_stride), MK_FIELD(silu_and_mul, rows),
+           MK_FIELD(silu_and_mul, size), MK_FIELD(silu_and_mul, dtype));
+    def_op(m, "embedding", &mk_embedding, MK_FIELD(embedding, ids), MK_FIELD(embedding, table),
+           MK_FIELD(embedding, out), MK_FIELD(embedding, table_stride),
            MK_FIELD(embedding, out_stride), MK_FIELD(embedding, tokens), MK_FIELD(embedding, vocab),
            MK_FIELD(embedding, hidden), MK_FIELD(embedding, ids_dtype), MK_FIELD(embedding, dtype));
-    def_op(m, "argmax", &mk_argmax, &mk_argmax_plan, MK_FIELD(argmax, logits),
-           MK_FIELD(argmax, out), MK_FIELD(argmax, logits_stride), MK_FIELD(argmax, rows),
-           MK_FIELD(argmax, vocab), MK_FIELD(argmax, dtype));
-    def_op(m, "sample", &mk_sample, &mk_sample_plan, MK_FIELD(sample, logits),
-           MK_FIELD(sample, sampling), MK_FIELD(sample, out), MK_FIELD(sample, logits_stride),
-           MK_FIELD(sample, rows), MK_FIELD(sample, vocab), MK_FIELD(sample, dtype));
-    def_op(m, "quantize_fp8", &mk_quantize_fp8, &mk_quantize_fp8_plan, MK_FIELD(quantize_fp8, x),
+    def_op(m, "argmax", &mk_argmax, MK_FIELD(argmax, logits), MK_FIELD(argmax, out),
+           MK_FIELD(argmax, logits_stride), MK_FIELD(argmax, rows), MK_FIELD(argmax, vocab),
+           MK_FIELD(argmax, dtype));
+    def_op(m, "sample", &mk_sample, MK_FIELD(sample, logits), MK_FIELD(sample, sampling),
+           MK_FIELD(sample, out), MK_FIELD(sample, logits_stride), MK_FIELD(sample, rows),
+           MK_FIELD(sample, vocab), MK_FIELD(sample, dtype));
+    def_op(m, "quantize_fp8", &mk_quantize_fp8, MK_FIELD(quantize_fp8, x),
            MK_FIELD(quantize_fp8, out), MK_FIELD(quantize_fp8, scales),
            MK_FIELD(quantize_fp8, x_stride), MK_FIELD(quantize_fp8, out_stride),
            MK_FIELD(quantize_fp8, scales_stride), MK_FIELD(quantize_fp8, scales_block_stride),
            MK_FIELD(quantize_fp8, rows), MK_FIELD(quantize_fp8, k), MK_FIELD(quantize_fp8, block),
            MK_FIELD(quantize_fp8, dtype));
-    def_op(m, "linear_fp8", &mk_linear_fp8, &mk_linear_fp8_plan, MK_FIELD(linear_fp8, x),
-           MK_FIELD(linear_fp8, w), MK_FIELD(linear_fp8, x_scale), MK_FIELD(linear_fp8, w_scale),
+    def_op(m, "linear_fp8", &mk_linear_fp8, MK_FIELD(linear_fp8, x), MK_FIELD(linear_fp8, w),
+           MK_FIELD(linear_fp8, x_scale), MK_FIELD(linear_fp8, w_scale),
            MK_FIELD(linear_fp8, residual), MK_FIELD(linear_fp8, out),
            MK_FIELD(linear_fp8, x_stride), MK_FIELD(linear_fp8, w_stride),
            MK_FIELD(linear_fp8, residual_stride), MK_FIELD(linear_fp8, out_stride),
@@ -298,9 +271,9 @@ PYBIND11_MODULE(_native, m) {
            MK_FIELD(linear_fp8, x_scale_block_stride), MK_FIELD(linear_fp8, w_scale_block_stride),
            MK_FIELD(linear_fp8, m), MK_FIELD(linear_fp8, n), MK_FIELD(linear_fp8, k),
            MK_FIELD(linear_fp8, out_dtype));
-    def_op(m, "linear_fp8_swiglu", &mk_linear_fp8_swiglu, &mk_linear_fp8_swiglu_plan,
-           MK_FIELD(linear_fp8, x), MK_FIELD(linear_fp8, w), MK_FIELD(linear_fp8, x_scale),
-           MK_FIELD(linear_fp8, w_scale), MK_FIELD(linear_fp8, out), MK_FIELD(linear_fp8, x_stride),
+    def_op(m, "linear_fp8_swiglu", &mk_linear_fp8_swiglu, MK_FIELD(linear_fp8, x),
+           MK_FIELD(linear_fp8, w), MK_FIELD(linear_fp8, x_scale), MK_FIELD(linear_fp8, w_scale),
+           MK_FIELD(linear_fp8, out), MK_FIELD(linear_fp8, x_stride),
            MK_FIELD(linear_fp8, w_stride), MK_FIELD(linear_fp8, out_stride),
            MK_FIELD(linear_fp8, x_scale_stride), MK_FIELD(linear_fp8, w_scale_stride),
            MK_FIELD(linear_fp8, x_scale_block_stride), MK_FIELD(linear_fp8, w_scale_block_stride),
@@ -308,14 +281,14 @@ PYBIND11_MODULE(_native, m) {
            MK_FIELD(linear_fp8, out_dtype));
 #undef MK_FIELD
 #define MK_FIELD(field) MK_MEMBER(linear_quant, #field, linear.field)
-    def_op(m, "linear_quant", &mk_linear_quant, &mk_linear_quant_plan, MK_FIELD(x),
-           MK_MEMBER(linear_quant, "w", w), MK_FIELD(norm_weight), MK_FIELD(residual),
-           MK_FIELD(out), MK_MEMBER(linear_quant, "workspace", workspace),
+    def_op(m, "linear_quant", &mk_linear_quant, MK_FIELD(x), MK_MEMBER(linear_quant, "w", w),
+           MK_FIELD(norm_weight), MK_FIELD(residual), MK_FIELD(out),
+           MK_MEMBER(linear_quant, "workspace", workspace),
            MK_MEMBER(linear_quant, "workspace_bytes", workspace_bytes), MK_FIELD(x_stride),
            MK_FIELD(residual_stride), MK_FIELD(out_stride), MK_FIELD(m), MK_FIELD(n), MK_FIELD(k),
            MK_FIELD(eps), MK_FIELD(dtype), MK_FIELD(out_dtype));
-    def_op(m, "linear_quant_swiglu", &mk_linear_quant_swiglu, &mk_linear_quant_swiglu_plan,
-           MK_FIELD(x), MK_MEMBER(linear_quant, "w", w), MK_MEMBER(linear_quant, "up", up),
+    def_op(m, "linear_quant_swiglu", &mk_linear_quant_swiglu, MK_FIELD(x),
+           MK_MEMBER(linear_quant, "w", w), MK_MEMBER(linear_quant, "up", up),
            MK_FIELD(norm_weight), MK_FIELD(out), MK_MEMBER(linear_quant, "workspace", workspace),
            MK_MEMBER(linear_quant, "workspace_bytes", workspace_bytes), MK_FIELD(x_stride),
            MK_FIELD(out_stride), MK_FIELD(m), MK_FIELD(n), MK_FIELD(k), MK_FIELD(eps),
@@ -323,10 +296,10 @@ PYBIND11_MODULE(_native, m) {
 #undef MK_FIELD
 #define MK_FIELD(field) MK_MEMBER(qkv_rope_append_quant, #field, qkv.field)
     def_op(
-        m, "qkv_rope_append_quant", &mk_qkv_rope_append_quant, &mk_qkv_rope_append_quant_plan,
-        MK_FIELD(x), MK_MEMBER(qkv_rope_append_quant, "wq", w[0]),
-        MK_MEMBER(qkv_rope_append_quant, "wk", w[1]), MK_MEMBER(qkv_rope_append_quant, "wv", w[2]),
-        MK_FIELD(norm_weight), MK_FIELD(q), MK_FIELD(k_cache), MK_FIELD(v_cache), MK_FIELD(slots),
+        m, "qkv_rope_append_quant", &mk_qkv_rope_append_quant, MK_FIELD(x),
+        MK_MEMBER(qkv_rope_append_quant, "wq", w[0]), MK_MEMBER(qkv_rope_append_quant, "wk", w[1]),
+        MK_MEMBER(qkv_rope_append_quant, "wv", w[2]), MK_FIELD(norm_weight), MK_FIELD(q),
+        MK_FIELD(k_cache), MK_FIELD(v_cache), MK_FIELD(slots),
         MK_MEMBER(qkv_rope_append_quant, "workspace", workspace),
         MK_MEMBER(qkv_rope_append_quant, "workspace_bytes", workspace_bytes), MK_FIELD(x_stride),
         MK_FIELD(q_stride), MK_FIELD(q_head_stride), MK_FIELD(cache_page_stride),
@@ -335,7 +308,7 @@ PYBIND11_MODULE(_native, m) {
         MK_FIELD(page_size), MK_FIELD(eps), MK_FIELD(slots_dtype), MK_FIELD(dtype), MK_FIELD(rope));
 #undef MK_FIELD
 #define MK_FIELD(field) MK_MEMBER(embedding_quant, #field, embedding.field)
-    def_op(m, "embedding_quant", &mk_embedding_quant, &mk_embedding_quant_plan, MK_FIELD(ids),
+    def_op(m, "embedding_quant", &mk_embedding_quant, MK_FIELD(ids),
            MK_MEMBER(embedding_quant, "table", table), MK_FIELD(out), MK_FIELD(out_stride),
            MK_FIELD(tokens), MK_FIELD(vocab), MK_FIELD(hidden), MK_FIELD(ids_dtype),
            MK_FIELD(dtype));
