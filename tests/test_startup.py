@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -181,6 +182,37 @@ def test_scale_scan_tells_its_error(quantised: Path, monkeypatch: pytest.MonkeyP
     scan = ScaleScan([GGUFFile(quantised)], 0)
     with pytest.raises(ValueError, match="num_threads must be 1"):
         scan.first_row("output.weight")
+
+
+def test_scale_scan_ends_when_it_is_interrupted(
+    quantised: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupted, calls = threading.Event(), []
+
+    def slow(matrices: list[Any], num_threads: int) -> list[int]:
+        calls.append(len(matrices))
+        interrupted.wait(60)
+        return [-1] * len(matrices)
+
+    monkeypatch.setattr("minitron_kernels._native.cpu_nonfinite_scales", slow)
+    scan = ScaleScan([GGUFFile(quantised)], 1)
+    done = scan._done
+
+    class InterruptedOnce:
+        def wait(self) -> None:
+            if not scan._ends:
+                raise KeyboardInterrupt
+            interrupted.set()
+            assert done.wait(60)
+
+        def set(self) -> None:
+            done.set()
+
+    monkeypatch.setattr(scan, "_done", InterruptedOnce())
+    with pytest.raises(KeyboardInterrupt):
+        scan.first_row("output.weight")
+    assert done.is_set()
+    assert len(calls) == 1
 
 
 def test_scale_scan_waits_for_what_is_loading(quantised: Path) -> None:

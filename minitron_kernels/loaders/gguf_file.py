@@ -357,6 +357,8 @@ def _expect(file: GGUFFile, key: str, expected: int, default: int | None = None)
 
 # ---- scales ----
 
+_MATRICES_A_CALL = 8  # after which a scan can be ended
+
 
 class ScaleScan:
     """Looks for infinite and NaN scales in all quantised matrices of files, in a thread of its own.
@@ -370,6 +372,8 @@ class ScaleScan:
     ) -> None:
         self._found: dict[str, int] | None = None
         self._error: BaseException | None = None
+        self._ends = False
+        self._done = threading.Event()
         # A daemon: a program that ends early does not wait. It holds what it reads.
         self._thread = threading.Thread(
             target=self._run, args=(files, num_threads, after), name="scales", daemon=True
@@ -392,14 +396,24 @@ class ScaleScan:
                         rows, row_nbytes = data.shape
                         where = data.ctypes.data, row_nbytes, rows
                         matrices.append((*where, tensor.shape[-1], number))
-            found = _native.cpu_nonfinite_scales(matrices, num_threads)
-            self._found = dict(zip(names, found, strict=True))
+            found: list[int] = []
+            while len(found) < len(matrices) and not self._ends:
+                part = matrices[len(found) : len(found) + _MATRICES_A_CALL]
+                found += _native.cpu_nonfinite_scales(part, num_threads)
+            self._found = dict(zip(names, found, strict=False))
         except BaseException as error:  # for the thread that asks
             self._error = error
+        finally:
+            self._done.set()
 
     def first_row(self, name: str) -> int | None:
         """The first stored row of a tensor with such a scale; waits until all have been seen."""
-        self._thread.join()
+        try:
+            self._done.wait()  # unlike join(), which may be interrupted once only
+        except BaseException:  # Ctrl-C; an interpreter that ended now would abort in the thread
+            self._ends = True
+            self._done.wait()
+            raise
         if self._error is not None:
             raise self._error
         assert self._found is not None
