@@ -68,13 +68,13 @@ def compulsory_bytes(kind: str, m: int) -> int:
 
 
 def requested_tiles(kind: str, m: int, arch: str, counters: emulator.Counters) -> float:
-    """Bytes of w that loads ask for, over its tiles: what is read less x, which each block reads
-    twice, or each cluster."""
+    """Bytes of w that loads ask for, over its tiles: what is read less x, which each block reads,
+    or each cluster."""
     x, w = values(m, K, dtype=torch.bfloat16), zeros(kind, N, K)
     params, _ = quant_params(x, w, out_of("linear_quant", x, w))
     plan = abi.plan("linear_quant", params, arch)
     readers = plan.grid[0] // plan.cluster[0]
-    return (counters.read_sectors * 32 - 2 * readers * x.nbytes) / w.tiles.numel()
+    return (counters.read_sectors * 32 - readers * x.nbytes) / w.tiles.numel()
 
 
 def sass_loop(kind: str, tokens: int, arch: str) -> sass.MainLoop | None:

@@ -249,8 +249,9 @@ def test_no_rows_are_no_launch() -> None:
 ])  # fmt: skip
 def test_instructions_and_bytes_per_weight(gate: str, up: str) -> None:
     """Beside one matrix with rows by turns, the mean of both types: the start of a second loop more
-    for each warp; one matrix of 8 rows gains 4 % by sums that take the place of x, two have none of
-    that. Each byte of w comes from DRAM once, without bank conflicts but of x's sums."""
+    for each warp; one matrix of 8 rows gains 5 % by sums that take the place of x, and so by x that
+    is read once; two, in chunks, have none of that. Each byte of w comes from DRAM once, without
+    bank conflicts but of x's sums."""
     rows, k = counts.N, counts.K
 
     def lanes(counters: emulator.Counters | None) -> float:
@@ -268,7 +269,7 @@ def test_instructions_and_bytes_per_weight(gate: str, up: str) -> None:
         assert counters is not None
         apart, mean = lanes(counters), sum(by_turns) / 2
         print(f"{gate} and {up}, M = {m}: {apart:.3f}, by turns {mean:.3f}")
-        assert apart <= (1.05 if m == 1 else 1.09) * mean
+        assert apart <= (1.05 if m == 1 else 1.105) * mean
         stored = w[0].tiles.numel() + w[1].tiles.numel()
         assert counters.unique_read_sectors * 32 <= 1.001 * (stored + x.nbytes)
         assert counters.unique_write_sectors == m * rows * 2 // 32

@@ -98,11 +98,13 @@ __device__ __forceinline__ uint2 ld_shared_v2(uint32_t address) {
     return v;
 }
 
-__device__ __forceinline__ void st_shared_v2(uint32_t address, uint2 v) {
-    asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(address), "r"(v.x), "r"(v.y) : "memory");
-}
-
 // `address` is one of shared memory, kOffset bytes before the place.
+template <int kOffset = 0>
+__device__ __forceinline__ void st_shared_v2(uint32_t address, uint2 v) {
+    asm volatile("st.shared.v2.b32 [%0 + %1], {%2, %3};" ::"r"(address), "n"(kOffset), "r"(v.x),
+                 "r"(v.y)
+                 : "memory");
+}
 template <int kOffset = 0>
 __device__ __forceinline__ void st_shared_v4(uint32_t address, uint4 v) {
     asm volatile("st.shared.v4.b32 [%0 + %1], {%2, %3, %4, %5};" ::"r"(address), "n"(kOffset),

@@ -397,7 +397,7 @@ __device__ __forceinline__ void quant_decode_sm80(const QuantDecodeArgs& args) {
     ptx::griddepcontrol_wait();
 
     set_rows<kTokenTiles>(args, smem);
-    const XShare share(a.m, shape);
+    const XShare share(a.m, shape, smem_address(dynamic_smem));
     find_norm_scales(a, dtype, smem);
 #if MK_SM >= 90
     if (shape.cluster > 1) ptx::barrier_cluster_wait();  // the other block has started

@@ -5,7 +5,9 @@
 //
 // Up to kQuantWarps / m warps share a row (XShare); from sm_90 on and for more than 4 rows those of
 // the two blocks of a cluster, each of which stores what it converts to both.
-// Rows come from L2 twice (with a norm three times): they are few, and w comes from DRAM meanwhile.
+// A share of up to kQuantKeptQuads quads stays in registers from 1 to 2, which has no loops then;
+// else rows come from L2 twice (with a norm once more). They are few, and w comes from DRAM
+// meanwhile.
 #pragma once
 
 #include "common/static_for.cuh"
@@ -57,16 +59,21 @@ __device__ __forceinline__ QuantPart part_of(const QuantDecodeArgs& args) {
     }
 }
 
-// 16 bytes of x that a thread takes, normalised if there is a norm. k is a multiple of 32, and 8
-// adjacent elements are in the row or past its end together.
+// A piece of x that a lane takes, normalised if there is a norm: elements 0 ... 3 and 16 ... 19
+// from its place on. k is a multiple of 32, and both are in the row or past its end together.
 template <class Dtype, bool kIsAligned, bool kHasNorm>
 struct XReader {
     using Type = Dtype;
+    static constexpr bool kHasWholeQuads = kIsAligned;  // loops for them
     const Product& a;
     const float* smem_norm_scale;
 
+    // One reader for all that is not aligned.
+    __device__ __forceinline__ bool has_norm() const {
+        return kHasNorm && (kIsAligned || a.norm_weight);
+    }
     __device__ __forceinline__ float norm_scale(int row) const {
-        return kHasNorm ? smem_norm_scale[row] : 0.f;
+        return has_norm() ? smem_norm_scale[row] : 0.f;
     }
     // Of x and of the norm's weight, for `load`.
     struct Place {
@@ -81,32 +88,42 @@ struct XReader {
             return sum;
         }
     };
-    __device__ __forceinline__ Place place(int row, int k) const {
+    // Of a lane's piece of the group at k.
+    __device__ __forceinline__ Place place(int row, int k, int lane) const {
+        k += quant_piece_k(lane);
         return {static_cast<const uint16_t*>(row_of(a.x, row, a.x_stride)) + k,
                 static_cast<const uint16_t*>(a.norm_weight) + (kHasNorm ? k : 0)};
     }
 
-    // Elements 0 ... 3 and kSecond ... kSecond + 3.
-    template <int kSecond>
     __device__ __forceinline__ Vec8 load(const Place& at, float norm_scale) const {
-        const Vec8 v = load_from<kSecond>(at.x);
-        if constexpr (!kHasNorm) return v;
-        return normalise<Dtype>(v, norm_scale, load_from<kSecond>(at.weight));
+        const Vec8 v = load_from(at.x);
+        if (!has_norm()) return v;
+        return normalise<Dtype>(v, norm_scale, load_from(at.weight));
     }
 
   private:
-    template <int kSecond>
     static __device__ __forceinline__ Vec8 load_from(const uint16_t* x) {
-        if constexpr (kIsAligned && kSecond == 4) {
-            const uint4 v = *reinterpret_cast<const uint4*>(x);
-            return {v.x, v.y, v.z, v.w};
-        } else if constexpr (kIsAligned) {
+        if constexpr (kIsAligned) {
             const uint2 low = *reinterpret_cast<const uint2*>(x);
-            const uint2 high = *reinterpret_cast<const uint2*>(x + kSecond);
+            const uint2 high = *reinterpret_cast<const uint2*>(x + 16);
             return {low.x, low.y, high.x, high.y};
         }
         const auto pair = [x](int i) { return x[i] | static_cast<uint32_t>(x[i + 1]) << 16; };
-        return {pair(0), pair(2), pair(kSecond), pair(kSecond + 2)};
+        return {pair(0), pair(2), pair(16), pair(18)};
+    }
+};
+
+// Shared memory of the other block of the cluster, if there is one.
+struct OtherBlock {
+    bool is_there = false;
+    uint32_t distance = 0;  // from an address of this block to the same place there
+
+    template <int kOffset = 0, class T>
+    __device__ __forceinline__ void store([[maybe_unused]] uint32_t at,
+                                          [[maybe_unused]] const T& v) const {
+#if MK_SM >= 90
+        ptx::st_shared_cluster<kOffset>(at + distance, v);
+#endif
     }
 };
 
@@ -114,102 +131,113 @@ struct XReader {
 // the cluster. Not less than m: nothing.
 struct XShare {
     uint32_t number, row, warps;
-    uint32_t other_rank;  // of the other block of the cluster
+    OtherBlock other;
 
-    __device__ __forceinline__ XShare(uint32_t m, const QuantDecodeShape& shape) {
+    __device__ __forceinline__ XShare(uint32_t m, const QuantDecodeShape& shape,
+                                      [[maybe_unused]] uint32_t smem) {
         uint32_t warp = threadIdx.x / 32;
         warps = kQuantWarps;
-        other_rank = 0;
 #if MK_SM >= 90
-        const uint32_t rank = ptx::mov_u32_cluster_ctarank();
-        other_rank = shape.cluster - 1 - rank;
-        warp += rank * kQuantWarps;
-        warps *= shape.cluster;
+        other.is_there = shape.cluster > 1;
+        if (other.is_there) {
+            const uint32_t rank = ptx::mov_u32_cluster_ctarank();
+            other.distance = ptx::mapa_shared_cluster(smem, 1 - rank) - smem;
+            warp += rank * kQuantWarps;
+            warps *= 2;
+        }
 #endif
         number = warp / m;
         row = number < static_cast<uint32_t>(shape.x_shares) ? warp - number * m : m;
     }
+
+    // To this block's shared memory, and that of the other one.
+    template <class T>
+    __device__ __forceinline__ void store(T* at, const T& v) const {
+        *at = v;
+        if (other.is_there) other.store(smem_address(at), v);
+    }
 };
 
-// What is stored goes to this block's shared memory and to that of the other block of its cluster,
-// which without one is this block again.
-template <class T>
-__device__ __forceinline__ void store_to_both(T* at, const T& v, uint32_t other_rank) {
-    *at = v;
+// All threads of the cluster, or of the block if there is none.
+__device__ __forceinline__ void sync_cluster(const QuantDecodeShape& shape) {
+    __syncthreads();
 #if MK_SM >= 90
-    ptx::st_shared_cluster<0>(ptx::mapa_shared_cluster(smem_address(at), other_rank), v);
+    if (shape.cluster > 1) {
+        ptx::barrier_cluster_arrive();
+        ptx::barrier_cluster_wait();
+    }
 #endif
 }
-struct SharedPlaces {
-    uint32_t own;
-#if MK_SM >= 90
-    uint32_t other;
-#endif
 
-    __device__ __forceinline__ SharedPlaces(uint32_t at, [[maybe_unused]] uint32_t other_rank)
-        : own(at) {
-#if MK_SM >= 90
-        other = ptx::mapa_shared_cluster(at, other_rank);
-#endif
-    }
-    template <int kOffset>
-    __device__ __forceinline__ void store(const uint4& v) const {
-        ptx::st_shared_v4<kOffset>(own, v);
-#if MK_SM >= 90
-        ptx::st_shared_cluster<kOffset>(other, v);
-#endif
-    }
-    __device__ __forceinline__ void store(const uint2& v) const {
-        ptx::st_shared_v2(own, v);
-#if MK_SM >= 90
-        ptx::st_shared_cluster<0>(other, v);
-#endif
-    }
-    __device__ __forceinline__ void operator+=(int bytes) {
-        own += bytes;
-#if MK_SM >= 90
-        other += bytes;
-#endif
-    }
-    __device__ __forceinline__ SharedPlaces operator+(int bytes) const {
-        SharedPlaces sum = *this;
-        sum += bytes;
-        return sum;
-    }
-};
+// A lane's pieces of the groups of a quad.
+using XQuad = Vec8[kXSumsGroups];
 
-// The groups of a quad: of each 8 adjacent elements a lane.
-using XQuad = Vec8[kQuantQuadK / kQuantTileK];
+__device__ __forceinline__ void set_zero(XQuad& quad) {
+    for (Vec8& x : quad) x = {};
+}
 
-// body(quad) for `size` k of a row from k = first on, a multiple of kQuantQuadK, by a warp; zeros
-// past the row's end.
-template <class Reader, class Body>
-__device__ __forceinline__ void for_each_quad(const Reader& reader, int row, int first, int size,
-                                              const Body& body) {
-    const int lane_k = ptx::mov_u32_tid_x() % 32 * kVec;
+// piece(i): a lane's piece of group i of the quad; `left`: how many k of the quad the row has.
+template <class Dtype, class Piece, class Left>
+__device__ __forceinline__ void add_quad(XSquares<Dtype>& squares, const Piece& piece, Left left) {
+    static_for<kXSumsGroups>([&](auto i) {
+        if (i * kQuantTileK < left) squares.add(piece(i));
+    });
+    squares.end_quad();
+}
+
+// For `left` k of a row from k = first on, by a warp: body(piece, left, i), and step(n) after n of
+// them, i = 0 ... n - 1.
+template <class Reader, class Body, class Step>
+__device__ __forceinline__ void for_each_quad(const Reader& reader, int row, int first, int left,
+                                              int lane, const Body& body, const Step& step) {
     const float norm_scale = reader.norm_scale(row);
-    auto at = reader.place(row, first + lane_k);
-    int left = min(size, reader.a.k - first);
-    const auto next = [&](auto is_whole) {
-        XQuad quad{};
-        static_for<4>([&](auto i) {
-            if (is_whole || i * kQuantTileK + lane_k < left) {
-                quad[i] = reader.template load<4>(at + i * kQuantTileK, norm_scale);
-            }
+    auto at = reader.place(row, first, lane);
+    const auto whole = [&](auto count) {
+        static_for<count>([&](auto quad) {
+            const auto piece = [&](auto i) {
+                return reader.load(at + (quad * kQuantQuadK + i * kQuantTileK), norm_scale);
+            };
+            body(piece, Constant<kQuantQuadK>(), quad);
         });
-        body(quad);
-        at += kQuantQuadK;
+        at += count * kQuantQuadK;
+        left -= count * kQuantQuadK;
+        step(count);
     };
+    const auto partial = [&] {
+        const int there = ptx::mov_b32(left), lane_k = ptx::mov_b32(lane / 4 * 32);
+        const auto piece = [&](auto i) {
+            Vec8 v{};
+            if (lane_k + i * kQuantTileK < there) v = reader.load(at + i * kQuantTileK, norm_scale);
+            return v;
+        };
+        body(piece, there, Constant<0>());
+    };
+    if constexpr (Reader::kHasWholeQuads) {
+        MK_NO_UNROLL
+        while (left >= 2 * kQuantQuadK) whole(Constant<2>());
+        if (left >= kQuantQuadK) whole(Constant<1>());
+        if (left > 0) partial();
+    } else {
+        MK_NO_UNROLL
+        for (; left > 0; left -= kQuantQuadK) {
+            partial();
+            at += kQuantQuadK;
+            step(1);
+        }
+    }
+}
+
+// body(piece) for all groups of a row, by a warp.
+template <class Reader, class Body>
+__device__ __forceinline__ void for_each_piece(const Reader& reader, int row, int lane,
+                                               const Body& body) {
+    const float norm_scale = reader.norm_scale(row);
+    auto at = reader.place(row, 0, lane);
     MK_NO_UNROLL
-    for (; left >= 2 * kQuantQuadK; left -= 2 * kQuantQuadK) {
-        next(Constant<1>());
-        next(Constant<1>());
+    for (int left = reader.a.k - lane / 4 * 32; left > 0; left -= kQuantTileK) {
+        body(reader.load(at, norm_scale));
+        at += kQuantTileK;
     }
-    if (left >= kQuantQuadK) {
-        next(Constant<1>());
-        left -= kQuantQuadK;
-    }
-    if (left > 0) next(Constant<0>());
 }
 
 // Of which rows a warp has a share.
@@ -223,23 +251,87 @@ __device__ __forceinline__ void for_each_row(const XShare& share, uint32_t m, co
     }
 }
 
-// The largest r^2 of each share of a row (quant_x.cuh).
+// The place of a share's largest r^2 of a row (quant_x.cuh).
+__device__ __forceinline__ void store_largest(const QuantSmem& smem, const XShare& share,
+                                              uint32_t m, uint32_t row, uint32_t largest,
+                                              int lane) {
+    if (lane == 0) share.store(smem.maxima + ptx::mov_b32(share.number * m + row), largest);
+}
+__device__ __forceinline__ uint32_t load_largest(const QuantSmem& smem,
+                                                 const QuantDecodeShape& shape, uint32_t m,
+                                                 uint32_t row, int lane) {
+    const uint32_t largest = lane < shape.x_shares ? smem.maxima[lane * m + row] : 0;
+    return __reduce_max_sync(0xFFFFFFFFu, largest);
+}
+
+// A row on its way to shared memory.
+template <class Dtype>
+struct XRow {
+    XRowConvert<Dtype> convert;
+    GroupSumFragments ones;
+    OtherBlock other;
+    int t;
+    uint32_t to, to_sums;  // this lane's: of the next quad's pieces, and of its sums of group t
+
+    // largest: r^2 of the row; first_group: of its groups in shared memory.
+    template <class Reader>
+    __device__ __forceinline__ XRow(const Reader& reader, const QuantSmem& smem,
+                                    const QuantDecodeShape& shape, const XShare& share,
+                                    uint32_t row, uint32_t largest, int first_group, int lane)
+        : XRow(scale_of_row<Dtype>(
+                   largest, [&](const auto& body) { for_each_piece(reader, row, lane, body); }),
+               smem, shape, share, row, first_group, lane) {}
+
+    // Of blocks 2g and 2g + 1 of group t; `left`: elements that the row has from here on.
+    template <int kQuad, class Piece, class Left>
+    __device__ __forceinline__ void store(const Piece& piece, Left left) const {
+        constexpr int kAt = kQuad * kXSumsGroups * kQuantXGroupBytes;
+        float sums[4]{};
+        // All of their sums are in columns of one MMA (quant_x.cuh).
+        static_for<kXSumsGroups>([&](auto i) {
+            if (i * kQuantTileK >= left) return;
+            const Vec8 v = piece(i);
+            const uint4 x = convert({v.pair[0], v.pair[1], v.pair[2], v.pair[3]});
+            ptx::st_shared_v4<kAt + i * kQuantXGroupBytes>(to, x);
+            if (other.is_there) other.store<kAt + i * kQuantXGroupBytes>(to, x);
+            ones.add(sums, i, x);
+        });
+        if (left < kQuantQuadK && t * kQuantTileK >= left) return;
+        const uint2 split = split_sums(sums[0], sums[2]);
+        ptx::st_shared_v2<kAt>(to_sums, split);
+        if (other.is_there) other.store<kAt>(to_sums, split);
+    }
+
+  private:
+    __device__ __forceinline__ XRow(const XScale& scale, const QuantSmem& smem,
+                                    const QuantDecodeShape& shape, const XShare& share,
+                                    uint32_t row, int first_group, int lane)
+        : convert(scale, lane),
+          ones(lane),
+          other(share.other),
+          t(lane % 4),
+          to(smem_address(smem.x) +
+             (row * shape.x_stride + (first_group * kQuantXGroupBytes + lane * 16))),
+          to_sums(to + (t * (kQuantXGroupBytes - 16) + 512 - lane / 4 * (64 - 8))) {
+        if (lane == 0) {  // each of the row's warps the same
+            share.store(smem.unscale + ptx::mov_b32(row), scale.unscale);
+        }
+    }
+};
+
+// The largest r^2 of each share of a row.
 template <int kTokenTiles, class Reader>
 __device__ __forceinline__ void find_maxima(const Reader& reader, const QuantSmem& smem,
                                             const QuantDecodeShape& shape, const XShare& share) {
     const uint32_t m = reader.a.m;
+    const int lane = ptx::mov_u32_tid_x() % 32;
     for_each_row<kTokenTiles>(share, m, [&](uint32_t row) {
         const int first = share.number * shape.x_share_k;
         XSquares<typename Reader::Type> squares;
-        for_each_quad(reader, row, first, shape.x_share_k, [&](const XQuad& quad) {
-            for (const Vec8& x : quad) squares.add(x);
-            squares.end_quad();
-        });
-        const uint32_t largest = squares.largest();
-        if (threadIdx.x % 32 == 0) {
-            const uint32_t at = ptx::mov_b32(share.number * m + row);
-            store_to_both(smem.maxima + at, largest, share.other_rank);
-        }
+        const auto add = [&](const auto& piece, auto left, int) { add_quad(squares, piece, left); };
+        for_each_quad(reader, row, first, min(shape.x_share_k, reader.a.k - first), lane, add,
+                      [](int) {});
+        store_largest(smem, share, m, row, squares.largest(), lane);
     });
 }
 
@@ -248,66 +340,73 @@ template <int kTokenTiles, class Reader>
 __device__ __forceinline__ void convert_groups(const Reader& reader, const QuantSmem& smem,
                                                const QuantDecodeShape& shape, const XShare& share,
                                                int first, int num_groups) {
-    using Dtype = typename Reader::Type;
-    const Product& a = reader.a;
-    const int lane = ptx::mov_u32_tid_x() % 32, g = lane / 4, t = lane % 4;
-    const GroupSumFragments ones(lane);
-    for_each_row<kTokenTiles>(share, a.m, [&](uint32_t row) {
-        const float norm_scale = reader.norm_scale(row);
-        const uint32_t largest = lane < shape.x_shares ? smem.maxima[lane * a.m + row] : 0;
-        const XScale scale =
-            scale_of_row<Dtype>(__reduce_max_sync(0xFFFFFFFFu, largest), [&](const auto& body) {
-                for_each_quad(reader, row, 0, a.k, [&](const XQuad& quad) {
-                    for (const Vec8& x : quad) body(x);
-                });
-            });
-        if (lane == 0) {  // each of the row's warps the same
-            store_to_both(smem.unscale + ptx::mov_b32(row), scale.unscale, share.other_rank);
-        }
-        const XRowConvert<Dtype> convert(scale, lane);
-
+    const uint32_t m = reader.a.m;
+    const int lane = ptx::mov_u32_tid_x() % 32;
+    for_each_row<kTokenTiles>(share, m, [&](uint32_t row) {
+        const uint32_t largest = load_largest(smem, shape, m, row, lane);
         const int first_group = share.number * shape.x_share_groups;
+        XRow<typename Reader::Type> x(reader, smem, shape, share, row, largest, first_group, lane);
         const int k = (first + first_group) * kQuantTileK;
-        const int end_k = min((first + num_groups) * kQuantTileK, a.k);
-        int left = min(shape.x_share_groups * kQuantTileK, end_k - k);
-        auto at = reader.place(row, k + g * 32 + t * 4);
-        const uint32_t to_lane =
-            smem_address(smem.x) +
-            (row * shape.x_stride + (first_group * kQuantXGroupBytes + lane * 16));
-        SharedPlaces to(to_lane, share.other_rank);
-        // Of blocks 2g and 2g + 1 of group t
-        SharedPlaces to_sums = to + (t * (kQuantXGroupBytes - 16) + 512 - g * (64 - 8));
-        // Four groups at a time: all of their sums are in columns of one MMA (quant_x.cuh).
-        const auto batch = [&](auto is_whole) {
-            const int there = is_whole ? kQuantQuadK : ptx::mov_b32(left);
-            const int lane_k = is_whole ? 0 : ptx::mov_b32(g * 32);
-            float sums[4]{};
-            static_for<kXSumsGroups>([&](auto i) {
-                if (i * kQuantTileK >= there) return;
-                Vec8 v{};
-                if (lane_k + i * kQuantTileK < there) {
-                    v = reader.template load<16>(at + i * kQuantTileK, norm_scale);
-                }
-                const uint4 x = convert({v.pair[0], v.pair[1], v.pair[2], v.pair[3]});
-                to.template store<i * kQuantXGroupBytes>(x);
-                ones.add(sums, i, x);
+        const int end_k = min((first + num_groups) * kQuantTileK, reader.a.k);
+        for_each_quad(
+            reader, row, k, min(shape.x_share_groups * kQuantTileK, end_k - k), lane,
+            [&](const auto& piece, auto left, auto i) { x.template store<i>(piece, left); },
+            [&](int quads) {
+                x.to += quads * (kXSumsGroups * kQuantXGroupBytes);
+                x.to_sums += quads * (kXSumsGroups * kQuantXGroupBytes);
             });
-            if (is_whole || t * kQuantTileK < there) to_sums.store(split_sums(sums[0], sums[2]));
-            at += kQuantQuadK;
-            to += kXSumsGroups * kQuantXGroupBytes;
-            to_sums += kXSumsGroups * kQuantXGroupBytes;
-        };
-        MK_NO_UNROLL
-        for (; left >= 2 * kQuantQuadK; left -= 2 * kQuantQuadK) {
-            batch(Constant<1>());
-            batch(Constant<1>());
-        }
-        if (left >= kQuantQuadK) {
-            batch(Constant<1>());
-            left -= kQuantQuadK;
-        }
-        if (left > 0) batch(Constant<0>());
     });
+}
+
+// All groups of all rows to shared memory, of shares that stay in registers (QuantDecodeShape):
+// whole quads.
+template <int kTokenTiles, class Reader>
+__device__ __forceinline__ void convert_kept(const Reader& reader, const QuantSmem& smem,
+                                             const QuantDecodeShape& shape, const XShare& share) {
+    using Dtype = typename Reader::Type;
+    const uint32_t m = reader.a.m;
+    const int lane = ptx::mov_u32_tid_x() % 32;
+    const int first = ptx::mov_b32(share.number) * shape.x_share_k;
+    const int left = share.row < m ? min(shape.x_share_k, reader.a.k - first) : 0;
+    constexpr Constant<kQuantQuadK> whole;
+    XQuad quads[kQuantKeptQuads];
+    const auto load = [&](uint32_t row) {
+        const float norm_scale = reader.norm_scale(row);
+        const auto at = reader.place(row, first, lane);
+        XSquares<Dtype> squares;
+        static_for<kQuantKeptQuads>([&](auto i) {
+            if (left > i * kQuantQuadK) {
+                static_for<kXSumsGroups>([&](auto group) {
+                    constexpr int k = i * kQuantQuadK + group * kQuantTileK;
+                    quads[i][group] = reader.load(at + k, norm_scale);
+                });
+                add_quad(squares, [&](int group) { return quads[i][group]; }, whole);
+            } else {  // not left undefined: see multiply_columns
+                set_zero(quads[i]);
+            }
+        });
+        return squares.largest();
+    };
+    const auto convert = [&](uint32_t row, uint32_t largest) {
+        const XRow<Dtype> x(reader, smem, shape, share, row, largest,
+                            share.number * shape.x_share_groups, lane);
+        static_for<kQuantKeptQuads>([&](auto i) {
+            if (left <= i * kQuantQuadK) return;
+            x.template store<i>([&](int group) { return quads[i][group]; }, whole);
+        });
+    };
+    if constexpr (kTokenTiles == 1) {
+        const uint32_t row = ptx::mov_b32(share.row);
+        if (left > 0) {
+            store_largest(smem, share, m, row, load(row), lane);
+        } else {
+            for (XQuad& quad : quads) set_zero(quad);
+        }
+        sync_cluster(shape);
+        if (left > 0) convert(row, load_largest(smem, shape, m, row, lane));
+    } else {  // a share is a row
+        for_each_row<kTokenTiles>(share, m, [&](uint32_t row) { convert(row, load(row)); });
+    }
 }
 
 // body(reader), of the kind that x takes.
@@ -315,8 +414,7 @@ template <class Dtype, class Body>
 __device__ __forceinline__ void with_reader_of(const Product& a, const QuantSmem& smem,
                                                const Body& body) {
     if (!a.is_aligned) {
-        a.norm_weight ? body(XReader<Dtype, false, true>{a, smem.norm_scale})
-                      : body(XReader<Dtype, false, false>{a, smem.norm_scale});
+        body(XReader<Dtype, false, true>{a, smem.norm_scale});
     } else {
         a.norm_weight ? body(XReader<Dtype, true, true>{a, smem.norm_scale})
                       : body(XReader<Dtype, true, false>{a, smem.norm_scale});
@@ -326,17 +424,6 @@ template <class Body>
 __device__ __forceinline__ void with_reader(const Product& a, int dtype, const QuantSmem& smem,
                                             const Body& body) {
     dtype == MK_BF16 ? with_reader_of<Bf16>(a, smem, body) : with_reader_of<F16>(a, smem, body);
-}
-
-// All threads of the cluster, or of the block if there is none.
-__device__ __forceinline__ void sync_cluster(const QuantDecodeShape& shape) {
-    __syncthreads();
-#if MK_SM >= 90
-    if (shape.cluster > 1) {
-        ptx::barrier_cluster_arrive();
-        ptx::barrier_cluster_wait();
-    }
-#endif
 }
 
 // With a norm the scales of all rows; smem.sums is used for that.
@@ -355,6 +442,13 @@ __device__ __forceinline__ void convert_x(const Product& a, int dtype, const Qua
                                           const QuantDecodeShape& shape, const XShare& share,
                                           int first, int num_groups, bool is_first_time) {
     with_reader(a, dtype, smem, [&](const auto& reader) {
+        using Reader = std::decay_t<decltype(reader)>;
+        if constexpr (Reader::kHasWholeQuads) {
+            if (shape.keeps_x) {
+                convert_kept<kTokenTiles>(reader, smem, shape, share);
+                return;
+            }
+        }
         if (is_first_time) {
             find_maxima<kTokenTiles>(reader, smem, shape, share);
             sync_cluster(shape);

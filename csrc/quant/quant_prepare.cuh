@@ -74,20 +74,12 @@ struct PreparedRow {
         return normalise<Dtype>(x, norm_scale, load_piece_of_x(a.norm_weight, k, a));
     }
 
-    // body(8 adjacent elements of a lane) for all of the row, by a warp; end_quad() after each
-    // quad.
+    // body(piece of a lane) for all of the row, by a warp; end_quad() after each quad.
     template <class Body, class End>
     __device__ __forceinline__ void for_each(const Body& body, const End& end_quad) const {
         MK_NO_UNROLL
         for (int first = 0; first < a.k; first += kQuantTileK) {
-            const int k = first + threadIdx.x % 32 * kVec;
-            const auto load = [&](const void* from) -> Vec8 {
-                const uint2 low = load4(from, k, a.k, a.is_aligned);
-                const uint2 high = load4(from, k + 4, a.k, a.is_aligned);
-                return {low.x, low.y, high.x, high.y};
-            };
-            const Vec8 x = load(row);
-            body(a.norm_weight ? normalise<Dtype>(x, norm_scale, load(a.norm_weight)) : x);
+            body(piece(first + quant_piece_k(threadIdx.x % 32)));
             if ((first + kQuantTileK) % kQuantQuadK == 0) end_quad();
         }
         end_quad();

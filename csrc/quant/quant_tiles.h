@@ -34,8 +34,8 @@ constexpr int quant_parts(int m) { return (m + kQuantPartRows - 1) / kQuantPartR
 constexpr int quant_part_rows(int m) { return (m + quant_parts(m) - 1) / quant_parts(m); }
 static_assert(quant_part_rows(kQuantPartRows + 1) > kQuantTokens);  // those of 8 have one part
 
-// 8 warps of up to 255 registers: the ten types together take 200 and, with 16 tokens, 230 (12
-// warps of 168 spill in some of the entries, 16 of 128 in all). With a tile each on its way they
+// 8 warps of up to 255 registers: the ten types together take up to 245 (12 warps of 168 spill in
+// some of the entries, 16 of 128 in all). With a tile each on its way they
 // have 18 KB of Q4_K in flight, what H100 needs for its DRAM; A100 needs 13 KB.
 constexpr int kQuantWarps = 8;
 constexpr int kQuantThreads = 32 * kQuantWarps;
@@ -58,6 +58,7 @@ constexpr int kQuantRowsBytes = 256 + kQuantPartRows * kQuantRowPitch;
 constexpr int kQuantFixedBytes = kQuantRowsBytes + kQuantWarps * 2 * kQuantScaleBytes;
 constexpr int kQuantXGroupBytes = 512 + 64;   // of a row of x
 constexpr int kQuantQuadK = 4 * kQuantTileK;  // whose squares are added together, quant_x.cuh
+constexpr int kQuantKeptQuads = 4;            // of a warp, in 64 registers
 // 64 (mod 128), see quant_x.cuh.
 constexpr int quant_x_stride(int groups) {
     return groups * kQuantXGroupBytes + (groups % 2 ? 0 : 64);
@@ -101,6 +102,7 @@ struct QuantDecodeShape {
     int32_t x_shares;   // warps that convert a row of x together: each x_share_k elements to
     int32_t x_share_k;  // find the largest, and x_share_groups of a chunk
     int32_t x_share_groups;
+    int32_t keeps_x;  // in registers: shares are a few whole quads, and are converted once
     int32_t round_tiles, num_rounds;  // of the block with most tiles
     int32_t num_turns;                // rounds of all chunks: of each chunk one
     int32_t sums_at;                  // from x on
@@ -136,6 +138,12 @@ constexpr QuantDecodeShape quant_decode_shape(int m, int k, int num_tiles, int n
         const int quads = (k + kQuantQuadK - 1) / kQuantQuadK;
         s.x_share_k = (quads + s.x_shares - 1) / s.x_shares * kQuantQuadK;
         s.x_share_groups = (s.chunk_groups + s.x_shares - 1) / s.x_shares;
+        s.keeps_x =
+            count == 1 && k % kQuantQuadK == 0 && s.x_share_k <= kQuantKeptQuads * kQuantQuadK;
+        if (s.keeps_x) {
+            s.x_share_groups = s.x_share_k / kQuantTileK;
+            s.x_shares = (k + s.x_share_k - 1) / s.x_share_k;  // none without any
+        }
     };
     // Enough for every warp to have two groups, and for the sums of squares of a norm.
     const int least = 2 * kQuantWarps * slot;

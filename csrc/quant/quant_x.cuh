@@ -31,6 +31,11 @@
 
 namespace mk {
 
+constexpr int kXSumsGroups = kQuantQuadK / kQuantTileK;  // of a quad
+
+// Of a lane's piece of a group: it has these elements 0 ... 3 and 16 ... 19 from there on.
+__device__ __forceinline__ int quant_piece_k(int lane) { return lane / 4 * 32 + lane % 4 * 4; }
+
 // Magnitudes of a pair; the larger of the two as bits.
 __device__ __forceinline__ uint32_t magnitudes(uint32_t pair) { return pair & 0x7FFF7FFFu; }
 __device__ __forceinline__ uint32_t larger_half(uint32_t pair) {
@@ -43,8 +48,8 @@ struct XSquares {
     float of_quad[4]{};
     float of_lane = 0.f;
 
-    // 8 adjacent elements a lane of a group: A A^T of its 8 rows of 32 elements. On the diagonal
-    // are the squares of the rows' lengths, and beside it, but for rounding, no larger numbers.
+    // A lane's piece of a group: A A^T of its 8 rows of 32 elements. On the diagonal are the
+    // squares of the rows' lengths, and beside it, but for rounding, no larger numbers.
     __device__ __forceinline__ void add(const Vec8& x) {
         Dtype::mma(of_quad, {x.pair[0], 0, x.pair[1], 0}, x.pair[0], x.pair[1]);
         Dtype::mma(of_quad, {x.pair[2], 0, x.pair[3], 0}, x.pair[2], x.pair[3]);
@@ -219,16 +224,21 @@ struct BlockSumFragments {
 // The same from a warp's 32 pieces of one row, which are A here, ones are B: of up to kXSumsGroups
 // groups, each in two columns of its own. Lane 4g + t then has the sums of blocks 2g (elements 0,
 // 1) and 2g + 1 (2, 3) of group t.
-constexpr int kXSumsGroups = kQuantQuadK / kQuantTileK;
 struct GroupSumFragments {
-    uint32_t one;  // 1 as f16, its high byte in the place of the group of this lane's column
+    uint32_t low[kXSumsGroups], high[kXSumsGroups];  // for k % 4 < 2 and >= 2
 
-    __device__ __forceinline__ explicit GroupSumFragments(uint32_t lane)
-        : one(0x3Cu << lane / 8 * 8) {}
+    __device__ __forceinline__ explicit GroupSumFragments(uint32_t lane) {
+        // 1 as f16, its high byte in the place of the group of this lane's column
+        const uint32_t one = 0x3Cu << lane / 8 * 8;
+        MK_UNROLL
+        for (int i = 0; i < kXSumsGroups; ++i) {
+            high[i] = __byte_perm(one, 0, 0x0404 + 0x1010 * i);
+            low[i] = high[i] & 0x2C002C00u;  // 2^-4
+        }
+    }
 
     __device__ __forceinline__ void add(float (&d)[4], int group, const uint4& x) const {
-        const uint32_t high = __byte_perm(one, 0, 0x0404 + 0x1010 * group);
-        ptx::mma_m16n8k16_f32_f16(d, {x.x, x.z, x.y, x.w}, high & 0x2C002C00u, high);  // 2^-4, 1
+        ptx::mma_m16n8k16_f32_f16(d, {x.x, x.z, x.y, x.w}, low[group], high[group]);
     }
 };
 
