@@ -9,7 +9,7 @@ Printed are medians, in brackets the least and the greatest, and ratios to the b
 Settings of llama.cpp are those words, joined by +: flash (flash attention), repack (weights copied
 into an order of its own at load; without, they stay mapped), or plain.
 
---first-token measures, instead, the seconds from a process' start to the first token of a prompt.
+--first-token [TEXT] measures, instead, the seconds from a process' start to the first token.
 --busy-core keeps one core busy with another process meanwhile.
 """
 
@@ -113,7 +113,13 @@ def measure_speed(
 @click.option("--new-tokens", default=128, show_default=True)
 @click.option("--threads", default=2, show_default=True)
 @click.option("--repeat", default=5, show_default=True)
-@click.option("--first-token", is_flag=True, help="measure the time to the first token")
+@click.option(
+    "--first-token",
+    is_flag=False,
+    flag_value=PROMPT,
+    metavar="[TEXT]",
+    help=f"measure the time to the first token of TEXT (default: {PROMPT!r})",
+)
 @click.option("--cpu-time", is_flag=True, help="of all threads, for a busy machine: --threads 1")
 @click.option("--busy-core", type=int, help="core that another process keeps busy")
 def main(
@@ -126,7 +132,7 @@ def main(
     new_tokens: int,
     threads: int,
     repeat: int,
-    first_token: bool,
+    first_token: str | None,
     busy_core: int | None,
     cpu_time: bool,
 ) -> None:
@@ -151,10 +157,10 @@ def main(
     }
     if transformers:
         commands["transformers bfloat16"] = [*serve, "transformers", path, *each]
-    if first_token:
-        generate: Command = [sys.executable, "-m", "minitron_kernels", "generate", PROMPT]
+    if first_token is not None:
+        generate: Command = [sys.executable, "-m", "minitron_kernels", "generate", first_token]
         commands = {
-            name: [*command, "--first-token", PROMPT]
+            name: [*command, "--first-token", first_token]
             for name, command in commands.items()
             if name.startswith("llama.cpp")
         }
@@ -166,7 +172,7 @@ def main(
         }
     print(f"{path.name}, {threads} threads, {repeat} runs each\n")
     with busy(busy_core):
-        if first_token:
+        if first_token is not None:
             measure_first_token(commands, repeat)
         else:
             measure_speed(commands, prompt_tokens, new_tokens, repeat)
