@@ -47,12 +47,12 @@ constexpr int kQuantPrefetchBytes = 64 << 10;
 // Shared memory in this order:
 //   896 B    of each row: where its outputs go, 2^-e, the largest sums of squares of its shares,
 //            its norm scale
-//   18 KB    scales of two tiles of each warp, which take turns (quant_decode_sm80.cuh)
+//   8 KB     scales of two tiles of each warp, which take turns (quant_decode_sm80.cuh)
 //   x        m rows of chunk_groups groups of 256 k (quant_x.cuh), quant_x_stride apart
 //   sums     of the tiles under way, 16 rows x 8 (or 16) tokens fp32 a group; before that the
 //            norm's sums of squares. Or in the place of x, see QuantDecodeShape
 //   totals   of these tiles, as large as the sums of a group, if k goes in chunks
-constexpr int kQuantScaleBytes = 8 * (128 + 16);  // 16 blocks of 16 rows; 16 B apart in banks
+constexpr int kQuantScaleBytes = 32 * 16;                   // of a tile: 16 of each lane
 constexpr int kQuantRowPitch = kQuantEpilogueRowBytes + 8;  // of an Epilogue::Row: other banks
 constexpr int kQuantRowsBytes = 256 + kQuantPartRows * kQuantRowPitch;
 constexpr int kQuantFixedBytes = kQuantRowsBytes + kQuantWarps * 2 * kQuantScaleBytes;
