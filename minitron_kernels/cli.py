@@ -19,15 +19,12 @@ import json
 import math
 import os
 import re
-import signal
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -46,7 +43,6 @@ EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130  # what a shell reports for SIGINT
 MAX_TEXT_BYTES = 1 << 28
 PARALLEL_COMMANDS = ("generate", "chat", "score")
-STARTING_THREADS = ("libtorch", "scales")  # see `startup`
 USER_ERRORS = (click.ClickException, ValueError, OSError, NotImplementedError, MemoryError)
 
 _Command = Callable[..., Any]
@@ -86,28 +82,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     finally:
         if collects:
             gc.enable()
-
-
-def run_and_exit() -> None:
-    """Run the process's command line and end the process with its exit code."""
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, _interrupted)
-    code = main()
-    if any(thread.name in STARTING_THREADS for thread in threading.enumerate()):
-        # Stopped by a mistake or Ctrl-C while they run, whose memory an orderly end would take.
-        with suppress(OSError):
-            sys.stdout.flush()
-        os._exit(code)
-    gc.freeze()  # else the interpreter looks through all that torch made before it ends: 0.6 s
-    sys.exit(code)
-
-
-def _interrupted(number: int, frame: FrameType | None) -> None:
-    """Ctrl-C: an exception, except while torch is being imported, which it would abort."""
-    spec = getattr(sys.modules.get("torch"), "__spec__", None)
-    if getattr(spec, "_initializing", False):
-        os._exit(EXIT_INTERRUPTED)
-    signal.default_int_handler(number, frame)
 
 
 def _is_out_of_memory(error: Exception) -> bool:
