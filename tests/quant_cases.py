@@ -66,7 +66,7 @@ class Weights:
 
 
 def weights_of(blocks: QuantizedTensor) -> Weights:
-    """The three forms of these blocks."""
+    """The forms of these blocks."""
     block = QUANT_TYPES[blocks.quant_type]
     first, last = _QUANT_BYTES[blocks.quant_type]
     lowest, highest = (blocks.blocks.clone().view(-1, block.nbytes) for _ in range(2))
@@ -166,7 +166,7 @@ def check_linear(
     residual: Tensor | None = None,
     seed: int = 0,
 ) -> emulator.Counters | None:
-    """Runs the op and compares all of `out` with the exact result: fp32 within F32_ERROR, others
+    """Runs the op and compares all of `out` with the exact result: fp32 by F32_ERROR(_16), others
     by the tolerance rule against PyTorch on the dequantised weights."""
     kept = None if residual is None else residual.clone()
     counters = run_linear(op, arch, x, w, out, norm_weight, residual, seed)
